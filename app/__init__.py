@@ -1,0 +1,1 @@
+"""Bouquet: federated LoRA fine-tuning of Stable Diffusion, without moving a single image."""

@@ -1,0 +1,128 @@
+"""Latents and text embeddings, encoded once for each photo, caption and base model, and kept on the site's disk.
+
+Enters: a partition, a base model's folder and its fingerprint. Leaves: `Encoded` tensors; neither the autoencoder nor the
+text encoder stays in memory. A file is keyed by the fingerprint of the part that made it (and the resolution), a row by the
+photo's hash or the caption, so that a changed photo or model encodes again what changed and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from app.data import Partition, Photo
+from app.data import pixels as pixels_of
+from app.images import BadImage
+
+BATCH = 16  # photos or captions encoded at a time
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows for N photos. latents_NChw: float32, scaled; text_NTD: float32; blank_TD: the empty caption; keys: N hashes."""
+
+    latents_NChw: torch.Tensor
+    text_NTD: torch.Tensor
+    blank_TD: torch.Tensor
+    keys: list[str]
+
+    def to(self, device: torch.device) -> Encoded:
+        return Encoded(self.latents_NChw.to(device), self.text_NTD.to(device), self.blank_TD.to(device), self.keys)
+
+
+def encode(partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device) -> tuple[Partition, Callable]:
+    """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`.
+
+    Errors: SITE-01, SITE-02 when too few photos can be decoded.
+    """
+    latents_file = cache / f"latents-{sums['vae'][:16]}-{resolution}.safetensors"
+    text_file = cache / f"text-{sums['text_encoder'][:8]}{sums['tokenizer'][:8]}.safetensors"
+    latents, bad = _read(latents_file)
+    todo = [p for p in partition.photos if p.key not in latents and p.key not in bad]
+    if todo:
+        fresh, spoiled = _encode_photos(todo, base, resolution, device)
+        latents, bad = latents | fresh, bad | spoiled
+        keep = {p.key for p in partition.photos}
+        _write(latents_file, {k: v for k, v in latents.items() if k in keep}, {k: v for k, v in bad.items() if k in keep})
+    partition = partition.without(bad).require(2)
+    text, _ = _read(text_file)
+    captions = sorted({"", *(p.caption for p in partition.photos)})
+    if fresh_captions := [c for c in captions if _digest(c) not in text]:
+        text |= _encode_captions(fresh_captions, base, device)
+        _write(text_file, {_digest(c): text[_digest(c)] for c in captions}, {})
+
+    def rows(photos: tuple[Photo, ...]) -> Encoded:
+        return Encoded(
+            torch.stack([latents[p.key] for p in photos]).float(),
+            torch.stack([text[_digest(p.caption)] for p in photos]).float(),
+            text[_digest("")].float(),
+            [p.key for p in photos],
+        )
+
+    return partition, rows
+
+
+def _digest(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()
+
+
+@torch.no_grad()
+def _encode_photos(photos: list[Photo], base: Path, resolution: int, device: torch.device) -> tuple[dict, dict[str, str]]:
+    """Latents by key (the posterior's mean, scaled), and the reason for each photo that cannot be decoded."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", local_files_only=True, torch_dtype=torch.float32).to(device).eval()
+    latents, bad = {}, {}
+    for start in range(0, len(photos), BATCH):
+        pixels = {}
+        for photo in photos[start : start + BATCH]:
+            try:
+                pixels[photo.key] = pixels_of(photo, resolution)
+            except BadImage as error:
+                bad[photo.key] = error.reason
+        if pixels:
+            mean = vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
+            latents |= dict(zip(pixels, mean.cpu().unbind(), strict=True))
+        print(f"bouquet: encoded {min(start + BATCH, len(photos))}/{len(photos)} photos", flush=True)
+    return latents, bad
+
+
+@torch.no_grad()
+def _encode_captions(captions: list[str], base: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """The text encoder's last hidden state by caption digest: float16 [T, D]."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", local_files_only=True, dtype=torch.float32).to(device).eval()
+    out = {}
+    for start in range(0, len(captions), BATCH):
+        part = captions[start : start + BATCH]
+        ids = tokenizer(part, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        hidden = encoder(ids.input_ids.to(device)).last_hidden_state.half().cpu()
+        out |= {_digest(c): row for c, row in zip(part, hidden, strict=True)}
+    return out
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if not path.exists():
+        return {}, {}
+    with safe_open(path, "pt") as file:
+        note = file.metadata()
+        rows = file.get_tensor("rows").unbind() if note["keys"] != "[]" else ()
+        return dict(zip(json.loads(note["keys"]), rows, strict=True)), json.loads(note["bad"])
+
+
+def _write(path: Path, rows: dict[str, torch.Tensor], bad: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    stacked = torch.stack(list(rows.values())).contiguous() if rows else torch.zeros(0)
+    save_file({"rows": stacked}, temporary, metadata={"keys": json.dumps(list(rows)), "bad": json.dumps(bad)})
+    temporary.replace(path)

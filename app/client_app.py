@@ -1,0 +1,93 @@
+"""The ClientApp: translates Flower's records to a site's work and back; one message a round.
+
+`train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
+What may leave: the adapter, numbers, the site's name, an error's public sentence. Nothing else does.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from app.config import RunConfig
+from app.errors import BouquetError, SiteError
+
+app = ClientApp()
+ERROR = 100  # our error code in Flower's replies; the reason has our own code
+
+
+def guarded(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """A named error becomes an error reply with its public sentence; any other leaves as its type alone."""
+
+    def run(message: Message, context: Context) -> Message:
+        try:
+            return Message(work(message, context), reply_to=message)
+        except BouquetError as error:
+            print(error.report(), flush=True)
+            reason = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"SITE-99  The site failed unexpectedly ({type(error).__name__}); its own log has the details."
+        return Message(Error(code=ERROR, reason=reason), reply_to=message)
+
+    return run
+
+
+@app.train()
+@guarded
+def train(message: Message, context: Context) -> RecordDict:
+    return take_part(message, context, training=True)
+
+
+@app.evaluate()
+@guarded
+def evaluate(message: Message, context: Context) -> RecordDict:
+    return take_part(message, context, training=False)
+
+
+def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
+    """Apply the global adapter strictly, evaluate it, train from it when asked to."""
+    from app import model, train  # torch is imported only once there is work
+
+    config, order = RunConfig.read(context.run_config), message.content["config"]
+    name, folder, models, cached = places(context)
+    site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
+    print(f"bouquet: {name}: {site.partition.report()}", flush=True)
+    applied = model.apply_adapter(site.unet, message.content["arrays"].to_torch_state_dict())
+    metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
+    reply = RecordDict()
+    if training:
+        metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
+        reply["arrays"] = ArrayRecord(model.adapter_of(site.unet))
+    metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
+    metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
+    reply["metrics"] = MetricRecord(metrics)
+    reply["info"] = ConfigRecord({"site": name, "applied": applied})
+    print(f"bouquet: {name}: round {order['round']}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
+    return reply
+
+
+def places(context: Context) -> tuple[str, Path, Path, Path]:
+    """(site name, data folder, base models, cache): the site's own choice, never the run's.
+
+    In deployment they are the SuperNode's node config; in simulation the environment's, by partition-id.
+    """
+    own = context.node_config
+    if "data-path" in own:
+        return str(own["site-name"]), Path(str(own["data-path"])), Path(str(own["models-path"])), Path(str(own["cache-path"]))
+    if "partition-id" in own and "BOUQUET_DATA" in os.environ:
+        name = f"site-{int(own['partition-id']) + 1}"
+        data, models, cached = (Path(os.environ[f"BOUQUET_{k}"]) for k in ("DATA", "MODELS", "CACHE"))
+        return name, data / name, models, cached / name
+    raise SiteError(
+        "SITE-12",
+        "The site does not say where its data are.",
+        found=f"node config has {', '.join(sorted(own)) or 'nothing'}",
+        fix='start the SuperNode with --node-config \'site-name="…" data-path="…" models-path="…" cache-path="…"\', '
+        "or set BOUQUET_DATA, BOUQUET_MODELS and BOUQUET_CACHE for a simulation",
+    )

@@ -1,0 +1,103 @@
+"""A run's configuration: one table of names, defaults, units, ranges and meanings, read once into a frozen dataclass.
+
+Enters: Flower's flat `run_config` dict. Leaves: `RunConfig`, or ConfigError CONFIG-01 (unknown key), CONFIG-02 (wrong
+type, out of range or not a choice), CONFIG-03 (values that contradict each other).
+A run's config never names a path, a device or a site's limit: those are the site's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from app.errors import ConfigError
+
+ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
+RESNET = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
+LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
+PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
+
+
+def _key(default: Any, unit: str, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"unit": unit, "meaning": meaning, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every key of `[tool.flwr.app.config]`; a field `local_steps` is the key `local-steps`."""
+
+    base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy")
+    resolution: int = _key(64, "pixels", "side of the square training images, a multiple of 8", low=16, high=2048)
+    rounds: int = _key(4, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
+    local_steps: int = _key(50, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
+    batch_size: int = _key(16, "images", "images in one forward pass", low=1, high=4096)
+    gradient_accumulation: int = _key(1, "passes", "forward passes in one optimiser step", low=1, high=1024)
+    learning_rate: float = _key(2e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
+    lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
+    lora_targets: str = _key("attention+resnet", "", "which layers get an adapter", choices=tuple(LORA_TARGETS))
+    caption_dropout: float = _key(0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0)
+    min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
+    precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
+    validation_fraction: float = _key(0.1, "share", "images each site keeps for validation", low=0.01, high=0.5)
+    validation_timesteps: int = _key(4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100)
+    min_sites: int = _key(2, "sites", "fewest sites that a round needs", low=1, high=10_000)
+    wait_for_sites: int = _key(180, "seconds", "longest wait for that many sites", low=1, high=86_400)
+    round_timeout: int = _key(3600, "seconds", "longest wait for a round's replies", low=10, high=604_800)
+    seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
+    sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by |; empty draws nothing")
+    sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
+    sample_guidance: float = _key(4.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Flower's flat dict to a checked RunConfig; keys that are left out keep their defaults."""
+        table = {f.name.replace("_", "-"): f for f in fields(cls)}
+        for name in values:
+            if name not in table:
+                close = difflib.get_close_matches(name, table, n=1)
+                hint = f"did you mean {close[0]}?" if close else "see the README's table of run-config keys"
+                raise ConfigError("CONFIG-01", f"Unknown run-config key {name!r}.", found=f"{name} = {values[name]!r}", fix=hint)
+        config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
+        if config.resolution % 8:
+            raise _wrong("resolution", config.resolution, "a multiple of 8")
+        return config
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(p.strip() for p in self.sample_prompts.split("|") if p.strip())
+
+
+def _wrong(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(
+        "CONFIG-02",
+        f"Run-config key {name!r} has a value it cannot have.",
+        found=f"{name} = {value!r}",
+        fix=f"give {expected}, for example --run-config '{name}=...'",
+    )
+
+
+def _checked(name: str, spec: Any, value: Any) -> Any:
+    kind, (low, high, choices) = type(spec.default), (spec.metadata[k] for k in ("low", "high", "choices"))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise _wrong(name, value, f"a finite {kind.__name__}" if kind is float else f"a value of type {kind.__name__}")
+    if choices and value not in choices:
+        raise _wrong(name, value, "one of " + ", ".join(choices))
+    if low is not None and not low <= value <= high:
+        raise _wrong(name, value, f"a number from {low:g} to {high:g}")
+    return value
+
+
+def table() -> str:
+    """The README's table of run-config keys, as Markdown."""
+    rows = ["| key | default | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
+    for f in fields(RunConfig):
+        meta = f.metadata
+        span = ", ".join(meta["choices"]) or (f"{meta['low']:g} to {meta['high']:g}" if meta["low"] is not None else "")
+        shown = "four drawn flowers" if f.name == "sample_prompts" else f"`{f.default}`"
+        rows.append(f"| `{f.name.replace('_', '-')}` | {shown} | {meta['unit']} | {span} | {meta['meaning']} |")
+    return "\n".join(rows)

@@ -1,0 +1,81 @@
+"""Noise, prediction, loss: pure functions; the UNet and the noise schedule are arguments.
+
+Shapes: latents_BChw, C=4, h=H/8 (mini: H/4), scaled by vae.config.scaling_factor; text_BTD, SD 1.5: T=77, D=768.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+
+from app.errors import ConfigError
+
+
+def noise_loss(unet, scheduler, latents_BChw, text_BTD, generator: torch.Generator, *, min_snr_gamma: float = 0.0) -> torch.Tensor:
+    """Mean squared error of the prediction, one random timestep an image.
+
+    Returns: float32 scalar.
+    Errors: ConfigError when the scheduler's prediction_type is neither epsilon nor v_prediction.
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 14; weights by Hang et al. 2023, arXiv:2303.09556, eq. 8.
+    """
+    device = latents_BChw.device
+    noise = torch.randn(latents_BChw.shape, generator=generator).to(device)
+    t_B = torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator).to(device)
+    loss_B = losses(unet, scheduler, latents_BChw, text_BTD, noise, t_B)
+    if min_snr_gamma:
+        loss_B = loss_B * min_snr_weight(scheduler, t_B, min_snr_gamma)
+    return loss_B.mean()
+
+
+def losses(unet, scheduler, latents_BChw, text_BTD, noise_BChw, t_B) -> torch.Tensor:
+    """Squared error of the UNet's prediction at the given noise and timesteps: float32 [B]."""
+    noisy = scheduler.add_noise(latents_BChw, noise_BChw, t_B)
+    predicted = unet(noisy.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
+    target = _target(scheduler, latents_BChw, noise_BChw, t_B)
+    return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def _target(scheduler, latents, noise, t):
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, t)
+    raise ConfigError(
+        "CONFIG-03",
+        "The base model predicts something this app cannot train.",
+        found=f"prediction_type = {kind!r}",
+        fix="use a base model whose scheduler has prediction_type epsilon or v_prediction",
+    )
+
+
+def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: float32 [B]."""
+    alpha = scheduler.alphas_cumprod.to(t_B.device)[t_B].float()
+    snr = alpha / (1 - alpha)
+    bottom = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / bottom
+
+
+@torch.no_grad()
+def validation_loss(unet, scheduler, latents_NChw, text_NTD, keys: list[str], *, timesteps: int, batch_size: int) -> float:
+    """Mean loss over fixed noise and stratified timesteps, the same for an image in every round of every run.
+
+    Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
+    """
+    noise, t = zip(*(_fixed_noise(key, latents_NChw.shape[1:], timesteps, scheduler.config.num_train_timesteps) for key in keys), strict=True)
+    noise, t = torch.cat(noise), torch.cat(t)
+    image = torch.arange(len(keys)).repeat_interleave(timesteps)
+    device, total = latents_NChw.device, 0.0
+    for part in torch.arange(len(image)).split(batch_size):
+        pick = image[part].to(device)
+        total += losses(unet, scheduler, latents_NChw[pick], text_NTD[pick], noise[part].to(device), t[part].to(device)).sum().item()
+    return total / len(image)
+
+
+def _fixed_noise(key: str, shape: torch.Size, strata: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    where = (torch.arange(strata) + torch.rand(strata, generator=generator)) / strata
+    return torch.randn((strata, *shape), generator=generator), (where * steps).long().clamp(max=steps - 1)

@@ -1,0 +1,74 @@
+"""Before/after pictures: the same prompts and seeds under the base model and under each adapter.
+
+Enters: a base model's folder, prompts, and adapters in order. Leaves: PIL images and one labelled grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from app.config import RunConfig
+from app.model import Adapter, add_adapter, apply_adapter
+
+INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 6
+
+
+def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
+    """The base model's own pipeline with an adapter of the run's shape on its UNet (B = 0: it draws like the base)."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        base, safety_checker=None, requires_safety_checker=False, local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    add_adapter(pipe.unet.requires_grad_(False), config)
+    pipe.unet.eval()
+    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def render(pipe, adapter: Adapter | None, prompts: Sequence[str], config: RunConfig, seed: int | None = None) -> list[Image.Image]:
+    """One picture a prompt; picture i starts from noise seeded by (seed + i), whatever the adapter."""
+    first = config.seed if seed is None else seed
+    if adapter is None:
+        pipe.unet.disable_adapters()
+    else:
+        pipe.unet.enable_adapters()
+        apply_adapter(pipe.unet, adapter)
+    side = config.resolution
+    return pipe(
+        list(prompts),
+        height=side,
+        width=side,
+        num_inference_steps=config.sample_steps,
+        guidance_scale=config.sample_guidance,
+        generator=[torch.Generator().manual_seed(first + i) for i in range(len(prompts))],
+    ).images
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column_names: Sequence[str], cell: int = 128) -> Image.Image:
+    """A sheet of pictures with a name beside each row and above each column; columns wrap their names at commas."""
+    font = ImageFont.load_default(13)
+    left = 12 + max(int(font.getlength(name)) for name in row_names)
+    heads = [name.replace(", ", ",\n") for name in column_names]
+    top = 10 + 17 * max(head.count("\n") + 1 for head in heads)
+    sheet = Image.new("RGB", (left + len(heads) * (cell + GAP), top + len(rows) * (cell + GAP)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        pen.multiline_text((left + x * (cell + GAP), 4), head, INK, font)
+    for y, (name, row) in enumerate(zip(row_names, rows, strict=True)):
+        pen.text((6, top + y * (cell + GAP) + cell // 2 - 8), name, INK, font)
+        for x, image in enumerate(row):
+            resample = Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((cell, cell), resample), (left + x * (cell + GAP), top + y * (cell + GAP)))
+    return sheet
+
+
+def sheet(base: Path, adapters: dict[str, Adapter | None], config: RunConfig) -> Image.Image:
+    """A row for each named adapter (None is the base model), a column for each of the run's prompts."""
+    pipe = pipeline(base, config)
+    rows = [render(pipe, adapter, config.prompts, config) for adapter in adapters.values()]
+    return grid(rows, list(adapters), config.prompts, cell=max(128, min(256, config.resolution)))

@@ -1,0 +1,212 @@
+"""The deployment on this host, as containers or as processes: the same SuperLink, TLS, keys, SuperNodes and app.
+
+Enters: certificates, site keys and data that scripts/setup made. Leaves: a SuperLink, a ServerApp executor and one
+SuperNode a site, all online; or HOST-05 (Compose failed), HOST-06 (no hub), HOST-07 (a site did not join).
+Both engines have start(), stop() and fetch(run), which says where a run's folder is on this host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from app.errors import BouquetError  # noqa: E402
+from scripts._flower import BIN, QUIET, nodes_online  # noqa: E402
+
+
+class Compose:
+    """The deployment as containers; `.env` says which Compose files, image, devices and folders."""
+
+    def __init__(self) -> None:
+        self.logs = "docker compose logs"
+        self.ours = not self._compose("ps", "--status", "running", "-q", capture=True)
+
+    def start(self) -> None:
+        self._compose("up", "-d", "--wait", "--quiet-pull")
+
+    def stop(self) -> None:
+        """Stop what start() started; containers, networks and volumes stay."""
+        if self.ours:
+            self._compose("stop", "--timeout", "20")
+
+    def fetch(self, run_id: str) -> Path:
+        """Copy a run's folder out of the adapters volume; where it is on this host."""
+        adapters = ROOT / ".bouquet" / "adapters"
+        adapters.mkdir(parents=True, exist_ok=True)
+        self._compose("cp", f"serverapp:/adapters/{run_id}", str(adapters))
+        link = adapters / ".latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(run_id)
+        link.rename(adapters / "latest")
+        return adapters / run_id
+
+    def _compose(self, *args: str, capture: bool = False) -> str:
+        done = subprocess.run(
+            ["docker", "compose", "--progress", "quiet", *args], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True
+        )
+        if done.returncode:
+            fix = "docker compose ps -a, docker compose logs"
+            raise BouquetError("HOST-05", "Docker Compose failed.", found=f"docker compose {' '.join(args)}", fix=fix)
+        return done.stdout or ""
+
+
+class Processes:
+    """The deployment as processes on loopback, for hosts without Docker. All state lies under `home`."""
+
+    def __init__(self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}) -> None:
+        """sites: name -> data folder; env: additions to every process's environment."""
+        self.home, self.certs, self.port, self.sites = home, certs, port, dict(sites)
+        self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
+        threads = str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
+        self.env = {
+            **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"), **env,
+        }  # fmt: skip
+        self.site_env = {"OMP_NUM_THREADS": threads}
+        self.running: dict[str, subprocess.Popen] = {}
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.stop_leftovers()
+        self.start_hub()
+        self.register()
+        for site in self.sites:
+            self.start_site(site)
+        self.wait_until_online(len(self.sites))
+
+    def start_hub(self) -> None:
+        """SuperLink and ServerApp executor. Raises HOST-06 when the SuperLink does not answer over TLS."""
+        for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        secret = f"--superexec-auth-secret-file={self.certs}/superexec.secret"
+        self._spawn("superlink", [
+            BIN / "flower-superlink", "--host=127.0.0.1", f"--port={self.port}", f"--ssl-ca-certfile={self.certs}/ca.crt",
+            f"--ssl-certfile={self.certs}/superlink.crt", f"--ssl-keyfile={self.certs}/superlink.key",
+            "--enable-supernode-auth", f"--database={self.home}/state/superlink.db", "--isolation=process", secret,
+            "--disable-runtime-dependency-installation",
+        ])  # fmt: skip
+        self._wait_for_superlink()
+        self._spawn("serverapp", [
+            BIN / "flower-superexec", f"--runtime-api-address={self.address}", f"--root-certificates={self.certs}/ca.crt", secret,
+        ])  # fmt: skip
+
+    def register(self) -> None:
+        """Admit every key of certs/admitted; a known one is left alone."""
+        command = [sys.executable, ROOT / "docker" / "register.py", self.address, self.certs / "ca.crt", self.certs / "admitted"]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True)
+        if done.returncode:
+            raise self._error("HOST-06", "The hub refused a site's key.", done.stdout + done.stderr)
+
+    def start_site(self, name: str) -> None:
+        settings = {
+            "site-name": name, "data-path": self.sites[name], "models-path": ROOT / "models",
+            "cache-path": self.home / "cache" / name,
+        }  # fmt: skip
+        self._spawn(name, [
+            sys.executable, ROOT / "docker" / "supernode.py", f"--superlink={self.address}", f"--root-certificates={self.certs}/ca.crt",
+            f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
+            "--node-config=" + " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items()),
+        ], self.site_env)  # fmt: skip
+
+    def wait_until_online(self, count: int, timeout: float = 90) -> None:
+        """Wait for `count` sites. A site that was killed may come back only after 66 s, when its old session has ended."""
+        end = time.monotonic() + timeout
+        while (online := nodes_online()) < count:
+            dead = [name for name in self.sites if name in self.running and self.running[name].poll() is not None]
+            if dead or time.monotonic() > end:
+                logs = "".join((self.logs / f"{name}.log").read_text()[-800:] for name in dead)
+                raise self._error("HOST-07", "A site did not join.", f"{online} of {count} online; ended: {dead} {logs}")
+            time.sleep(1)
+
+    def stop_site(self, name: str) -> None:
+        end_group(self.running.pop(name).pid)
+        self._note_pids()
+
+    def stop(self) -> None:
+        """Stop what this object started: sites first, so that they can say goodbye to the hub."""
+        for name in reversed(list(self.running)):
+            self.stop_site(name)
+
+    def stop_leftovers(self) -> None:
+        """End the processes that an earlier start left behind (a --keep, or a kill)."""
+        for pid in json.loads(self.pids.read_text()).values() if self.pids.is_file() else ():
+            if str(self.certs) in subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout:
+                end_group(pid)
+        self.pids.unlink(missing_ok=True)
+
+    def fetch(self, run_id: str) -> Path:
+        return self.adapters / run_id
+
+    def _spawn(self, name: str, command: list, env: Mapping[str, str] = {}) -> None:
+        with (self.logs / f"{name}.log").open("w") as log:
+            self.running[name] = subprocess.Popen(
+                [str(part) for part in command], cwd=self.home, env=self.env | env, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._note_pids()
+
+    def _note_pids(self) -> None:
+        self.pids.write_text(json.dumps({name: process.pid for name, process in self.running.items()}))
+
+    def _wait_for_superlink(self, timeout: float = 60) -> None:
+        tls = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))
+        end, why = time.monotonic() + timeout, ""
+        while time.monotonic() < end and self.running["superlink"].poll() is None:
+            try:
+                urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=tls).close()
+                return
+            except urllib.error.URLError as error:
+                why = str(error.reason)
+                if isinstance(error.reason, ssl.SSLCertVerificationError):
+                    break
+            time.sleep(0.2)
+        raise self._error("HOST-06", "The SuperLink did not start.", f"{why} {(self.logs / 'superlink.log').read_text()[-800:]}")
+
+    def _error(self, code: str, headline: str, found: str) -> BouquetError:
+        return BouquetError(code, headline, found=" ".join(found.split()), fix=f"see {self.logs}; scripts/certs check")
+
+
+def end_group(pid: int) -> None:
+    """End a process and all that it started: ask its group, wait up to 15 s for the process, insist."""
+    try:
+        os.killpg(pid, signal.SIGTERM)
+        end = time.monotonic() + 15
+        while is_alive(pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs; our own child is reaped on the way."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:  # not our child
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
