@@ -9,34 +9,36 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from app.errors import AdapterError, HubError
 from app.model import Adapter, check_adapter
 
 NEEDED = ("num-examples", "train-loss", "validation-loss")
+LONGEST = 300  # characters of a site's own text that the hub prints and keeps
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A site's valid reply: its message (for Flower's aggregation) and what a person reads of it."""
+    """A site's valid reply: its adapter (None after an evaluation), the images it trained on, and its other numbers."""
 
     site: str
-    message: Message
+    adapter: Adapter | None
     images: int
     metrics: dict[str, float]
 
 
-def accept(message: Message, sent: Adapter, sent_hash: str) -> Reply:
-    """The reply, or HUB-04 / ADAPTER-01 / ADAPTER-02 / ADAPTER-03 with a sentence that says what is wrong with it."""
+def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool) -> Reply:
+    """The reply, or HUB-04, HUB-05, ADAPTER-01, -02 or -03 with a sentence that says what is wrong with it."""
     if message.has_error():
         raise HubError("HUB-04", f"The site could not take part: {_reason(message)}", found="an error reply", fix="read that site's log")
     content = message.content
-    info, metrics = dict(content.config_records.get("info", {})), dict(content.metric_records.get("metrics", {}))
-    wrong = [k for k in NEEDED if not isinstance(metrics.get(k), (int, float)) or not math.isfinite(metrics[k])]
-    images = metrics.get("num-examples")
-    if wrong or not isinstance(images, int) or not 0 < images < 10**9:
+    info, metrics = content.config_records.get("info", {}), content.metric_records.get("metrics", {})
+    numbers = {k: v for k, v in metrics.items() if type(v) in (int, float) and math.isfinite(v)}
+    wrong = [name for name in NEEDED if name not in numbers]
+    images = numbers.get("num-examples")
+    if wrong or type(images) is not int or not 0 < images < 10**9:
         raise HubError(
             "HUB-05",
             "The reply's metrics are missing or impossible.",
@@ -50,15 +52,29 @@ def accept(message: Message, sent: Adapter, sent_hash: str) -> Reply:
             found=f"it applied {str(info.get('applied'))[:16]}, the hub sent {sent_hash[:16]}",
             fix="update that site to the hub's version",
         )
-    if "arrays" in content.array_records:
-        check_adapter(content["arrays"].to_torch_state_dict(), sent)
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-    return Reply(str(info.get("site", message.metadata.src_node_id)), message, images, numbers)
+    adapter = _adapter(content) if training else None
+    if adapter is not None:
+        check_adapter(adapter, sent)
+    return Reply(_line(info.get("site", message.metadata.src_node_id)), adapter, images, numbers)
+
+
+def _adapter(content: RecordDict) -> Adapter:
+    """The arrays as tensors; {} where there are none, or bytes that are no arrays (which then fit no adapter)."""
+    try:
+        return dict(content.array_records["arrays"].to_torch_state_dict())
+    except Exception:  # numpy's reader fails in many ways on bytes that it did not write
+        return {}
 
 
 def _reason(message: Message) -> str:
     """An error's public text; Flower wraps an exception as <class '…'>:<'text'>."""
-    return (message.error.reason or f"error code {message.error.code}").removesuffix("'>").split(":<'", 1)[-1]
+    text = message.error.reason or f"error code {message.error.code}"
+    return _line(text.split(":<'", 1)[-1].removesuffix("'>"))
+
+
+def _line(text: object) -> str:
+    """A site's text on one line of bounded length."""
+    return " ".join(str(text).split())[:LONGEST]
 
 
 def weighted_mean(replies: Iterable[Reply]) -> Adapter:
@@ -66,10 +82,11 @@ def weighted_mean(replies: Iterable[Reply]) -> Adapter:
 
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
-    ordered = [reply.message for reply in sorted(replies, key=lambda reply: reply.site)]
-    arrays, _ = FedAvg(min_available_nodes=1).aggregate_train(0, ordered)
-    assert isinstance(arrays, ArrayRecord)
-    return {key: value.float() for key, value in arrays.to_torch_state_dict().items()}
+    records = [
+        RecordDict({"arrays": ArrayRecord(reply.adapter), "metrics": MetricRecord({"num-examples": reply.images})})
+        for reply in sorted(replies, key=lambda reply: reply.site)
+    ]
+    return dict(aggregate_arrayrecords(records, "num-examples").to_torch_state_dict())
 
 
 def weighted(replies: Iterable[Reply], name: str) -> float:

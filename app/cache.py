@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from app.data import Partition, Photo
 from app.data import pixels as pixels_of
 from app.images import BadImage
 
-BATCH = 16  # photos or captions encoded at a time
+BATCH = 16  # captions encoded at a time
+PIXELS = 16 * 128**2  # pixels encoded at a time: 16 photos at 128, one at 512, where each takes the autoencoder about a gigabyte
+PASSING = ("changed", "outside", "unreadable")  # may be mended without a change to the photo's bytes: tried again every time
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def encode(partition: Partition, base: Path, sums: dict[str, str], resolution: i
         fresh, spoiled = _encode_photos(todo, base, resolution, device)
         latents, bad = latents | fresh, bad | spoiled
         keep = {p.key for p in partition.photos}
-        _write(latents_file, {k: v for k, v in latents.items() if k in keep}, {k: v for k, v in bad.items() if k in keep})
+        lasting = {k: v for k, v in bad.items() if k in keep and v not in PASSING}
+        _write(latents_file, {k: v for k, v in latents.items() if k in keep}, lasting)
     partition = partition.without(bad).require(2)
     text, _ = _read(text_file)
     captions = sorted({"", *(p.caption for p in partition.photos)})
@@ -80,10 +83,10 @@ def _encode_photos(photos: list[Photo], base: Path, resolution: int, device: tor
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae", local_files_only=True, torch_dtype=torch.float32).to(device).eval()
-    latents, bad = {}, {}
-    for start in range(0, len(photos), BATCH):
+    latents, bad, size = {}, {}, max(1, PIXELS // resolution**2)
+    for start in range(0, len(photos), size):
         pixels = {}
-        for photo in photos[start : start + BATCH]:
+        for photo in photos[start : start + size]:
             try:
                 pixels[photo.key] = pixels_of(photo, resolution)
             except BadImage as error:
@@ -91,7 +94,7 @@ def _encode_photos(photos: list[Photo], base: Path, resolution: int, device: tor
         if pixels:
             mean = vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
             latents |= dict(zip(pixels, mean.cpu().unbind(), strict=True))
-        print(f"bouquet: encoded {min(start + BATCH, len(photos))}/{len(photos)} photos", flush=True)
+        print(f"bouquet: encoded {min(start + size, len(photos))}/{len(photos)} photos", flush=True)
     return latents, bad
 
 
@@ -112,12 +115,13 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> d
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not path.exists():
+    """Rows by key and reasons by key; nothing where there is no file, or one that was cut off (it is encoded again)."""
+    try:
+        with safe_open(path, "pt") as file:
+            note, rows = file.metadata(), file.get_tensor("rows")
+    except (FileNotFoundError, SafetensorError):
         return {}, {}
-    with safe_open(path, "pt") as file:
-        note = file.metadata()
-        rows = file.get_tensor("rows").unbind() if note["keys"] != "[]" else ()
-        return dict(zip(json.loads(note["keys"]), rows, strict=True)), json.loads(note["bad"])
+    return dict(zip(json.loads(note["keys"]), rows.unbind(), strict=True)), json.loads(note["bad"])
 
 
 def _write(path: Path, rows: dict[str, torch.Tensor], bad: dict[str, str]) -> None:

@@ -56,11 +56,13 @@ def read_adapter(folder: Path) -> Adapter:
 
 def write_folder(target: Path, fill: Callable[[Path], None], adapter: Adapter) -> None:
     """Fill a temporary folder, load its adapter back to see that it is whole, then rename it into place."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
     for path in temporary.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, which nobody else who shares the volume could read
         with path.open("rb") as file:
             _sync(file.fileno())
     written = read_adapter(temporary)
@@ -68,8 +70,9 @@ def write_folder(target: Path, fill: Callable[[Path], None], adapter: Adapter) -
     assert adapter_hash(written) == adapter_hash(adapter), "the adapter on disk is not the adapter in memory"
     _sync_folder(temporary)
     if target.exists():
-        shutil.rmtree(target)
+        target.replace(old)
     temporary.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
     _sync_folder(target.parent)
 
 

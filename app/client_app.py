@@ -18,6 +18,8 @@ from app.config import RunConfig
 from app.errors import BouquetError, SiteError
 
 app = ClientApp()
+KEYS = ("site-name", "data-path", "models-path", "cache-path")  # of a SuperNode's node config
+FOLDERS = ("BOUQUET_DATA", "BOUQUET_MODELS", "BOUQUET_CACHE")  # of a simulation's environment
 ERROR = 100  # our error code in Flower's replies; the reason has our own code
 
 
@@ -78,11 +80,12 @@ def places(context: Context) -> tuple[str, Path, Path, Path]:
     In deployment they are the SuperNode's node config; in simulation the environment's, by partition-id.
     """
     own = context.node_config
-    if "data-path" in own:
-        return str(own["site-name"]), Path(str(own["data-path"])), Path(str(own["models-path"])), Path(str(own["cache-path"]))
-    if "partition-id" in own and "BOUQUET_DATA" in os.environ:
+    if all(key in own for key in KEYS):
+        name, *paths = (str(own[key]) for key in KEYS)
+        return name, *map(Path, paths)
+    if "partition-id" in own and all(name in os.environ for name in FOLDERS):
         name = f"site-{int(own['partition-id']) + 1}"
-        data, models, cached = (Path(os.environ[f"BOUQUET_{k}"]) for k in ("DATA", "MODELS", "CACHE"))
+        data, models, cached = (Path(os.environ[folder]) for folder in FOLDERS)
         return name, data / name, models, cached / name
     raise SiteError(
         "SITE-12",

@@ -47,7 +47,7 @@ class RunConfig:
     wait_for_sites: int = _key(180, "seconds", "longest wait for that many sites", low=1, high=86_400)
     round_timeout: int = _key(3600, "seconds", "longest wait for a round's replies", low=10, high=604_800)
     seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
-    sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by |; empty draws nothing")
+    sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by a vertical bar; empty draws nothing")
     sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
     sample_guidance: float = _key(4.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
 
@@ -79,6 +79,10 @@ def _wrong(name: str, value: Any, expected: str) -> ConfigError:
     )
 
 
+def _span(low: float, high: float) -> str:
+    return " to ".join(f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high))
+
+
 def _checked(name: str, spec: Any, value: Any) -> Any:
     kind, (low, high, choices) = type(spec.default), (spec.metadata[k] for k in ("low", "high", "choices"))
     if kind is float and type(value) is int:
@@ -88,7 +92,7 @@ def _checked(name: str, spec: Any, value: Any) -> Any:
     if choices and value not in choices:
         raise _wrong(name, value, "one of " + ", ".join(choices))
     if low is not None and not low <= value <= high:
-        raise _wrong(name, value, f"a number from {low:g} to {high:g}")
+        raise _wrong(name, value, f"a number from {_span(low, high)}")
     return value
 
 
@@ -97,7 +101,7 @@ def table() -> str:
     rows = ["| key | default | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for f in fields(RunConfig):
         meta = f.metadata
-        span = ", ".join(meta["choices"]) or (f"{meta['low']:g} to {meta['high']:g}" if meta["low"] is not None else "")
+        span = ", ".join(meta["choices"]) or ("" if meta["low"] is None else _span(meta["low"], meta["high"]))
         shown = "four drawn flowers" if f.name == "sample_prompts" else f"`{f.default}`"
         rows.append(f"| `{f.name.replace('_', '-')}` | {shown} | {meta['unit']} | {span} | {meta['meaning']} |")
     return "\n".join(rows)

@@ -22,7 +22,7 @@ def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        base, safety_checker=None, requires_safety_checker=False, local_files_only=True, torch_dtype=torch.float32
+        base, safety_checker=None, requires_safety_checker=False, local_files_only=True, dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
     add_adapter(pipe.unet.requires_grad_(False), config)

@@ -74,13 +74,20 @@ class Run:
         """Every round, then one evaluation of the last aggregate."""
         for number in range(1, self.config.rounds + 1):
             adapter = self.round(number, adapter)
-        sent = model.adapter_hash(adapter)
-        replies, refused = self.exchange("evaluate", self.config.rounds + 1, adapter, sent)
+        self.last_evaluation(adapter)
+        return adapter
+
+    def last_evaluation(self, adapter: model.Adapter) -> None:
+        """What the sites say of the result. The training is done: a site that is gone by now spoils nothing."""
+        try:
+            replies, self.history["refused_final_evaluation"] = self.exchange("evaluate", self.config.rounds + 1, adapter, model.adapter_hash(adapter))
+        except HubError as error:
+            self.history["no_final_evaluation"] = str(error)
+            print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
+            return
         self.note_validation(replies)
-        self.history["refused_final_evaluation"] = refused
         first, last = self.history["validation"][0]["weighted"], self.history["validation"][-1]["weighted"]
         print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
-        return adapter
 
     def round(self, number: int, adapter: model.Adapter) -> model.Adapter:
         """Send the global adapter, take the sites' adapters, aggregate, write the round."""
@@ -119,13 +126,19 @@ class Run:
         content = RecordDict({"arrays": ArrayRecord(adapter), "config": order})
         timeout = self.config.round_timeout
         messages = [Message(content, dst_node_id=n, message_type=kind, ttl=float(timeout + 60), group_id=str(number)) for n in nodes]
-        replies, refused, missing = [], [], dict(zip(self.grid.push_messages(messages), nodes, strict=True))
+        ids = list(self.grid.push_messages(messages))  # '' where the SuperLink did not take one, [] where it took none
+        missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
+        unsent = [node for node in nodes if node not in missing.values()]
+        replies, refused = [], [{"site": self.name(node), "reason": "HUB-03  The SuperLink did not take its message."} for node in unsent]
         deadline = time.time() + timeout
         while missing and time.time() < deadline:
             for message in self.grid.pull_messages(list(missing)):
                 node = missing.pop(message.metadata.reply_to_message_id)
                 try:
-                    replies.append(aggregate.accept(message, adapter, sent))
+                    reply = aggregate.accept(message, adapter, sent, training=kind == "train")
+                    if reply.site in {other.site for other in replies}:
+                        raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
+                    replies.append(reply)
                 except BouquetError as error:
                     refused.append({"site": self.name(node), "reason": str(error)})
                     print(f"bouquet: refused  {self.name(node)}: {error}", flush=True)
@@ -161,11 +174,8 @@ class Run:
 
     def name(self, node: int) -> str:
         """The name a site was registered under, where the hub knows it; else the node's id."""
-        if hasattr(self.grid, "get_nodes"):
-            for info in self.grid.get_nodes():
-                if info.node_id == node and info.name:
-                    return info.name
-        return str(node)
+        names = {info.node_id: info.name for info in self.grid.get_nodes()}
+        return names.get(node) or str(node)
 
     def note_validation(self, replies: Iterable[aggregate.Reply]) -> None:
         """The arriving adapter's loss at each site: entry k is after k rounds."""

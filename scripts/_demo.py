@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -69,14 +70,9 @@ def arguments() -> argparse.Namespace:
 def engine(name: str) -> Compose | Processes:
     if name == "docker":
         return Compose()
-    sites = {site: ROOT / setting(f"{site.upper().replace('-', '_')}_DATA") for site in ("site-1", "site-2")}
-    return Processes(ROOT / ".bouquet", ROOT / "certs", int(setting("HUB_PORT")), sites)
-
-
-def setting(key: str) -> str:
-    """A value of the environment, else of .env."""
-    lines = (line.partition("=") for line in (ROOT / ".env").read_text().splitlines())
-    return os.environ.get(key) or {name: value for name, _, value in lines}[key]
+    env = dict(line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if "=" in line) | os.environ
+    sites = {f"site-{found[1]}": ROOT / env[key] for key in env if (found := re.fullmatch(r"SITE_(\d+)_DATA", key))}
+    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites)
 
 
 def report(result: Path, args: argparse.Namespace) -> None:

@@ -72,7 +72,8 @@ class Processes:
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
         threads = str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
         self.env = {
-            **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+            **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
+            "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
             "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads}
@@ -113,13 +114,15 @@ class Processes:
         if done.returncode:
             raise self._error("HOST-06", "The hub refused a site's key.", done.stdout + done.stderr)
 
-    def start_site(self, name: str) -> None:
+    def start_site(self, name: str, hub: str = "") -> None:
+        """Start one SuperNode; it connects to `hub`, or straight to this deployment's SuperLink."""
         settings = {
             "site-name": name, "data-path": self.sites[name], "models-path": ROOT / "models",
             "cache-path": self.home / "cache" / name,
         }  # fmt: skip
         self._spawn(name, [
-            sys.executable, ROOT / "docker" / "supernode.py", f"--superlink={self.address}", f"--root-certificates={self.certs}/ca.crt",
+            sys.executable, ROOT / "docker" / "supernode.py", f"--superlink={hub or self.address}",
+            f"--root-certificates={self.certs}/ca.crt",
             f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
             "--node-config=" + " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items()),
         ], self.site_env)  # fmt: skip
@@ -135,7 +138,9 @@ class Processes:
             time.sleep(1)
 
     def stop_site(self, name: str) -> None:
-        end_group(self.running.pop(name).pid)
+        process = self.running.pop(name)
+        end_group(process.pid)
+        process.wait()
         self._note_pids()
 
     def stop(self) -> None:

@@ -287,5 +287,9 @@ def photos(species: tuple[str, ...], count: int, seed: int) -> list[tuple[Image.
 
 
 def site_photos(site: int, count: int, seed: int) -> list[tuple[Image.Image, str]]:
-    """The demo's photos for one site: species that the base model has never seen (sites beyond the second take turns)."""
-    return photos(UNSEEN[(site - 1) % len(UNSEEN) + 1], count, seed * 1000 + site)
+    """The demo's photos for one site: its own two unseen species and, one in five, a species that everybody knows.
+
+    The common ones keep the captions meaningful: without them a site could draw its own flowers whatever it is asked for.
+    """
+    own = UNSEEN[(site - 1) % len(UNSEEN) + 1]  # sites beyond the second take turns
+    return photos(tuple(name for common in KNOWN for name in (*own, *own, common)), count, seed * 1000 + site)

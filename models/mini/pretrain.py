@@ -258,7 +258,7 @@ def train_unet(steps: int, batch: int = 32, rate: float = 1e-3, dropout: float =
         if step % 250 == 0 or step == steps:
             ema.store(both.parameters())
             ema.copy_to(both.parameters())
-            save_file(both.state_dict(), state.with_suffix(".tmp"))
+            save_file({key: value.contiguous() for key, value in both.state_dict().items()}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
             ema.restore(both.parameters())
 
@@ -279,6 +279,10 @@ def export() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(HERE)
+    for path in HERE.glob("*/config.json"):  # says where a part was loaded from: this machine's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     curves = {stage: json.loads((WORK / f"{stage}.json").read_text()) for stage in ("vae", "unet")}
     (HERE / "loss.json").write_text(json.dumps({"seed": SEED, "pictures": PICTURES, "step_loss": curves}) + "\n")
     plot(curves)

@@ -1,0 +1,57 @@
+"""Shared parts of the tests: a copy of the project with its own certificates and data, and whether Docker is here.
+
+BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_project(to: Path) -> Path:
+    """What git would clone (and what is new and not ignored), with this checkout's .venv; `to` itself."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes((ROOT / name).read_bytes())
+            (to / name).chmod((ROOT / name).stat().st_mode | 0o444)
+    (to / ".venv").symlink_to(ROOT / ".venv")
+    return to
+
+
+def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """A shell command with both outputs in .stdout; a failing one fails the test with its last words."""
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0 or not check, f"{command}\n{done.stdout[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh copy of the project, as a newcomer has it: no .env, no certificates, no data."""
+    return copy_project(tmp_path_factory.mktemp("project") / "bouquet")
+
+
+@pytest.fixture(scope="session")
+def docker() -> None:
+    """Skips where no Docker Engine with Compose answers."""
+    try:
+        done = subprocess.run("docker info && docker compose version", shell=True, capture_output=True, text=True, timeout=60)
+        why = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        why = "docker info takes longer than 60 s"
+    if why and os.environ.get("BOUQUET_REQUIRE_DOCKER"):
+        pytest.fail(f"BOUQUET_REQUIRE_DOCKER is set and no Docker Engine answers: {why}")
+    if why:
+        pytest.skip(f"no Docker Engine answers: {why}")

@@ -1,0 +1,231 @@
+"""What the hub takes from a site, what it refuses, and the mean of the rest worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from app import aggregate, model
+from app.errors import AdapterError, BouquetError, HubError
+from tests import tiny
+
+SENT = tiny.adapter(0)
+HASH = model.adapter_hash(SENT)
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch) -> None:
+    tiny.be_the_hub(monkeypatch)
+
+
+def message(content: RecordDict | Error) -> Message:
+    order = Message(RecordDict(), dst_node_id=77, message_type="train")
+    return Message(content, reply_to=order)
+
+
+def content(adapter: model.Adapter | None = None, applied: str = HASH, site: str = "site-1", **metrics) -> RecordDict:
+    """A good reply, with metrics replaced (None takes one away)."""
+    numbers = {"num-examples": 10, "train-loss": 0.5, "validation-loss": 0.4} | {k.replace("_", "-"): v for k, v in metrics.items()}
+    record = RecordDict({"metrics": MetricRecord({k: v for k, v in numbers.items() if v is not None})})
+    record["info"] = ConfigRecord({"site": site, "applied": applied})
+    if adapter is not None:
+        record["arrays"] = ArrayRecord(adapter)
+    return record
+
+
+def accept(record: RecordDict | Error, training: bool = True) -> aggregate.Reply:
+    return aggregate.accept(message(record), SENT, HASH, training=training)
+
+
+def refused(record: RecordDict | Error, code: str, kind: type[BouquetError] = HubError, training: bool = True) -> BouquetError:
+    with pytest.raises(kind) as caught:
+        accept(record, training)
+    assert caught.value.code == code
+    return caught.value
+
+
+def reply(site: str, images: int, seed: int) -> aggregate.Reply:
+    return aggregate.Reply(site, tiny.adapter(seed), images, {"train-loss": float(seed)})
+
+
+# --- the guard ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_reply_is_taken_as_it_came():
+    got = accept(content(tiny.adapter(1), site="garden", seconds_train=3.5))
+    assert (got.site, got.images) == ("garden", 10)
+    assert got.metrics == {"num-examples": 10, "train-loss": 0.5, "validation-loss": 0.4, "seconds-train": 3.5}
+    assert tiny.equal(got.adapter, tiny.adapter(1))
+
+
+def test_a_site_without_a_name_goes_by_its_nodes_number():
+    record = content(tiny.adapter(1))
+    record["info"] = ConfigRecord({"applied": HASH})
+    assert accept(record).site == "77"
+
+
+def test_an_evaluation_needs_no_adapter_and_a_training_does():
+    assert accept(content(), training=False).adapter is None
+    missing = refused(content(), "ADAPTER-01", AdapterError)
+    assert f"{len(SENT)} keys missing" in missing.found
+
+
+def test_an_adapter_sent_with_an_evaluation_is_not_looked_at():
+    assert accept(content({"x": torch.tensor([math.nan])}), training=False).adapter is None
+
+
+def test_an_error_reply_gives_the_sites_public_sentence():
+    error = refused(Error(code=100, reason="SITE-01  No training images."), "HUB-04")
+    assert str(error) == "HUB-04  The site could not take part: SITE-01 No training images."
+
+
+def test_flowers_wrapping_of_an_exception_is_taken_off():
+    error = refused(Error(code=2, reason="<class 'app.errors.SiteError'>:<'SITE-01  No training images.'>"), "HUB-04")
+    assert str(error).endswith("could not take part: SITE-01 No training images.")
+
+
+def test_an_error_without_a_reason_goes_by_its_code():
+    assert str(refused(Error(code=5), "HUB-04")).endswith("error code 5")
+
+
+def test_a_sites_text_is_one_line_of_bounded_length():
+    error = refused(Error(code=100, reason="bad\nbouquet: finished\r\t" + "x" * 10_000), "HUB-04")
+    assert "\n" not in str(error) and "\r" not in str(error) and len(str(error)) < 400
+    assert accept(content(tiny.adapter(1), site="a\nb" + "c" * 10_000)).site == "a b" + "c" * 297
+
+
+@pytest.mark.parametrize("name", ["train-loss", "validation-loss", "num-examples"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, [1, 2]])
+def test_a_metric_that_is_missing_or_no_finite_number_is_refused_by_name(name, value):
+    assert name in refused(content(tiny.adapter(1), **{name: value}), "HUB-05").found
+
+
+@pytest.mark.parametrize("images", [0, -9, 1e300, 10.0, 10**9])
+def test_a_number_of_images_that_cannot_be_is_refused(images):
+    assert "num-examples" in refused(content(tiny.adapter(1), num_examples=images), "HUB-05").found
+
+
+def test_a_yes_is_not_a_number_of_images():
+    record = content(tiny.adapter(1))
+    record["metrics"].__dict__["_data"]["num-examples"] = True  # Flower's own check refuses it at an honest site
+    refused(record, "HUB-05")
+
+
+def test_other_metrics_that_are_no_finite_numbers_are_left_out():
+    got = accept(content(tiny.adapter(1), odd=math.nan, many=[1.0, 2.0], photos_undecodable=2))
+    assert set(got.metrics) == {"num-examples", "train-loss", "validation-loss", "photos-undecodable"}
+
+
+def test_a_reply_without_any_records_is_refused():
+    refused(RecordDict(), "HUB-05")
+
+
+@pytest.mark.parametrize("applied", ["", "0" * 64, HASH[:-1], HASH.upper()])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_site_that_applied_another_adapter_is_refused(applied, training):
+    refused(content(tiny.adapter(1), applied=applied), "ADAPTER-03", AdapterError, training)
+
+
+def test_other_keys_are_refused():
+    renamed = {key.replace(".lora_A.", ".lora_A.default."): value for key, value in tiny.adapter(1).items()}
+    refused(content(renamed), "ADAPTER-01", AdapterError)
+
+
+def test_a_shape_that_would_broadcast_is_refused():
+    adapter = tiny.adapter(1)
+    adapter[sorted(adapter)[0]] = torch.ones(1)
+    refused(content(adapter), "ADAPTER-01", AdapterError)
+
+
+def test_an_adapter_that_is_not_finite_is_refused():
+    adapter = tiny.adapter(1)
+    adapter[sorted(adapter)[0]].view(-1)[0] = math.nan
+    refused(content(adapter), "ADAPTER-02", AdapterError)
+
+
+def test_double_precision_is_refused():
+    refused(content({key: value.double() for key, value in tiny.adapter(1).items()}), "ADAPTER-01", AdapterError)
+
+
+@pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\x01\x00\xff\xff{"])
+def test_bytes_that_are_no_array_are_refused(data):
+    record = content()
+    record["arrays"] = ArrayRecord({key: Array(dtype="float32", shape=(2, 4), stype="numpy.ndarray", data=data) for key in SENT})
+    refused(record, "ADAPTER-01", AdapterError)
+
+
+def test_a_pickle_in_place_of_an_array_is_not_opened(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    out = io.BytesIO()
+    np.save(out, np.array([Touch()], dtype=object), allow_pickle=True)
+    record = content()
+    record["arrays"] = ArrayRecord({key: Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=out.getvalue()) for key in SENT})
+    refused(record, "ADAPTER-01", AdapterError)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_no_refusals_public_sentence_repeats_what_a_site_sent():
+    for record in (content(tiny.adapter(1), applied="secret"), content({"secret": torch.zeros(1)}), content(num_examples=-9)):
+        with pytest.raises(BouquetError) as caught:
+            accept(record)
+        assert "secret" not in str(caught.value) and "-9" not in str(caught.value)
+
+
+# --- the mean ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_sites_result_is_the_mean_weighted_by_images_worked_out_in_numpy():
+    one, two = tiny.adapter(1), tiny.adapter(2)
+    mean = aggregate.weighted_mean([reply("site-1", 30, 1), reply("site-2", 10, 2)])
+    assert list(mean) == list(one)
+    for key, value in mean.items():
+        by_hand = one[key].numpy() * np.float32(0.75) + two[key].numpy() * np.float32(0.25)
+        np.testing.assert_array_equal(value.numpy(), by_hand)
+        assert value.dtype == torch.float32
+
+
+def test_one_number_by_hand():
+    # (1·5 + 3·1) / 4 = 2
+    replies = [
+        aggregate.Reply("a", {"w": torch.tensor([5.0])}, 1, {}),
+        aggregate.Reply("b", {"w": torch.tensor([1.0])}, 3, {}),
+    ]
+    assert aggregate.weighted_mean(replies)["w"].tolist() == [2.0]
+
+
+def test_one_site_alone_returns_its_own_adapter_bit_for_bit():
+    assert tiny.equal(aggregate.weighted_mean([reply("site-1", 7, 1)]), tiny.adapter(1))
+
+
+def test_the_order_of_replies_does_not_matter_bit_for_bit():
+    replies = [reply(f"site-{n}", 10 + 7 * n, n) for n in range(1, 6)]
+    first = aggregate.weighted_mean(replies)
+    for turn in range(1, 5):
+        assert tiny.equal(aggregate.weighted_mean(replies[turn:] + replies[:turn]), first)
+    assert tiny.equal(aggregate.weighted_mean(replies[::-1]), first)
+
+
+def test_sites_that_count_different_things_are_averaged_all_the_same():
+    # Flower's own aggregation ends the run where one site alone has, say, an undecodable photo to report.
+    one = accept(content(tiny.adapter(1), site="site-1", photos_undecodable=2))
+    two = accept(content(tiny.adapter(2), site="site-2"))
+    assert tiny.equal(aggregate.weighted_mean([one, two]), aggregate.weighted_mean([reply("site-1", 10, 1), reply("site-2", 10, 2)]))
+
+
+def test_averaging_does_not_change_what_the_sites_sent():
+    replies = [reply("site-1", 30, 1), reply("site-2", 10, 2)]
+    aggregate.weighted_mean(replies)
+    assert tiny.equal(replies[0].adapter, tiny.adapter(1)) and tiny.equal(replies[1].adapter, tiny.adapter(2))
+
+
+def test_a_metric_is_weighted_by_images():
+    # (30·1 + 10·2) / 40 = 1.25
+    assert aggregate.weighted([reply("site-1", 30, 1), reply("site-2", 10, 2)], "train-loss") == 1.25

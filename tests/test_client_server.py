@@ -1,0 +1,512 @@
+"""The ServerApp and the ClientApps together in one process: real code at both ends, a Grid that only carries messages.
+
+The same over real processes, TLS and Docker is tested with the deployment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from PIL import Image
+
+from app import checkpoint, client_app, model, server_app, train
+from app.errors import BouquetError, ConfigError, HubError
+from tests import tiny
+
+COUNTS = {"site-1": 8, "site-2": 12}  # pictures at each site
+
+
+class MemoryGrid(Grid):
+    """Nodes by id, each with its own node config; a reply is made when it is asked for, and may be tampered with."""
+
+    def __init__(self, sites: dict[str, dict], run_config: dict) -> None:
+        self.sites = {100 + n: (name, own) for n, (name, own) in enumerate(sites.items(), start=1)}
+        self.run_config = run_config
+        self.orders: dict[str, Message] = {}
+        self.sent: list[tuple[str, str, Message]] = []  # (site, round, the hub's message)
+        self.came: list[tuple[str, str, Message]] = []  # (site, round, the site's reply)
+        self.turned = False  # replies in the other order
+        self.tamper: Callable[[str, str, Message], Message | None] = lambda site, number, reply: reply
+
+    set_run = create_message = send_and_receive = None
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+    def get_node_ids(self):
+        return list(self.sites)
+
+    def get_nodes(self):
+        return [SimpleNamespace(node_id=node, name=name) for node, (name, _) in self.sites.items()]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            ids.append(f"message {len(self.sent)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.orders[ids[-1]] = message
+            self.sent.append((self.sites[message.metadata.dst_node_id][0], message.metadata.group_id, message))
+        return ids
+
+    def pull_messages(self, message_ids):
+        for message_id in reversed(message_ids) if self.turned else message_ids:
+            order = self.orders[message_id]
+            node, number = order.metadata.dst_node_id, order.metadata.group_id
+            site, own = self.sites[node]
+            reply = client_app.app(order, Context(7, node, own, RecordDict(), self.run_config))
+            if (reply := self.tamper(site, number, reply)) is not None:
+                self.came.append((site, number, reply))
+                yield reply
+
+    def adapters(self, number: str, which: list) -> dict[str, model.Adapter]:
+        return {s: dict(m.content["arrays"].to_torch_state_dict()) for s, n, m in which if n == number and "arrays" in m.content}
+
+
+class Federation:
+    """Two sites and a hub on one disk."""
+
+    def __init__(self, root: Path, **run_config) -> None:
+        self.root, self.run_config = root, tiny.RUN | {k.replace("_", "-"): v for k, v in run_config.items()}
+        self.adapters = root / "adapters"
+        self.adapters.mkdir(parents=True)
+        self.own = {}
+        for seed, (name, count) in enumerate(COUNTS.items()):
+            folder = tiny.site(root / "data" / name, count, seed)
+            paths = {"data-path": folder, "models-path": tiny.models(), "cache-path": root / "cache" / name}
+            self.own[name] = {"site-name": name} | {key: str(path) for key, path in paths.items()}
+        self.grid = MemoryGrid(self.own, self.run_config)
+
+    def go(self, monkeypatch, run_id: int = 7, models: Path | None = None) -> Path:
+        """The whole run; returns its folder."""
+        tiny.be_the_hub(monkeypatch, run_id)
+        monkeypatch.setenv("BOUQUET_ADAPTERS", str(self.adapters))
+        monkeypatch.setenv("BOUQUET_MODELS", str(models or tiny.models()))
+        server_app.app(self.grid, Context(run_id, 1, {}, RecordDict(), self.run_config))
+        return self.adapters / str(run_id)
+
+    def fails(self, monkeypatch, code: str, **how) -> BouquetError:
+        with pytest.raises(BouquetError) as caught:
+            self.go(monkeypatch, **how)
+        assert caught.value.code == code
+        return caught.value
+
+    def history(self) -> dict:
+        return json.loads((self.adapters / "7" / "history.json").read_text())
+
+
+@pytest.fixture
+def federation(tmp_path) -> Federation:
+    return Federation(tmp_path, rounds=1, local_steps=1, sample_prompts="")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of two rounds at two sites with its pictures: (federation, its folder)."""
+    federation = Federation(tmp_path_factory.mktemp("federation"))
+    with pytest.MonkeyPatch.context() as patch:
+        return federation, federation.go(patch)
+
+
+def spoil_from(number: str, site: str = "site-2", value: float = float("nan")) -> Callable[[str, str, Message], Message]:
+    """A site whose validation loss is no number from some round on."""
+
+    def tamper(who: str, when: str, reply: Message) -> Message:
+        if who == site and when >= number:
+            reply.content["metrics"]["validation-loss"] = value
+        return reply
+
+    return tamper
+
+
+class FakeTime:
+    """A clock that moves only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    strftime, gmtime = staticmethod(lambda *_: "then"), staticmethod(lambda *_: None)
+
+
+# --- federation happens ------------------------------------------------------------------------------------------------
+
+
+def test_round_2_starts_from_round_1s_aggregate_bit_for_bit(finished):
+    federation, folder = finished
+    first = checkpoint.read_adapter(folder / "round-0001")
+    received = federation.grid.adapters("2", federation.grid.sent)
+    assert sorted(received) == ["site-1", "site-2"]
+    assert all(tiny.equal(adapter, first) for adapter in received.values())
+    assert not tiny.equal(first, tiny.fresh())
+
+
+def test_every_site_echoes_the_hash_of_the_adapter_it_was_sent(finished):
+    federation, folder = finished
+    started = {"1": tiny.fresh(), "2": checkpoint.read_adapter(folder / "round-0001"), "3": checkpoint.read_adapter(folder / "round-0002")}
+    echoed = [(number, reply.content["info"]["applied"]) for _, number, reply in federation.grid.came]
+    assert sorted(echoed) == sorted((number, model.adapter_hash(adapter)) for number, adapter in started.items() for _ in COUNTS)
+
+
+def test_the_history_chains_every_round_to_the_one_before(finished):
+    federation, folder = finished
+    one, two = federation.history()["rounds"]
+    assert one["started_from"] == model.adapter_hash(tiny.fresh())
+    assert one["adapter"] == two["started_from"] == model.adapter_hash(checkpoint.read_adapter(folder / "round-0001"))
+    assert two["adapter"] == model.adapter_hash(checkpoint.read_adapter(folder / "final"))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_aggregate_is_the_mean_of_the_sites_adapters_weighted_by_images(finished, number):
+    federation, folder = finished
+    replies = {site: reply.content for site, when, reply in federation.grid.came if when == str(number)}
+    images = {site: content["metrics"]["num-examples"] for site, content in replies.items()}
+    written = checkpoint.read_adapter(folder / f"round-000{number}")
+    for key, value in written.items():
+        parts = (replies[site]["arrays"][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images))
+        np.testing.assert_array_equal(value.numpy(), sum(parts))
+
+
+def test_a_site_weighs_as_many_images_as_it_trained_on(finished):
+    federation, _ = finished
+    for site, count in COUNTS.items():
+        here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / site, federation.root / "cache" / site, "")
+        assert federation.history()["rounds"][0]["sites"][site]["num-examples"] == len(here.train.keys) == count - len(here.held_out.keys)
+
+
+def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished):
+    federation, folder = finished
+    here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", "")
+    model.apply_adapter(here.unet, checkpoint.read_adapter(folder / "round-0001"))
+    here.fit(train.seed_of(42, "site-2", 2))
+    assert tiny.equal(model.adapter_of(here.unet), federation.grid.adapters("2", federation.grid.came)["site-2"])
+
+
+def test_the_two_sites_trained_different_adapters(finished):
+    federation, _ = finished
+    one, two = federation.grid.adapters("1", federation.grid.came).values()
+    assert not tiny.equal(one, two)
+
+
+def test_one_site_alone_gets_its_own_adapter_back(federation, monkeypatch):
+    federation.grid.sites.popitem()
+    federation.run_config["min-sites"] = 1
+    folder = federation.go(monkeypatch)
+    (own,) = federation.grid.adapters("1", federation.grid.came).values()
+    assert tiny.equal(checkpoint.read_adapter(folder / "final"), own)
+
+
+def test_the_order_of_replies_does_not_matter_bit_for_bit(finished, tmp_path, monkeypatch):
+    again = Federation(tmp_path, sample_prompts="")
+    again.grid.turned = True
+    folder = again.go(monkeypatch)
+    assert [site for site, _, _ in again.grid.came[:2]] == ["site-2", "site-1"]
+    assert tiny.equal(checkpoint.read_adapter(folder / "final"), checkpoint.read_adapter(finished[1] / "final"))
+
+
+# --- what the hub keeps and says ---------------------------------------------------------------------------------------
+
+
+def test_the_shared_volume_holds_rounds_final_history_pictures_and_latest(finished):
+    federation, folder = finished
+    assert sorted(path.name for path in folder.iterdir()) == ["final", "history.json", "round-0001", "round-0002", "samples.png"]
+    assert os.readlink(federation.adapters / "latest") == "7"
+    assert federation.history()["state"] == "finished"
+
+
+def test_validation_is_the_arriving_adapters_loss_at_each_site_and_their_mean_by_images(finished):
+    federation, folder = finished
+    validation = federation.history()["validation"]
+    assert [entry["after_round"] for entry in validation] == [0, 1, 2]
+    images = {site: numbers["num-examples"] for site, numbers in federation.history()["rounds"][0]["sites"].items()}
+    adapters = [tiny.fresh(), *(checkpoint.read_adapter(folder / f"round-000{n}") for n in (1, 2))]
+    here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-1", federation.root / "cache" / "site-1", "")
+    for entry, adapter in zip(validation, adapters, strict=True):
+        model.apply_adapter(here.unet, adapter)
+        assert entry["sites"]["site-1"] == here.evaluate()
+        by_hand = sum(entry["sites"][site] * count for site, count in images.items()) / sum(images.values())
+        assert entry["weighted"] == pytest.approx(by_hand)
+    assert len({entry["weighted"] for entry in validation}) == 3
+
+
+def test_the_final_evaluation_trains_nothing(finished):
+    federation, _ = finished
+    last = [reply for _, number, reply in federation.grid.came if number == "3"]
+    assert len(last) == 2 and all("arrays" not in reply.content for reply in last)
+    assert all("seconds-train" not in reply.content["metrics"] for reply in last)
+
+
+def test_provenance_says_what_the_adapter_was_made_of(finished):
+    federation, folder = finished
+    told = json.loads((folder / "final" / "provenance.json").read_text())
+    assert told["run"] == "7" and told["rounds"] == 2
+    assert told["adapter_sha256"] == model.adapter_hash(checkpoint.read_adapter(folder / "final"))
+    assert told["base"] == {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}
+    assert told["images"] == sum(site["images"] for site in told["sites"].values()) and set(told["sites"]) == set(COUNTS)
+    assert told["config"]["lora_rank"] == 2 and "torch" in told["versions"]
+
+
+def test_the_pictures_have_a_row_for_the_base_and_each_round(finished):
+    _, folder = finished
+    with Image.open(folder / "samples.png") as sheet:
+        assert sheet.height == 10 + 2 * 17 + 3 * 134
+
+
+def test_no_prompts_draw_no_pictures(federation, monkeypatch):
+    assert not (federation.go(monkeypatch) / "samples.png").exists()
+
+
+def test_a_person_can_follow_the_run_line_by_line(federation, monkeypatch, capsys):
+    folder = federation.go(monkeypatch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"bouquet: (round|validation|finished)", line)]
+    number = r"\d+\.\d{4}"
+    images = federation.history()["rounds"][0]["sites"]
+    total = sum(site["num-examples"] for site in images.values())
+    assert re.fullmatch(rf"bouquet: round 1/1  train {number}  validation {number}  sites 2  images {total}  \d+ s  ETA 0 s", lines[0])
+    assert re.fullmatch(rf"bouquet: validation {number} -> {number} over 1 rounds", lines[1])
+    assert re.fullmatch(rf"bouquet: finished  adapter {re.escape(str(folder / 'final'))}  seconds \d+", lines[2])
+
+
+def test_sites_that_have_different_things_to_report_are_averaged_all_the_same(federation, monkeypatch):
+    path = federation.root / "data" / "site-1" / "0001.png"
+    path.write_bytes(path.read_bytes()[:400])
+    federation.go(monkeypatch)
+    sites = federation.history()["rounds"][0]["sites"]
+    assert sites["site-1"]["photos-undecodable"] == 1 and "photos-undecodable" not in sites["site-2"]
+
+
+# --- a site that fails -------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation, monkeypatch):
+    federation.run_config["min-sites"] = 1
+    federation.grid.tamper = spoil_from("1")
+    folder = federation.go(monkeypatch)
+    (entry,) = federation.history()["rounds"]
+    assert entry["refused"] == [{"site": "site-2", "reason": "HUB-05  The reply's metrics are missing or impossible."}]
+    assert list(entry["sites"]) == ["site-1"]
+    assert tiny.equal(checkpoint.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
+
+
+def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_path, monkeypatch):
+    federation = Federation(tmp_path, rounds=3, sample_prompts="")
+    federation.grid.tamper = spoil_from("2")
+    error = federation.fails(monkeypatch, "HUB-02")
+    assert "round 2: 1 of 2 needed. site-2: HUB-05" in str(error)
+    history = federation.history()
+    assert (history["state"], len(history["rounds"])) == ("failed", 1) and history["error"] == str(error)
+    kept = checkpoint.read_adapter(federation.adapters / "7" / "round-0001")
+    assert model.adapter_hash(kept) == history["rounds"][0]["adapter"]
+    assert not (federation.adapters / "7" / "round-0002").exists() and not (federation.adapters / "7" / "final").exists()
+
+
+def test_a_failed_run_leaves_latest_where_it_was(federation, monkeypatch):
+    federation.go(monkeypatch, run_id=6)
+    federation.grid.tamper = spoil_from("1")
+    federation.fails(monkeypatch, "HUB-02")
+    assert os.readlink(federation.adapters / "latest") == "6"
+
+
+def test_an_adapter_of_nans_does_not_reach_the_global_one(federation, monkeypatch):
+    def tamper(site, number, reply):
+        if site == "site-1":
+            arrays = reply.content["arrays"]
+            key = sorted(arrays)[0]
+            arrays[key] = type(arrays[key])(np.full(arrays[key].shape, np.nan, np.float32))
+        return reply
+
+    federation.grid.tamper = tamper
+    error = federation.fails(monkeypatch, "HUB-02")
+    assert "site-1: ADAPTER-02" in str(error)
+
+
+def test_a_site_that_trained_from_another_adapter_is_refused(federation, monkeypatch):
+    apply = model.apply_adapter
+    monkeypatch.setattr(model, "apply_adapter", lambda unet, adapter: apply(unet, tiny.adapter(9)))
+    assert "ADAPTER-03" in str(federation.fails(monkeypatch, "HUB-02"))
+
+
+def test_too_few_sites_in_time_end_the_run(federation, monkeypatch):
+    federation.grid.sites.popitem()
+    clock = FakeTime()
+    monkeypatch.setattr(server_app, "time", clock)
+    error = federation.fails(monkeypatch, "HUB-01")
+    assert str(error) == "HUB-01  Only 1 of 2 sites came within 1 s."
+    assert 1 < clock.now < 4 and federation.history()["state"] == "failed"
+
+
+def test_a_site_that_comes_late_is_waited_for(federation, monkeypatch):
+    federation.run_config["wait-for-sites"] = 60
+    late = dict([federation.grid.sites.popitem()])
+    clock = FakeTime()
+    slept = clock.sleep
+    clock.sleep = lambda seconds: slept(seconds) or (clock.now > 30 and federation.grid.sites.update(late))
+    monkeypatch.setattr(server_app, "time", clock)
+    federation.go(monkeypatch)
+    assert clock.now > 30 and len(federation.history()["rounds"][0]["sites"]) == 2
+
+
+def test_a_site_that_never_replies_is_given_up_after_the_rounds_timeout(federation, monkeypatch):
+    federation.run_config["min-sites"] = 1
+    federation.grid.tamper = lambda site, number, reply: None if (site, number) == ("site-2", "1") else reply
+    clock = FakeTime()
+    monkeypatch.setattr(server_app, "time", clock)
+    monkeypatch.setattr(server_app, "POLL", 5.0)
+    federation.go(monkeypatch)
+    (entry,) = federation.history()["rounds"]
+    assert entry["refused"] == [{"site": "site-2", "reason": "HUB-03  No reply within 10 s."}]
+    assert clock.now == 10.0
+
+
+def test_a_message_that_the_superlink_did_not_take_is_a_site_missing(federation, monkeypatch):
+    federation.run_config["min-sites"] = 1
+    push = federation.grid.push_messages
+    federation.grid.push_messages = lambda messages: push(messages[:1]) + [""]
+    federation.go(monkeypatch)
+    assert federation.history()["rounds"][0]["refused"] == [{"site": "site-2", "reason": "HUB-03  The SuperLink did not take its message."}]
+
+
+def test_two_sites_of_one_name_are_told_to_the_operator(federation, monkeypatch):
+    federation.own["site-2"]["site-name"] = "site-1"
+    assert "site-2: HUB-07  Another site has the same name." in str(federation.fails(monkeypatch, "HUB-02"))
+
+
+def test_sites_that_are_gone_for_the_final_evaluation_spoil_nothing(federation, monkeypatch):
+    federation.grid.tamper = spoil_from("2")
+    folder = federation.go(monkeypatch)
+    history = federation.history()
+    assert history["state"] == "finished" and history["no_final_evaluation"].startswith("HUB-02")
+    assert (folder / "final" / "adapter_model.safetensors").exists() and len(history["validation"]) == 1
+    assert os.readlink(federation.adapters / "latest") == "7"
+
+
+def test_a_site_with_another_base_model_is_refused_by_itself_and_named_in_public(federation, monkeypatch, tmp_path):
+    tiny.build(tmp_path / "models" / "tiny", seed=1)
+    error = federation.fails(monkeypatch, "HUB-02", models=tmp_path / "models")
+    assert str(error).count("MODEL-04 The base model here is not the one the hub uses.") == 2
+    assert str(tiny.models()) not in str(error)
+
+
+# --- what leaves a site ------------------------------------------------------------------------------------------------
+
+
+def test_an_unexpected_failure_leaves_as_its_type_alone_and_stays_whole_in_the_sites_log(federation, monkeypatch, capsys):
+    def fail(self, seed):
+        raise RuntimeError("/data/site-1/anna.png: a red poppy at Anna's")
+
+    monkeypatch.setattr(train.Site, "fit", fail)
+    error = federation.fails(monkeypatch, "HUB-02")
+    assert "SITE-99 The site failed unexpectedly (RuntimeError)" in str(error)
+    assert not re.search("anna|poppy|/data", str(error) + json.dumps(federation.history()), re.IGNORECASE)
+    assert "anna.png" in capsys.readouterr().err
+
+
+def test_an_empty_site_says_so_without_its_path_and_with_it_in_its_own_log(federation, monkeypatch, capsys):
+    data = federation.root / "data" / "site-1"
+    shutil.rmtree(data)
+    data.mkdir()
+    error = federation.fails(monkeypatch, "HUB-02")
+    assert "site-1: HUB-04  The site could not take part: SITE-01 No training images." in str(error)
+    assert str(federation.root) not in str(error)
+    assert str(data) in capsys.readouterr().out
+
+
+def test_nothing_that_a_site_sends_names_a_file_a_caption_or_a_path(finished):
+    federation, _ = finished
+    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(encode|load|evaluate|train)")
+    for site, _, reply in federation.grid.came:
+        assert set(reply.content) <= {"arrays", "metrics", "info"}
+        assert all(allowed.fullmatch(name) for name in reply.content["metrics"])
+        assert set(reply.content["info"]) == {"site", "applied"} and reply.content["info"]["site"] == site
+        assert not reply.content.config_records["info"]["applied"].strip("0123456789abcdef")
+
+
+def test_the_hub_sends_the_adapter_the_round_and_the_fingerprint_and_nothing_else(finished):
+    federation, _ = finished
+    for _, number, order in federation.grid.sent:
+        assert set(order.content) == {"arrays", "config"}
+        assert dict(order.content["config"]) == {"round": int(number), "base-fingerprint": model.fingerprint(tiny.base())["base"]}
+
+
+# --- where things are --------------------------------------------------------------------------------------------------
+
+
+def context(**node_config) -> Context:
+    return Context(7, 101, {key.replace("_", "-"): value for key, value in node_config.items()}, RecordDict(), {})
+
+
+def test_in_deployment_the_node_config_says_where_everything_is():
+    own = context(site_name="garden", data_path="/data", models_path="/models", cache_path="/cache")
+    assert client_app.places(own) == ("garden", Path("/data"), Path("/models"), Path("/cache"))
+
+
+def test_in_a_simulation_the_partition_says_it(monkeypatch):
+    for name in ("DATA", "MODELS", "CACHE"):
+        monkeypatch.setenv(f"BOUQUET_{name}", f"/{name.lower()}")
+    own = context(partition_id=1, num_partitions=2)
+    assert client_app.places(own) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"))
+
+
+def test_a_runs_config_cannot_say_where_a_sites_data_are(monkeypatch):
+    monkeypatch.delenv("BOUQUET_DATA", raising=False)
+    own = Context(7, 101, {}, RecordDict(), {"data-path": "/etc", "site-name": "x", "models-path": "/", "cache-path": "/"})
+    with pytest.raises(BouquetError, match="SITE-12"):
+        client_app.places(own)
+
+
+def test_half_a_node_config_is_refused_with_the_whole_one(monkeypatch):
+    monkeypatch.delenv("BOUQUET_DATA", raising=False)
+    with pytest.raises(BouquetError, match="SITE-12") as caught:
+        client_app.places(context(data_path="/data", site_name="garden"))
+    assert "data-path, site-name" in caught.value.found and "cache-path" in caught.value.fix
+
+
+def test_the_same_federation_runs_by_partition_as_in_a_simulation(finished, tmp_path, monkeypatch):
+    again = Federation(tmp_path, sample_prompts="")
+    for number, (node, (name, _)) in enumerate(again.grid.sites.items()):
+        again.grid.sites[node] = (name, {"partition-id": number, "num-partitions": 2})
+    for name, path in {"DATA": tmp_path / "data", "CACHE": tmp_path / "cache"}.items():
+        monkeypatch.setenv(f"BOUQUET_{name}", str(path))
+    assert tiny.equal(checkpoint.read_adapter(again.go(monkeypatch) / "final"), checkpoint.read_adapter(finished[1] / "final"))
+
+
+# --- a run that cannot begin ---------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_run_config_ends_the_run_before_anything_is_sent_or_written(federation, monkeypatch, capsys):
+    federation.run_config["lora-rnk"] = 4
+    error = federation.fails(monkeypatch, "CONFIG-01")
+    assert isinstance(error, ConfigError) and "did you mean lora-rank?" in capsys.readouterr().out
+    assert federation.grid.sent == [] and list(federation.adapters.iterdir()) == []
+
+
+def test_an_unknown_base_model_ends_the_run_before_anything_is_sent(federation, monkeypatch):
+    federation.run_config["base-model"] = "rose"
+    federation.fails(monkeypatch, "MODEL-01")
+    assert federation.grid.sent == []
+
+
+@pytest.mark.parametrize("name", ["BOUQUET_ADAPTERS", "BOUQUET_MODELS"])
+@pytest.mark.parametrize("value", ["", "/nowhere"])
+def test_a_hub_without_its_folders_says_which_one(name, value, federation, monkeypatch):
+    tiny.be_the_hub(monkeypatch)
+    monkeypatch.setenv("BOUQUET_ADAPTERS", str(federation.adapters))
+    monkeypatch.setenv("BOUQUET_MODELS", str(tiny.models()))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(HubError, match=f"HUB-06.*{name}"):
+        server_app.app(federation.grid, Context(7, 1, {}, RecordDict(), federation.run_config))

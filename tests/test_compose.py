@@ -1,0 +1,163 @@
+"""The deployment as containers: set-up, `up`, a run by hand, `down` and `up` again; each SuperNode's own GPU, key and data.
+
+Needs a Docker Engine; without one every test here is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import copy_project, sh
+
+from scripts._deployment import free_port
+from scripts._flower import follow, status
+
+pytestmark = pytest.mark.usefixtures("docker")
+SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts=''"
+SITES = ("supernode-1", "supernode-2")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A fresh copy after `scripts/setup`, as its own Compose project on a free port; removed with its volumes."""
+    copy = copy_project(tmp_path_factory.mktemp("compose") / "bouquet")
+    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nHUB_PORT={free_port()}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
+        for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
+            patch.delenv(variable)
+        sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", copy)
+        sh("scripts/setup --engine docker", copy)
+        yield copy
+        sh("docker compose down --volumes --timeout 5", copy)
+
+
+@pytest.fixture(scope="module")
+def up(host: Path) -> Path:
+    sh("docker compose up -d --wait", host)
+    return host
+
+
+@pytest.fixture(scope="module")
+def run(up: Path) -> str:
+    """One small run, started by hand as the README says; its id. Judged by `flwr ls`, not by the exit code."""
+    shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL}" --stream', up).stdout
+    [run_id] = re.findall(r"Successfully started run (\d+)", shown)
+    while not status(run_id)[0].startswith("finished"):  # the stream ends a moment before the run does
+        time.sleep(1)
+    assert status(run_id)[0] == "finished:completed", (status(run_id), shown[-3000:])
+    return run_id
+
+
+def config(host: Path, **env: str) -> dict:
+    return json.loads(sh("docker compose config --format json", host, **env).stdout)
+
+
+def inside(host: Path, service: str, command: str) -> str:
+    return sh(f"docker compose exec -T {service} {command}", host).stdout.strip()
+
+
+def test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume(up: Path, run: str) -> None:
+    assert inside(up, "serverapp", "ls /adapters/latest/final").split() == [
+        "adapter_config.json", "adapter_model.safetensors", "provenance.json", "pytorch_lora_weights.safetensors",
+    ]  # fmt: skip
+    assert inside(up, "serverapp", "readlink /adapters/latest") == run
+
+
+def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificates_and_sites(up: Path, run: str) -> None:
+    certificate = (up / "certs/superlink.crt").read_bytes()
+    sh("docker compose down && docker compose up -d --wait", up)
+    assert (up / "certs/superlink.crt").read_bytes() == certificate
+    assert re.findall(r"register: (\S+ \w+)", sh("docker compose logs --no-log-prefix register", up).stdout) == [
+        "site-1 known",
+        "site-2 known",
+    ]
+    assert inside(up, "serverapp", "readlink /adapters/latest") == run
+    assert status(run)[0] == "finished:completed"
+
+
+def test_no_container_runs_as_root(up: Path) -> None:
+    assert "0" not in {inside(up, service, "id -u") for service in ("superlink", "serverapp", *SITES)}
+
+
+def test_the_hub_publishes_one_port_on_loopback_and_the_sites_none(host: Path) -> None:
+    published = {name: service.get("ports", []) for name, service in config(host)["services"].items()}
+    assert [(name, ports[0]["host_ip"], len(ports)) for name, ports in published.items() if ports] == [("superlink", "127.0.0.1", 1)]
+
+
+def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:
+    commands = {name: " ".join(service["command"]) for name, service in config(host)["services"].items()}
+    assert not [name for name, command in commands.items() if "--insecure" in command or "/ca.crt" not in command]
+    for flag in ("--enable-supernode-auth", "--isolation=process", "--disable-runtime-dependency-installation", "--database=/state/"):
+        assert flag in commands["superlink"]
+    assert not [name for name, command in commands.items() if "--allow-runtime" in command]
+
+
+def test_every_site_holds_its_own_key_and_data_and_nobody_elses(up: Path) -> None:
+    for number, service in enumerate(SITES, start=1):
+        assert inside(up, service, "ls /run/secrets") == "site.key"
+        assert inside(up, service, "sha256sum /run/secrets/site.key").split()[0] == (
+            sh(f"sha256sum certs/site-{number}.key", up).stdout.split()[0]
+        )
+        mounts = {volume["target"]: volume for volume in config(up)["services"][service]["volumes"]}
+        assert mounts["/data"]["read_only"] and mounts["/data"]["source"].endswith(f"site-{number}")
+        assert not mounts["/data"]["bind"].get("create_host_path")
+
+
+def test_a_mistyped_data_folder_stops_the_site_instead_of_starting_it_empty(host: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "mistyped")
+    env = {"SITE_1_DATA": missing, "COMPOSE_PROJECT_NAME": f"bouquet-missing-{os.getpid()}"}
+    try:
+        done = sh("docker compose up -d --no-deps supernode-1", host, check=False, **env)
+        assert done.returncode != 0 and missing in done.stdout
+        assert not Path(missing).exists()
+    finally:
+        sh("docker compose down --volumes", host, **env)
+
+
+def test_every_supernode_gets_exactly_its_own_gpu(host: Path) -> None:
+    """Docker's nvidia driver puts a container's reservation into its NVIDIA_VISIBLE_DEVICES."""
+    env = {"COMPOSE_FILE": "compose.yaml", "COMPOSE_PROJECT_NAME": f"bouquet-gpu-{os.getpid()}"}
+    real = sh("nvidia-smi --query-gpu=uuid --format=csv,noheader", host, check=False)
+    uuids = real.stdout.split() if real.returncode == 0 else ["GPU-aaaa", "GPU-bbbb"]
+    env |= {"SITE_1_GPU": uuids[0], "SITE_2_GPU": uuids[-1]}
+    try:
+        done = sh("docker compose up -d --no-deps supernode-1 supernode-2", host, check=False, **env)
+        if "could not select device driver" in done.stdout:
+            pytest.skip('Docker has no "nvidia" device driver here (no nvidia-container-runtime-hook)')
+        assert done.returncode == 0, done.stdout
+        first = "docker compose exec -T {} sh -c \"tr '\\0' '\\n' </proc/1/environ | sed -n 's/^NVIDIA_VISIBLE_DEVICES=//p'\""
+        assert [sh(first.format(service), host, **env).stdout.strip() for service in SITES] == [uuids[0], uuids[-1]]
+    finally:
+        sh("docker compose down --volumes --timeout 2", host, **env)
+
+
+def test_without_nvidia_the_cpu_overlay_removes_every_reservation(host: Path) -> None:
+    with_gpu = config(host, COMPOSE_FILE="compose.yaml")["services"]
+    without = config(host, COMPOSE_FILE="compose.yaml:docker/cpu.yaml")["services"]
+    for number, service in enumerate(SITES):
+        [device] = with_gpu[service]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert not without[service]["deploy"]["resources"]["reservations"].get("devices")
+
+
+def test_a_third_site_is_one_command_and_trains_with_the_others(up: Path, run: str) -> None:
+    """Last, because it adds a site to the shared deployment."""
+    before = config(up)["services"]
+    sh("cp -r .bouquet/data/site-2 .bouquet/third && scripts/add-site 3 --data ./.bouquet/third --gpu 7", up)
+    sh("scripts/add-site 3 --data ./.bouquet/third --gpu 7", up)  # again: nothing more happens
+    after = config(up)["services"]
+    assert {name: after[name] for name in before} == before and set(after) - set(before) == {"supernode-3"}
+    assert after["supernode-3"]["secrets"] == [{"source": "site-3.key", "target": "site.key"}]
+    sh("docker compose up -d --wait", up)
+    shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL} min-sites=3" --format json', up).stdout
+    run_id = json.loads(shown[shown.index("{") :])["run-id"]
+    lines: list[str] = []
+    assert follow(run_id, lines.append, timeout=600)[0] == "finished:completed", lines
+    assert any("sites 3" in line for line in lines)

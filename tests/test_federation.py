@@ -1,0 +1,239 @@
+"""A real federation as processes on loopback: SuperLink, ServerApp, two SuperNodes, TLS, node authentication, real app.
+
+The runs are the smallest that go through every step; how well they learn is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import copy_project, sh
+
+from app.errors import BouquetError
+from scripts._deployment import Processes, free_port, is_alive
+from scripts._flower import connect, flwr, follow, nodes_online, start_run
+
+SMALL = "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 sample-steps=2 sample-prompts='a red poppy'"
+
+
+@pytest.fixture(scope="module")
+def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """A hub and two sites with 24 drawn flowers each; FLWR_HOME is the test's own."""
+    home = tmp_path_factory.mktemp("home")
+    sh("scripts/certs && .venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
+    sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
+    running = Processes(home, project / "certs", free_port(), sites)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(home / "operator"))
+        connect(running.address, project / "certs/ca.crt")
+        try:
+            running.start()
+            yield running
+        finally:
+            running.stop()
+
+
+@pytest.fixture(scope="module")
+def finished(federation: Processes) -> tuple[Path, list[str]]:
+    """One small run to its end: its folder and the lines that a person saw."""
+    lines: list[str] = []
+    run = start_run(SMALL)
+    state, details = follow(run, lines.append, timeout=600)
+    assert state == "finished:completed", (details, lines)
+    return federation.fetch(run), lines
+
+
+def history(folder: Path) -> dict:
+    return json.loads((folder / "history.json").read_text())
+
+
+def test_a_run_leaves_every_rounds_adapter_the_final_files_and_the_picture(finished: tuple[Path, list[str]]) -> None:
+    folder, _ = finished
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    a_round = {"adapter_config.json", "adapter_model.safetensors", "metrics.json"}
+    assert files == {
+        *(f"round-000{number}/{name}" for number in (1, 2) for name in a_round),
+        "final/adapter_config.json", "final/adapter_model.safetensors", "final/pytorch_lora_weights.safetensors",
+        "final/provenance.json", "history.json", "samples.png",
+    }  # fmt: skip
+    assert (folder.parent / "latest").resolve() == folder
+
+
+def test_round_two_starts_from_round_ones_aggregate(finished: tuple[Path, list[str]]) -> None:
+    first, second = history(finished[0])["rounds"]
+    assert second["started_from"] == first["adapter"] != second["adapter"]
+
+
+def test_both_sites_take_part_in_every_round(finished: tuple[Path, list[str]]) -> None:
+    assert [set(entry["sites"]) for entry in history(finished[0])["rounds"]] == [{"site-1", "site-2"}] * 2
+
+
+def test_a_person_sees_one_line_a_round(finished: tuple[Path, list[str]]) -> None:
+    _, lines = finished
+    assert [line.split("  ")[0] for line in lines if " round " in f" {line}"][:2] == ["bouquet: round 1/2", "bouquet: round 2/2"]
+
+
+def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Processes) -> None:
+    with socket.create_connection(("127.0.0.1", federation.port), timeout=5) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert not plain.recv(64).startswith(b"HTTP")
+    with socket.create_connection(("127.0.0.1", federation.port), timeout=5) as raw, pytest.raises(ssl.SSLCertVerificationError):
+        ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
+
+
+def test_a_site_whose_key_was_not_admitted_is_turned_away_and_its_process_ends(federation: Processes) -> None:
+    sh("scripts/certs stranger && rm certs/admitted/stranger.pub", federation.certs.parent)
+    federation.sites["stranger"] = federation.sites["site-1"]
+    try:
+        federation.start_site("stranger")
+        federation.running["stranger"].wait(timeout=60)
+        assert nodes_online() == 2
+    finally:
+        federation.stop_site("stranger")
+        del federation.sites["stranger"]
+
+
+def test_an_unknown_run_config_key_is_named_and_no_run_starts(federation: Processes) -> None:
+    before = len(flwr("ls", "remote-deployment")["runs"])
+    with pytest.raises(BouquetError, match="CONFIG-01") as refused:
+        start_run("local-step=3")
+    assert "did you mean local-steps?" in refused.value.report()
+    assert len(flwr("ls", "remote-deployment")["runs"]) == before
+
+
+def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Processes) -> None:
+    start = time.monotonic()
+    state, details = follow(start_run("min-sites=3 wait-for-sites=3"), lambda line: None, timeout=120)
+    assert state == "finished:failed" and "HUB-01" in details
+    assert time.monotonic() - start < 60
+
+
+def test_a_restarted_hub_knows_its_sites_and_runs(federation: Processes, finished: tuple[Path, list[str]]) -> None:
+    federation.stop()
+    federation.start()
+    assert nodes_online() == 2
+    assert finished[0].name in {run["run-id"] for run in flwr("ls", "remote-deployment")["runs"]}
+
+
+def test_a_supernode_that_got_one_bad_answer_ends_its_process(federation: Processes, broken_hub: BrokenHub) -> None:
+    """Flower's own SuperNode lives on after an HTTP 500: its port open, its loop dead, offline for ever."""
+    sh("scripts/certs spare", federation.certs.parent)
+    federation.register()
+    federation.sites["spare"] = federation.sites["site-1"]
+    try:
+        federation.start_site("spare", hub=f"127.0.0.1:{broken_hub.port}")
+        federation.wait_until_online(3)
+        broken_hub.broken.set()
+        assert federation.running["spare"].wait(timeout=60) == 1
+    finally:
+        federation.stop_site("spare")
+        del federation.sites["spare"]
+
+
+class BrokenHub:
+    """A TLS proxy before the real hub that answers 500 to everything once `broken` is set."""
+
+    def __init__(self, certs: Path, hub_port: int) -> None:
+        self.broken, outer = threading.Event(), self
+        to_hub = ssl.create_default_context(cafile=str(certs / "ca.crt"))
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if outer.broken.is_set():
+                    return self.send_error(500)
+                hub = http.client.HTTPSConnection("127.0.0.1", hub_port, context=to_hub)
+                hub.request("POST", self.path, body, dict(self.headers))
+                answer = hub.getresponse()
+                content = answer.read()
+                hub.close()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        own.load_cert_chain(certs / "superlink.crt", certs / "superlink.key")
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.socket = own.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_port
+
+
+@pytest.fixture
+def broken_hub(federation: Processes) -> Iterator[BrokenHub]:
+    hub = BrokenHub(federation.certs, federation.port)
+    thread = threading.Thread(target=hub.server.serve_forever)
+    thread.start()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    thread.join()
+
+
+# --- scripts/demo ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_project(tmp_path_factory.mktemp("demo") / "bouquet")
+
+
+def pids(demo: Path) -> list[int]:
+    file = demo / ".bouquet/state/pids.json"
+    return list(json.loads(file.read_text()).values()) if file.is_file() else []
+
+
+@pytest.mark.slow
+def test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started(demo_project: Path) -> None:
+    env = {"FLWR_HOME": str(demo_project.parent / "flwr"), "HUB_PORT": str(free_port())}
+    shown = sh(f'scripts/demo --engine process --run-config "{SMALL}"', demo_project, **env).stdout
+    [adapter] = [line.split()[1] for line in shown.splitlines() if line.startswith("adapter")]
+    [picture] = [line.split()[1] for line in shown.splitlines() if line.startswith("picture")]
+    assert (demo_project / adapter).is_file() and (demo_project / picture).is_file()
+    assert "round 2/2" in shown and "ETA" in shown and "next " in shown
+    assert pids(demo_project) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_demo_stops_everything(demo_project: Path) -> None:
+    env = os.environ | {"FLWR_HOME": str(demo_project.parent / "flwr"), "HUB_PORT": str(free_port())}
+    command = [demo_project / "scripts/demo", "--engine", "process"]
+    demo = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with demo:
+        for line in demo.stdout:
+            if "has started" in line:
+                break
+        started = pids(demo_project)
+        os.killpg(demo.pid, signal.SIGINT)
+        demo.stdout.read()
+        assert demo.wait(timeout=60) == 130
+    assert len(started) == 4 and not any(is_alive(pid) for pid in started)
+
+
+def test_a_taken_port_is_named_before_anything_is_touched(tmp_path: Path) -> None:
+    copy = copy_project(tmp_path / "bouquet")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = sh("scripts/setup --engine process", copy, check=False, HUB_PORT=str(port), FLWR_HOME=str(tmp_path / "flwr"))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[:2] == [
+        "HOST-04  The hub's port is taken.",
+        f"  found  something else listens on 127.0.0.1:{port}",
+    ]
+    assert not (copy / ".env").exists() and not (copy / ".bouquet").exists() and not list((copy / "certs").glob("*.key"))

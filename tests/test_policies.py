@@ -1,0 +1,216 @@
+"""Promises about the repository itself, kept by a machine: layers, contents of the bundle, settings told twice, no pickles."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+from app.config import RunConfig, table
+
+ROOT = Path(__file__).resolve().parent.parent
+APP = sorted((ROOT / "app").glob("*.py"))
+
+LAYERS = (  # each imports only from those above it: the order in which one reads the code
+    {"errors"},
+    {"config", "images"},
+    {"tables"},
+    {"folders"},
+    {"data", "model", "diffusion"},
+    {"cache"},
+    {"train", "aggregate", "checkpoint", "sample"},
+    {"export"},
+    {"client_app", "server_app"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def files() -> list[Path]:
+    """Every file that git has or would take."""
+    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for name in sorted(done.stdout.split("\0")) if name and (path := ROOT / name).is_file()]
+
+
+def is_python(path: Path) -> bool:
+    return path.suffix == ".py" or path.read_bytes()[:40].partition(b"\n")[0].startswith(b"#!/usr/bin/env python")
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Dotted names that a module imports, anywhere or at its top level only."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """Modules of the app that a module of the app imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("app.")} & LEVEL.keys()
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_of_the_app_has_its_layer():
+    assert {path.stem for path in APP} - {"__init__"} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("path", APP, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_lower_layers(path):
+    wrong = [name for name in own(path) if LEVEL[name] >= LEVEL.get(path.stem, 0)]
+    assert wrong == []
+
+
+def test_only_the_outermost_modules_and_the_aggregation_know_flower():
+    users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
+    assert users == {"client_app", "server_app", "aggregate"}
+
+
+@pytest.mark.parametrize("module", ["errors", "config", "images", "tables", "folders", "data", "client_app"])
+def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(module):
+    names = imports(ROOT / "app" / f"{module}.py", everywhere=False)
+    assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}
+
+
+def test_the_app_does_not_import_scripts_models_or_tests():
+    outside = {name for path in APP for name in imports(path) if name.split(".")[0] in {"scripts", "models", "tests", "docker"}}
+    assert outside == set()
+
+
+# --- the bundle --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
+def test_the_bundle_holds_the_apps_code_and_nothing_of_a_sites_or_the_hubs(tmp_path):
+    for name in ("app", "pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        path = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(path, tmp_path / name, ignore=ignored) if path.is_dir() else shutil.copy(path, tmp_path / name)
+    for name in ("metadata.jsonl", "app/metadata.jsonl", "data/site-1/metadata.jsonl", "app/site-1/captions.json", "notes.md", ".env", "site-1.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"file_name": "anna.png", "text": "private"}\n')
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as bundle:
+        names = {name for name in bundle.namelist() if not name.startswith(".info/")}
+        everything = b"".join(bundle.read(name) for name in bundle.namelist())
+    assert names == {f"app/{path.name}" for path in APP} | {"pyproject.toml"}
+    assert b"anna.png" not in everything
+
+
+# --- settings that stand in two places -----------------------------------------------------------------------------------
+
+
+def test_pyprojects_run_config_is_the_apps_defaults():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    defaults = RunConfig()
+    assert RunConfig.read(given) == defaults
+    assert given == {name.replace("_", "-"): value for name, value in vars(defaults).items()}
+
+
+def test_the_readmes_table_is_the_apps():
+    between = re.search(r"<!-- run-config -->\n(.*?)\n<!-- /run-config -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert between.group(1).strip() == table()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "app" / "presets").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_preset_is_a_run_config(path):
+    RunConfig.read(tomllib.loads(path.read_text()))
+
+
+def test_the_preset_mini_is_the_defaults_and_sd15_is_stable_diffusion():
+    read = lambda name: RunConfig.read(tomllib.loads((ROOT / "app" / "presets" / f"{name}.toml").read_text()))  # noqa: E731
+    assert read("mini") == RunConfig()
+    sd15 = read("sd15")
+    assert (sd15.base_model, sd15.resolution, sd15.precision) == ("stable-diffusion-v1-5", 512, "bf16")
+
+
+def test_every_direct_dependency_has_the_same_pin_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {line.split("#")[0].strip().lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    assert {re.sub(r"\[.*?\]", "", name).lower() for name in wanted} <= pins
+
+
+def codes() -> set[str]:
+    """Error codes that the code names."""
+    sources = [path for folder in ("app", "scripts", "docker") for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in {"", ".py", ".sh"}]
+    return {code for path in sources for code in re.findall(r"\b[A-Z]{3,}-\d\d\b", path.read_text())}
+
+
+def test_every_error_code_has_a_heading_in_the_readme_and_no_heading_is_left_over():
+    headings = re.findall(r"^### ([A-Z]{3,}-\d\d)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    assert sorted(codes() - set(headings)) == [], "these codes need a heading '### CODE-NN'"
+    assert sorted(set(headings) - codes()) == [], "these headings are of no code"
+
+
+# --- what is not in the repository -----------------------------------------------------------------------------------------
+
+
+def forbidden(tree: ast.AST) -> set[str]:
+    """What runs code out of data, where a module uses it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found |= {name for name in names if name.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in {("torch", "load"), ("torch", "save")}:
+            found.add(f"torch.{node.attr}")
+        if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"} and not (isinstance(node.value, ast.Constant) and node.value.value is False):
+            found.add(node.arg)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
+            found.add(node.func.id)
+    return found
+
+
+@pytest.mark.parametrize("line", ["import pickle", "from pickle import loads", "torch.load(x)", "f(x, trust_remote_code=True)", "np.load(x, allow_pickle=True)"])
+def test_the_check_for_pickles_finds_them(line):
+    assert forbidden(ast.parse(line))
+
+
+def test_no_python_file_opens_a_pickle_or_runs_a_models_code():
+    sources = [path for path in files() if is_python(path) and path.parent.name != "tests"]  # the tests make hostile files
+    assert len(sources) > len(APP)
+    assert {str(path.relative_to(ROOT)): found for path in sources if (found := forbidden(ast.parse(path.read_text())))} == {}
+
+
+def text_files() -> dict[str, str]:
+    pictures = {".png", ".jpg", ".safetensors", ".npy", ".parquet"}
+    return {str(path.relative_to(ROOT)): path.read_text() for path in files() if path.suffix not in pictures}
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
+    places = re.compile(r"(?<![\w.~}$*])/(?:root(?!/\.cache)|home/\w+|opt/wheels|work/\w)")  # /root/.cache: pip's, in an image
+    assert {name: found for name, text in text_files().items() if (found := places.findall(text))} == {}
+
+
+def test_the_development_data_are_named_by_tests_and_ci_alone():
+    name = "/".join(("shared", "data"))
+    assert [path for path, text in text_files().items() if name in text and not path.startswith(("tests/", ".ci/"))] == []
+
+
+def test_no_private_key_is_in_the_repository():
+    begin = re.compile(r"^-----BEGIN [A-Z ]*PRIVATE KEY-----$", re.MULTILINE)
+    assert [name for name, text in text_files().items() if begin.search(text) or name.endswith((".key", ".secret"))] == []
+
+
+def test_weights_are_safetensors_and_at_most_20_megabytes():
+    assert [path.name for path in files() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}] == []
+    assert sum(path.stat().st_size for path in files() if path.suffix == ".safetensors") <= 20_000_000
+
+
+def test_python_is_the_one_the_project_names():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert wanted == ">=3.11" and sys.version_info >= (3, 11)

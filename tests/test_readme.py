@@ -1,0 +1,217 @@
+"""What the README says is so: every command is executed by a named test, the snippet runs as printed, every link leads to a file."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, copy_project, sh
+from PIL import Image
+from test_partition import data_set, jpeg_or_png
+
+from app import export, model
+from app.client_app import FOLDERS
+from app.config import RunConfig
+from app.data import scan
+from scripts._deployment import Processes, free_port
+from scripts._flower import connect
+
+README = (ROOT / "README.md").read_text()
+BASE = ROOT / "models" / "mini"
+CERTS, COMPOSE, FEDERATION, SIMULATION, HERE = (f"tests/test_{name}.py" for name in ("certs", "compose", "federation", "simulation", "readme"))
+DEMO = f"{FEDERATION}::test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started"
+BY_HAND = f"{COMPOSE}::test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume"
+DOWN = f"{COMPOSE}::test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificates_and_sites"
+SCRIPTS_TEST = f"{HERE}::test_scripts_test_runs_the_tests_it_is_asked_for"
+PRESET = f"{HERE}::test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end"
+SIMULATED = f"{SIMULATION}::test_the_app_runs_in_simulation_as_it_is"
+STOPPED = f"{SIMULATION}::test_nothing_runs_on_after_the_local_superlink_is_stopped_by_its_pid"
+
+COMMANDS = {  # what a person types: the test that executes it, and the words by which that test's file shows it
+    "scripts/demo": (DEMO, "scripts/demo"),
+    "scripts/demo --engine process": (DEMO, "scripts/demo --engine process"),
+    "scripts/test": (SCRIPTS_TEST, "scripts/test"),
+    'scripts/test -m "not slow"': (SCRIPTS_TEST, '-m "not slow"'),
+    "scripts/test tests/test_diffusion.py": (SCRIPTS_TEST, "scripts/test tests/test_diffusion.py"),
+    "scripts/setup": (BY_HAND, "scripts/setup"),
+    "docker compose up -d --wait": (BY_HAND, "docker compose up -d --wait"),
+    "docker compose up -d": (DOWN, "docker compose up -d"),
+    ".venv/bin/flwr run . remote-deployment --stream": (BY_HAND, ".venv/bin/flwr run . remote-deployment"),
+    ".venv/bin/flwr ls remote-deployment": (PRESET, ".venv/bin/flwr ls remote-deployment"),
+    "docker compose cp serverapp:/adapters ./adapters": (BY_HAND, "docker compose cp serverapp:/adapters ./adapters"),
+    "docker compose logs": (DOWN, "docker compose logs"),
+    "docker compose logs supernode-1": (BY_HAND, "docker compose logs supernode-1"),
+    "docker compose ps -a": (BY_HAND, "docker compose ps -a"),
+    "docker compose down": (DOWN, "docker compose down"),
+    "scripts/certs": (f"{CERTS}::test_the_server_certificate_has_the_names_that_are_used", 'sh("scripts/certs"'),
+    "scripts/certs check": (f"{CERTS}::test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca", "scripts/certs check"),
+    "scripts/certs status": (f"{CERTS}::test_status_shows_expiry_names_and_the_admitted_sites", "scripts/certs status"),
+    "scripts/certs renew": (f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
+    "scripts/add-site 3 --data DIR": (f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
+    ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (PRESET, "--run-config app/presets/sd15.toml --stream"),
+    ".venv/bin/python scripts/partition --dataset <hub name or folder> --sites 2 --out .bouquet/flowers": (
+        f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<hub name or folder>"),
+    "scripts/partition": (f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "scripts/partition"),
+    "docker/install .venv cpu simulation": (f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
+    ". .venv/bin/activate": (SIMULATED, '"PATH": f"{BIN}'),
+    "export BOUQUET_DATA=$PWD/.bouquet/data BOUQUET_MODELS=$PWD/models BOUQUET_CACHE=$PWD/.bouquet/cache BOUQUET_ADAPTERS=$PWD/.bouquet/adapters": (
+        f"{HERE}::test_the_simulation_is_given_every_folder_it_needs", "FOLDERS"),
+    "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": (SIMULATED, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"),
+    "mkdir -p .bouquet/adapters": (SIMULATED, '"adapters").mkdir'),
+    "flwr run . local --stream": (SIMULATED, '"run", str(ROOT), "local"'),
+    'pkill -f "flower-superlink --insecure --simulation"': (STOPPED, '"flower-superlink --insecure --simulation"'),
+}  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> set[str]:
+    """Every line of the sh blocks without its comment, and what the text names as a script or a Compose command."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    typed = {" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines}
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = {" ".join(command.split()) for command in re.findall(r"`((?:scripts/|docker compose )[^`]+)`", text)}
+    return (typed | named) - {"", "scripts/*"}
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_test_that_executes_it() -> None:
+    assert commands() - COMMANDS.keys() == set(), "in the README, but no test is named for it here"
+    assert COMMANDS.keys() - commands() == set(), "here, but no longer in the README"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_named_test_exists_and_shows_the_command(command: str) -> None:
+    (file, test), words = COMMANDS[command][0].split("::"), COMMANDS[command][1]
+    source = (ROOT / file).read_text()
+    assert test in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    assert words in (source.split("\n\n\n", 1)[1] if file == HERE else source)  # here, the table itself does not count
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_project(tmp_path_factory.mktemp("readme") / "bouquet")
+
+
+def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
+    shown = sh('scripts/test tests/test_diffusion.py -m "not slow"', copy).stdout
+    assert re.search(r"^tests/test_diffusion\.py \.", shown, re.MULTILINE) and re.search(r"\d+ passed", shown)
+
+
+def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path: Path) -> None:
+    flowers = data_set(tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)])
+    [command] = [line for line in commands() if line.startswith(".venv/bin/python scripts/partition")]
+    sh(command.replace("<hub name or folder>", str(flowers)), copy)
+    photos = [scan(copy / ".bouquet/flowers" / site).photos for site in ("site-1", "site-2")]
+    assert [len(part) for part in photos] == [6, 6]
+    assert {photo.caption for part in photos for photo in part} >= {"a photo of a tiger lily", "a photo of a corn poppy"}
+
+
+def test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub without sites, base models or a network names what the preset asks for. `--stream` ends with 0 all the same."""
+    sh("scripts/certs", copy)
+    (tmp_path / "models").mkdir()
+    env = {"BOUQUET_MODELS": str(tmp_path / "models"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    hub = Processes(tmp_path / "hub", copy / "certs", free_port(), {}, env)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "operator"))
+    connect(hub.address, copy / "certs/ca.crt")
+    try:
+        hub.start_hub()
+        shown = sh(".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream", copy).stdout
+        assert "MODEL-02" in shown and str(tmp_path / "models/stable-diffusion-v1-5") in shown
+        assert "finished:failed" in sh(".venv/bin/flwr ls remote-deployment", copy, COLUMNS="300").stdout
+    finally:
+        hub.stop()
+
+
+# --- the simulation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_simulation_adds_is_locked(tmp_path: Path) -> None:
+    """pip is asked what it would install, and installs nothing."""
+    report, env = tmp_path / "report.json", {"PIP_DRY_RUN": "1", "PIP_REPORT": str(tmp_path / "report.json")}
+    done = sh("docker/install .venv cpu simulation", ROOT, check=False, **env)
+    if done.returncode and re.search(r"Connection|Temporary failure|No matching distribution", done.stdout):
+        pytest.skip(f"pip reaches no package index: {done.stdout.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout
+    locked = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    added = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    assert {f"{item['name'].lower().replace('_', '-')}=={item['version']}" for item in added} <= locked
+    assert [line for line in locked if line.startswith("ray==")]
+
+
+def test_the_simulation_is_given_every_folder_it_needs() -> None:
+    [line] = [command for command in commands() if command.startswith("export BOUQUET_DATA")]
+    assert set(re.findall(r"(\w+)=", line)) == {*FOLDERS, "BOUQUET_ADAPTERS"}
+
+
+# --- the model user's snippet --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's final folder with a small adapter of random numbers on models/mini."""
+    config, generator = RunConfig.read({"lora-rank": 2}), torch.Generator().manual_seed(1)
+    adapter = {key: torch.randn(value.shape, generator=generator) * 0.2 for key, value in model.new_adapter(BASE, config).items()}
+    return export.write_final(tmp_path_factory.mktemp("run"), adapter, config, {})
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The pipeline takes 2 steps from one seed; pictures land in the folder that is returned."""
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+    def call(self, *args, _full=Pipeline.__call__, **kwargs):
+        return _full(self, *args, num_inference_steps=2, generator=torch.Generator().manual_seed(3), **kwargs)
+
+    monkeypatch.setattr(Pipeline, "__call__", call)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def picture(code: str, file: Path) -> np.ndarray:
+    """Run the code and read the picture it saves, as whole numbers (64, 64, 3)."""
+    file.unlink(missing_ok=True)
+    exec(compile(code, "README.md", "exec"), {})
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def test_the_snippet_draws_with_the_adapter_that_a_run_leaves(final: Path, quick: Path) -> None:
+    [printed] = blocks("python")
+    snippet = printed.replace("models/mini", str(BASE)).replace(".bouquet/adapters/latest/final", str(final))
+    base = "\n".join(line for line in snippet.splitlines() if "load_lora_weights" not in line)
+    assert str(BASE) in snippet and str(final) in snippet and base != snippet
+    drawn, plain = picture(snippet, quick / "poppy.png"), picture(base, quick / "poppy.png")
+    assert drawn.shape == plain.shape == (64, 64, 3)
+    assert np.abs(drawn - plain).mean() > 1
+    assert np.array_equal(plain, picture(base, quick / "poppy.png"))  # so that the difference is the adapter's
+
+
+def test_the_same_folder_is_a_peft_adapter_and_draws_the_same(final: Path, quick: Path) -> None:
+    [printed] = blocks("python")
+    [peft] = re.findall(r"`(PeftModel\.from_pretrained\(.*?\))`", README)
+    with_peft = re.sub(r"^pipe\.load_lora_weights\(.*\)$", f"from peft import PeftModel\n{peft}", printed, flags=re.MULTILINE)
+    pictures = [
+        picture(code.replace("models/mini", str(BASE)).replace(".bouquet/adapters/latest/final", str(final)), quick / "poppy.png")
+        for code in (printed, with_peft)
+    ]
+    assert "PeftModel" in with_peft and np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+# --- the links -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "models/mini/README.md"])
+def test_every_link_leads_to_a_file_of_the_project(page: str) -> None:
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT / page).read_text())
+    assert links and [link for link in links if not ((ROOT / page).parent / link).is_file()] == []

@@ -1,0 +1,98 @@
+"""Before/after pictures: fair comparisons, on a sheet of known size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageFont
+
+from app import model, sample
+from tests import tiny
+
+PROMPTS = ["a red poppy, meadow background", "a white lily, night background"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return sample.pipeline(tiny.base(), tiny.CONFIG, torch.device("cpu"))
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    """int [N, H, W, 3]."""
+    return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def test_one_picture_a_prompt_at_the_runs_resolution(pipe):
+    images = sample.render(pipe, None, PROMPTS, tiny.CONFIG)
+    assert [(image.size, image.mode) for image in images] == [((16, 16), "RGB")] * 2
+
+
+def test_the_same_seed_draws_the_same_picture(pipe):
+    one, two = (pixels(sample.render(pipe, tiny.adapter(1), PROMPTS, tiny.CONFIG)) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_another_seed_draws_another_picture(pipe):
+    one, two = (pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG, seed=seed)) for seed in (1, 2))
+    assert np.abs(one - two).max() > 10
+
+
+def test_without_an_adapter_it_is_the_base_models_own_picture(pipe):
+    stock = StableDiffusionPipeline.from_pretrained(tiny.base(), safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(42), torch.Generator().manual_seed(43)]
+    expected = stock(PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=4.0, generator=seeds).images
+    np.testing.assert_array_equal(pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG)), pixels(expected))
+
+
+def test_a_fresh_adapter_draws_like_the_base(pipe):
+    base, fresh = (pixels(sample.render(pipe, adapter, PROMPTS, tiny.CONFIG)) for adapter in (None, tiny.fresh()))
+    np.testing.assert_array_equal(base, fresh)
+
+
+def test_the_base_is_the_base_also_after_an_adapter_was_drawn(pipe):
+    before = pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG))
+    changed = pixels(sample.render(pipe, tiny.adapter(1), PROMPTS, tiny.CONFIG))
+    after = pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG))
+    np.testing.assert_array_equal(before, after)
+    assert np.abs(changed - before).max() > 10
+
+
+def test_picture_i_starts_from_seed_plus_i_whatever_stands_beside_it(pipe):
+    together = pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG, seed=5))
+    second = pixels(sample.render(pipe, None, PROMPTS[1:], tiny.CONFIG, seed=6))
+    assert np.abs(together[1] - second[0]).max() <= 1  # of 255: a batch of another size rounds differently
+
+
+def test_a_grids_size_and_places_by_hand():
+    red, blue = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
+    sheet = sample.grid([[red, blue, red], [blue, red, blue]], ["", ""], ["", "", ""], cell=10)
+    # left margin 12 without names, a cell and a gap of 6 for each of 3 columns; top margin 10 and one line of 17
+    assert sheet.size == (12 + 3 * 16, 27 + 2 * 16)
+    for row, column, colour in ((0, 0, (255, 0, 0)), (0, 1, (0, 0, 255)), (1, 0, (0, 0, 255)), (1, 2, (0, 0, 255))):
+        left, top = 12 + 16 * column, 27 + 16 * row
+        assert sheet.getpixel((left, top)) == sheet.getpixel((left + 9, top + 9)) == colour
+        assert sheet.getpixel((left + 10, top)) == sheet.getpixel((left, top + 10)) == (255, 255, 255)
+
+
+def test_names_get_room_and_a_comma_breaks_the_line():
+    picture = Image.new("RGB", (4, 4))
+    sheet = sample.grid([[picture]], ["round 1"], ["a red poppy, meadow background"], cell=128)
+    name = int(ImageFont.load_default(13).getlength("round 1"))
+    assert sheet.size == (12 + name + 134, 10 + 2 * 17 + 134)
+
+
+def test_a_sheet_has_a_row_an_adapter_and_a_column_a_prompt():
+    sheet = sample.sheet(tiny.base(), {"base": None, "round 1": tiny.adapter(1)}, tiny.CONFIG)
+    name = int(max(ImageFont.load_default(13).getlength(text) for text in ("base", "round 1")))
+    assert sheet.size == (12 + name + 2 * 134, 10 + 2 * 17 + 2 * 134)
+    cells = [sheet.crop((12 + name, top, 12 + name + 128, top + 128)) for top in (44, 44 + 134)]
+    assert np.abs(np.asarray(cells[0], dtype=int) - np.asarray(cells[1], dtype=int)).max() > 10
+
+
+def test_drawing_leaves_the_adapters_as_they_are(pipe):
+    adapter = tiny.adapter(1)
+    sample.render(pipe, adapter, PROMPTS, tiny.CONFIG)
+    assert model.adapter_hash(adapter) == model.adapter_hash(tiny.adapter(1))
