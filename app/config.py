@@ -31,11 +31,11 @@ class RunConfig:
 
     base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy")
     resolution: int = _key(64, "pixels", "side of the square training images, a multiple of 8", low=16, high=2048)
-    rounds: int = _key(4, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
-    local_steps: int = _key(50, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
+    rounds: int = _key(8, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
+    local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
     batch_size: int = _key(16, "images", "images in one forward pass", low=1, high=4096)
     gradient_accumulation: int = _key(1, "passes", "forward passes in one optimiser step", low=1, high=1024)
-    learning_rate: float = _key(2e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
+    learning_rate: float = _key(3e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
     lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
     lora_targets: str = _key("attention+resnet", "", "which layers get an adapter", choices=tuple(LORA_TARGETS))
     caption_dropout: float = _key(0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0)
@@ -49,7 +49,7 @@ class RunConfig:
     seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
     sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by a vertical bar; empty draws nothing")
     sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
-    sample_guidance: float = _key(4.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
+    sample_guidance: float = _key(5.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> RunConfig:

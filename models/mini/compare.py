@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds site-1 and site-2")
     parser.add_argument("--out", type=Path, default=HERE, help="where the table and the picture go")
-    parser.add_argument("--count", type=int, default=24, help="pictures a species")
+    parser.add_argument("--count", type=int, default=16, help="pictures a species")
     asked = parser.parse_args()
     history = json.loads((asked.run / "history.json").read_text())
     config = RunConfig(**history["config"])
