@@ -68,6 +68,10 @@ def test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume(up: Path, run: st
         "adapter_config.json", "adapter_model.safetensors", "provenance.json", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert inside(up, "serverapp", "readlink /adapters/latest") == run
+    sh("docker compose cp serverapp:/adapters ./adapters", up)
+    assert (up / "adapters/latest/final/provenance.json").is_file()
+    assert "bouquet: site-1: round 1" in sh("docker compose logs supernode-1", up).stdout
+    assert "register" in sh("docker compose ps -a", up).stdout  # the one-shot service, ended, shows only with -a
 
 
 def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificates_and_sites(up: Path, run: str) -> None:
