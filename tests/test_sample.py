@@ -43,7 +43,7 @@ def test_without_an_adapter_it_is_the_base_models_own_picture(pipe):
     stock = StableDiffusionPipeline.from_pretrained(tiny.base(), safety_checker=None)
     stock.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(42), torch.Generator().manual_seed(43)]
-    expected = stock(PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=4.0, generator=seeds).images
+    expected = stock(PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=tiny.CONFIG.sample_guidance, generator=seeds).images
     np.testing.assert_array_equal(pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG)), pixels(expected))
 
 
