@@ -82,7 +82,8 @@ def report(result: Path, args: argparse.Namespace) -> None:
     say("  ".join(f"{name} {seconds:.0f} s" for name, seconds in rows) + f"  total {sum(s for _, s in rows):.0f} s")
     here = result.relative_to(ROOT)
     print(f"adapter  {here / 'final' / 'pytorch_lora_weights.safetensors'}")
-    print(f"picture  {here / 'samples.png'}")
+    if (result / "samples.png").is_file():  # an empty sample-prompts draws nothing
+        print(f"picture  {here / 'samples.png'}")
     again = "docker compose up -d --wait" if args.engine == "docker" else f"scripts/demo --engine {args.engine} --keep"
     print("next     " + ("" if args.keep else f"{again} && ") + ".venv/bin/flwr run . remote-deployment --stream")
 
