@@ -14,6 +14,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from app.errors import AdapterError, HubError
 from app.model import Adapter, check_adapter
+from app.wire import unpack
 
 NEEDED = ("num-examples", "train-loss", "validation-loss")
 LONGEST = 300  # characters of a site's own text that the hub prints and keeps
@@ -52,18 +53,10 @@ def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool) -
             found=f"it applied {str(info.get('applied'))[:16]}, the hub sent {sent_hash[:16]}",
             fix="update that site to the hub's version",
         )
-    adapter = _adapter(content) if training else None
+    adapter = unpack(content.array_records.get("arrays")) if training else None
     if adapter is not None:
         check_adapter(adapter, sent)
     return Reply(_line(info.get("site", message.metadata.src_node_id)), adapter, images, numbers)
-
-
-def _adapter(content: RecordDict) -> Adapter:
-    """The arrays as tensors; {} where there are none, or bytes that are no arrays (which then fit no adapter)."""
-    try:
-        return dict(content.array_records["arrays"].to_torch_state_dict())
-    except Exception:  # numpy's reader fails in many ways on bytes that it did not write
-        return {}
 
 
 def _reason(message: Message) -> str:

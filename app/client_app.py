@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from app.config import RunConfig
@@ -54,18 +54,18 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
-    from app import model, train  # torch is imported only once there is work
+    from app import model, train, wire  # torch is imported only once there is work
 
     config, order = RunConfig.read(context.run_config), message.content["config"]
     name, folder, models, cached = places(context)
     site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
     print(f"bouquet: {name}: {site.partition.report()}", flush=True)
-    applied = model.apply_adapter(site.unet, message.content["arrays"].to_torch_state_dict())
+    applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"]))
     metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
     reply = RecordDict()
     if training:
         metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
-        reply["arrays"] = ArrayRecord(model.adapter_of(site.unet))
+        reply["arrays"] = wire.pack(model.adapter_of(site.unet))
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
     reply["metrics"] = MetricRecord(metrics)

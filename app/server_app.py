@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, model
+from app import aggregate, checkpoint, export, model, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 
@@ -123,7 +123,7 @@ class Run:
         """
         nodes = self.wait_for_sites()
         order = ConfigRecord({"round": number, "base-fingerprint": self.sums["base"]})
-        content = RecordDict({"arrays": ArrayRecord(adapter), "config": order})
+        content = RecordDict({"arrays": wire.pack(adapter), "config": order})
         timeout = self.config.round_timeout
         messages = [Message(content, dst_node_id=n, message_type=kind, ttl=float(timeout + 60), group_id=str(number)) for n in nodes]
         ids = list(self.grid.push_messages(messages))  # '' where the SuperLink did not take one, [] where it took none

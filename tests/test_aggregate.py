@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from app import aggregate, model
+from app import aggregate, model, wire
 from app.errors import AdapterError, BouquetError, HubError
 from tests import tiny
 
@@ -34,7 +34,7 @@ def content(adapter: model.Adapter | None = None, applied: str = HASH, site: str
     record = RecordDict({"metrics": MetricRecord({k: v for k, v in numbers.items() if v is not None})})
     record["info"] = ConfigRecord({"site": site, "applied": applied})
     if adapter is not None:
-        record["arrays"] = ArrayRecord(adapter)
+        record["arrays"] = wire.pack(adapter)
     return record
 
 
@@ -155,7 +155,7 @@ def test_double_precision_is_refused():
 @pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\x01\x00\xff\xff{"])
 def test_bytes_that_are_no_array_are_refused(data):
     record = content()
-    record["arrays"] = ArrayRecord({key: Array(dtype="float32", shape=(2, 4), stype="numpy.ndarray", data=data) for key in SENT})
+    record["arrays"] = ArrayRecord({wire.NAME: Array(dtype="uint8", shape=(len(data),), stype="numpy.ndarray", data=data)})
     refused(record, "ADAPTER-01", AdapterError)
 
 
@@ -167,7 +167,7 @@ def test_a_pickle_in_place_of_an_array_is_not_opened(tmp_path):
     out = io.BytesIO()
     np.save(out, np.array([Touch()], dtype=object), allow_pickle=True)
     record = content()
-    record["arrays"] = ArrayRecord({key: Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=out.getvalue()) for key in SENT})
+    record["arrays"] = ArrayRecord({wire.NAME: Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=out.getvalue())})
     refused(record, "ADAPTER-01", AdapterError)
     assert not (tmp_path / "opened").exists()
 

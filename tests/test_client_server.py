@@ -6,6 +6,7 @@ The same over real processes, TLS and Docker is tested with the deployment.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from PIL import Image
 
-from app import checkpoint, client_app, model, server_app, train
+from app import checkpoint, client_app, model, server_app, train, wire
 from app.errors import BouquetError, ConfigError, HubError
 from tests import tiny
 
@@ -70,7 +71,7 @@ class MemoryGrid(Grid):
                 yield reply
 
     def adapters(self, number: str, which: list) -> dict[str, model.Adapter]:
-        return {s: dict(m.content["arrays"].to_torch_state_dict()) for s, n, m in which if n == number and "arrays" in m.content}
+        return {s: wire.unpack(m.content["arrays"]) for s, n, m in which if n == number and "arrays" in m.content}
 
 
 class Federation:
@@ -174,11 +175,11 @@ def test_the_history_chains_every_round_to_the_one_before(finished):
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_aggregate_is_the_mean_of_the_sites_adapters_weighted_by_images(finished, number):
     federation, folder = finished
-    replies = {site: reply.content for site, when, reply in federation.grid.came if when == str(number)}
-    images = {site: content["metrics"]["num-examples"] for site, content in replies.items()}
+    replies = federation.grid.adapters(str(number), federation.grid.came)
+    images = {site: m.content["metrics"]["num-examples"] for site, when, m in federation.grid.came if when == str(number)}
     written = checkpoint.read_adapter(folder / f"round-000{number}")
     for key, value in written.items():
-        parts = (replies[site]["arrays"][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images))
+        parts = (replies[site][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images))
         np.testing.assert_array_equal(value.numpy(), sum(parts))
 
 
@@ -325,9 +326,9 @@ def test_a_failed_run_leaves_latest_where_it_was(federation, monkeypatch):
 def test_an_adapter_of_nans_does_not_reach_the_global_one(federation, monkeypatch):
     def tamper(site, number, reply):
         if site == "site-1":
-            arrays = reply.content["arrays"]
-            key = sorted(arrays)[0]
-            arrays[key] = type(arrays[key])(np.full(arrays[key].shape, np.nan, np.float32))
+            adapter = wire.unpack(reply.content["arrays"])
+            adapter[min(adapter)].fill_(math.nan)
+            reply.content["arrays"] = wire.pack(adapter)
         return reply
 
     federation.grid.tamper = tamper

@@ -26,7 +26,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"tables"},
     {"folders"},
     {"data", "model", "diffusion"},
-    {"cache"},
+    {"cache", "wire"},
     {"train", "aggregate", "checkpoint", "sample"},
     {"export"},
     {"client_app", "server_app"},
@@ -74,9 +74,9 @@ def test_a_module_imports_only_from_lower_layers(path):
     assert wrong == []
 
 
-def test_only_the_outermost_modules_and_the_aggregation_know_flower():
+def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
     users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
-    assert users == {"client_app", "server_app", "aggregate"}
+    assert users == {"client_app", "server_app", "aggregate", "wire"}
 
 
 @pytest.mark.parametrize("module", ["errors", "config", "images", "tables", "folders", "data", "client_app"])

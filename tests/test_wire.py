@@ -1,0 +1,50 @@
+"""The adapter on the wire: what arrives is what was sent, in few objects, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from app import model, wire
+from tests import tiny
+
+
+def test_an_adapter_arrives_bit_for_bit():
+    sent = tiny.adapter(1)
+    got = wire.unpack(wire.pack(sent))
+    assert model.adapter_hash(got) == model.adapter_hash(sent)
+
+
+def test_a_message_has_one_array_however_many_tensors_the_adapter_has():
+    adapter = tiny.adapter(1)
+    assert len(adapter) > 100
+    assert len(get_all_nested_objects(wire.pack(adapter))) == 3  # the record, its one array, the array's one chunk
+
+
+def test_the_wire_carries_the_tensors_and_a_header_of_names():
+    adapter = tiny.adapter(1)
+    numbers = sum(value.numel() for value in adapter.values())
+    header = wire.pack(adapter)[wire.NAME].numpy().nbytes - 4 * numbers
+    assert 0 < header < 200 * len(adapter)
+
+
+def test_the_same_adapter_gives_the_same_bytes_so_that_it_is_stored_once():
+    first, again = wire.pack(tiny.adapter(1)), wire.pack(tiny.adapter(1))
+    assert first.object_id == again.object_id != wire.pack(tiny.adapter(2)).object_id
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, ArrayRecord(), ConfigRecord(), MetricRecord(), ArrayRecord({"other": Array(np.zeros(3))}), ArrayRecord({wire.NAME: Array(np.zeros(3))})],
+    ids=["nothing", "empty", "config", "metrics", "another name", "no safetensors"],
+)
+def test_what_holds_no_adapter_gives_no_tensors(record):
+    assert wire.unpack(record) == {}
+
+
+def test_a_header_that_promises_more_bytes_than_came_gives_no_tensors():
+    whole = wire.pack({"a": torch.ones(4)})[wire.NAME].numpy()
+    assert wire.unpack(ArrayRecord({wire.NAME: Array(whole[:-4].copy())})) == {}
