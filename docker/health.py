@@ -1,8 +1,35 @@
-"""`health.py URL [CA]`: exit 0 when URL answers 200 over HTTP, or over TLS verified against the CA file."""
+"""`health.py CHECK...`: exit 0 when every check holds. Verified against /ca.crt where it is TLS.
 
+http://…, https://…   answers 200
+tcp://HOST:PORT       takes a connection
+heard:FILE            the SuperNode wrote it after an answer from the hub, less than 75 s ago (two heartbeats and a half)
+"""
+
+import os
+import socket
 import ssl
 import sys
+import time
+import urllib.parse
 import urllib.request
 
-tls = ssl.create_default_context(cafile=sys.argv[2]) if len(sys.argv) > 2 else None
-urllib.request.urlopen(sys.argv[1], timeout=5, context=tls)
+LONGEST = 75
+
+
+def check(what: str) -> None:
+    """Raises OSError, or exits with the reason, when `what` does not hold."""
+    url = urllib.parse.urlsplit(what)
+    if url.scheme == "heard":
+        silent = time.time() - os.stat(url.path).st_mtime
+        if silent > LONGEST:
+            sys.exit(f"nothing heard from the hub for {silent:.0f} s")
+    elif url.scheme == "tcp":
+        socket.create_connection((url.hostname, url.port), timeout=5).close()
+    else:
+        ca = os.environ.get("CA", "/ca.crt")
+        tls = ssl.create_default_context(cafile=ca) if url.scheme == "https" else None
+        urllib.request.urlopen(what, timeout=5, context=tls).close()
+
+
+for argument in sys.argv[1:]:
+    check(argument)

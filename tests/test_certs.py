@@ -42,7 +42,7 @@ def expire(made: Path) -> None:
 
 
 def test_the_server_certificate_has_the_names_that_are_used(made: Path) -> None:
-    assert names(server(made)) == {"localhost", "superlink", "127.0.0.1"}
+    assert names(server(made)) == {"localhost", "superlink", "gateway", "127.0.0.1"}
 
 
 def test_private_files_are_readable_by_their_owner_alone(made: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca(made:
         "  found  missing: hub.example.org 192.0.2.7 2001:db8::1 ",
     ]
     sh("scripts/certs && scripts/certs check", made, **hub)
-    assert names(server(made)) == {"localhost", "superlink", "127.0.0.1", "hub.example.org", "192.0.2.7", "2001:db8::1"}
+    assert names(server(made)) == {"localhost", "superlink", "gateway", "127.0.0.1", "hub.example.org", "192.0.2.7", "2001:db8::1"}
     assert (made / "certs/ca.crt").read_bytes() == ca
 
 

@@ -27,7 +27,7 @@ SITES = ("supernode-1", "supernode-2")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh copy after `scripts/setup`, as its own Compose project on a free port; removed with its volumes."""
     copy = copy_project(tmp_path_factory.mktemp("compose") / "bouquet")
-    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nHUB_PORT={free_port()}\n")
+    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nHUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
@@ -86,18 +86,70 @@ def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificate
     assert status(run)[0] == "finished:completed"
 
 
-def test_no_container_runs_as_root(up: Path) -> None:
-    assert "0" not in {inside(up, service, "id -u") for service in ("superlink", "serverapp", *SITES)}
+def containers(host: Path) -> dict[str, dict]:
+    """`docker inspect` of every container of the deployment, by service."""
+    found = json.loads(sh("docker inspect $(docker compose ps -aq)", host).stdout)
+    return {c["Config"]["Labels"]["com.docker.compose.service"]: c for c in found}
 
 
-def test_the_hub_publishes_one_port_on_loopback_and_the_sites_none(host: Path) -> None:
-    published = {name: service.get("ports", []) for name, service in config(host)["services"].items()}
-    assert [(name, ports[0]["host_ip"], len(ports)) for name, ports in published.items() if ports] == [("superlink", "127.0.0.1", 1)]
+def test_no_container_may_do_more_than_its_work(up: Path) -> None:
+    """What Docker enforces, not what the file says: a plain user, nothing writable but volumes, no privileges, bounds."""
+    found = containers(up)
+    assert found.keys() == {"gateway", "superlink", "register", "serverapp", *SITES}
+    for service, container in found.items():
+        host = container["HostConfig"]
+        assert re.fullmatch(r"[1-9]\d*:\d+", container["Config"]["User"]), service
+        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"], service
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], service
+        assert 0 < host["PidsLimit"] <= 512 and 0 < host["Memory"] <= 16 * 2**30 and host["MemorySwap"] == host["Memory"], service
+        assert service == "register" or container["State"]["Health"]["Status"] == "healthy", service
+
+
+def test_nobody_in_a_container_is_root_or_has_a_capability(up: Path) -> None:
+    for service in ("gateway", "superlink", "serverapp", *SITES):
+        status_ = dict(line.split(":", 1) for line in inside(up, service, "cat /proc/1/status").splitlines())
+        assert "0" not in status_["Uid"].split() and int(status_["CapEff"], 16) == int(status_["CapBnd"], 16) == 0, service
+        assert sh(f"docker compose exec -T {service} touch /opt/bouquet/x", up, check=False).returncode != 0, service
+
+
+def test_one_port_is_public_and_one_is_the_operators_loopback(up: Path) -> None:
+    bindings = {name: c["HostConfig"]["PortBindings"] or {} for name, c in containers(up).items()}
+    published = {(name, port, b["HostIp"]) for name, ports in bindings.items() for port, to in ports.items() for b in to}
+    assert published == {("gateway", "8443/tcp", "127.0.0.1"), ("superlink", "8000/tcp", "127.0.0.1")}
+    assert config(up, HUB_BIND="0.0.0.0")["services"]["superlink"]["ports"][0]["host_ip"] == "127.0.0.1"  # whatever is public
+
+
+def test_a_supernode_reaches_the_gateway_and_neither_the_hub_nor_the_world_nor_another_site(up: Path) -> None:
+    address = {name: [n["IPAddress"] for n in c["NetworkSettings"]["Networks"].values()] for name, c in containers(up).items()}
+    targets = {"gateway": "gateway:8443", "superlink": f"{address['superlink'][0]}:8000", "site-2": f"{address['supernode-2'][0]}:9094"}
+    targets["host"] = f"{json.loads(sh('docker network inspect bridge', up).stdout)[0]['IPAM']['Config'][0]['Gateway']}:22"
+    program = "import socket, sys; socket.create_connection(sys.argv[1].split(':'), timeout=3)"
+    reached = {
+        name for name, to in targets.items()
+        if sh(f'docker compose exec -T supernode-1 python -c "{program}" {to}', up, check=False).returncode == 0
+    }  # fmt: skip
+    assert reached == {"gateway"}
+
+
+def test_a_supernode_that_hears_nothing_from_the_hub_is_unhealthy(up: Path) -> None:
+    look = "python /opt/bouquet/health.py heard:/tmp/heard"
+    assert sh(f"docker compose exec -T supernode-1 {look}", up).returncode == 0
+    old = sh(f"docker compose exec -T supernode-1 sh -c 'touch -d \"76 seconds ago\" /tmp/old; {look.replace('heard:/tmp/heard', 'heard:/tmp/old')}'", up, check=False)
+    assert old.returncode == 1 and "nothing heard from the hub for 76 s" in old.stdout
+
+
+def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
+    shown = sh("docker compose run --rm operator flwr ls remote-deployment --format json", up).stdout
+    assert run in shown and "finished:completed" in shown
+    started = sh(f'docker compose run --rm operator flwr run . remote-deployment --run-config "{SMALL}" --stream', up).stdout
+    assert "bouquet: finished" in started
 
 
 def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:
     commands = {name: " ".join(service["command"]) for name, service in config(host)["services"].items()}
-    assert not [name for name, command in commands.items() if "--insecure" in command or "/ca.crt" not in command]
+    gateway = (host / "docker/gateway.conf").read_text()
+    assert not [name for name, command in commands.items() if "--insecure" in command or ("/ca.crt" not in command and name != "gateway")]
+    assert "listen 8443 ssl;" in gateway and "proxy_ssl_verify on;" in gateway and "/ca.crt" in gateway
     for flag in ("--enable-supernode-auth", "--isolation=process", "--disable-runtime-dependency-installation", "--database=/state/"):
         assert flag in commands["superlink"]
     assert not [name for name, command in commands.items() if "--allow-runtime" in command]

@@ -43,6 +43,8 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "docker compose up -d": (DOWN, "docker compose up -d"),
     ".venv/bin/flwr run . remote-deployment --stream": (BY_HAND, ".venv/bin/flwr run . remote-deployment"),
     ".venv/bin/flwr ls remote-deployment": (PRESET, ".venv/bin/flwr ls remote-deployment"),
+    "docker compose run --rm operator flwr ls remote-deployment": (
+        f"{COMPOSE}::test_the_operator_needs_no_python_on_the_host", "docker compose run --rm operator flwr ls remote-deployment"),
     "docker compose cp serverapp:/adapters ./adapters": (BY_HAND, "docker compose cp serverapp:/adapters ./adapters"),
     "docker compose logs": (DOWN, "docker compose logs"),
     "docker compose logs supernode-1": (BY_HAND, "docker compose logs supernode-1"),
