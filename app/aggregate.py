@@ -1,16 +1,17 @@
-"""From replies to the next global adapter: guard each reply, then Flower's weighted mean over the ones that hold.
+"""The guard: which of a round's replies hold, and how much each one weighs. strategy.py aggregates what is left.
 
-Enters: the round's replies as Flower messages. Leaves: the adapter, and who was refused and why.
+Enters: replies as Flower messages. Leaves: accepted replies with their weight, or an error that says what is wrong with one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from app.errors import AdapterError, HubError
 from app.model import Adapter, check_adapter
@@ -22,16 +23,28 @@ LONGEST = 300  # characters of a site's own text that the hub prints and keeps
 
 @dataclass(frozen=True)
 class Reply:
-    """A site's valid reply: its adapter (None after an evaluation), the images it trained on, and its other numbers."""
+    """A site's valid reply: its adapter (None after an evaluation), the images it counts for, its numbers, its update's length."""
 
     site: str
     adapter: Adapter | None
     images: int
     metrics: dict[str, float]
+    norm: float = 0.0
+    gpu: str = ""
 
 
-def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool) -> Reply:
-    """The reply, or HUB-04, HUB-05, ADAPTER-01, -02 or -03 with a sentence that says what is wrong with it."""
+def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "") -> Reply:
+    """The reply, under the name `site` that the hub registered, else under its own.
+
+    Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
+    """
+    if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
+        raise HubError(
+            "TRUST-01",
+            "The site does not trust this code: no publisher that it pins has signed this bundle.",
+            found="Flower's error 7, the bundle could not be verified",
+            fix="sign the checkout (scripts/hub sign) and run again; a site pins publishers in its trusted.yaml",
+        )
     if message.has_error():
         raise HubError("HUB-04", f"The site could not take part: {_reason(message)}", found="an error reply", fix="read that site's log")
     content = message.content
@@ -56,7 +69,8 @@ def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool) -
     adapter = unpack(content.array_records.get("arrays")) if training else None
     if adapter is not None:
         check_adapter(adapter, sent)
-    return Reply(_line(info.get("site", message.metadata.src_node_id)), adapter, images, numbers)
+    norm = update_norm(adapter, sent) if adapter is not None else 0.0
+    return Reply(site or _line(info.get("site", message.metadata.src_node_id)), adapter, images, numbers, norm, _line(info.get("gpu", ""))[:80])
 
 
 def _reason(message: Message) -> str:
@@ -70,16 +84,40 @@ def _line(text: object) -> str:
     return " ".join(str(text).split())[:LONGEST]
 
 
-def weighted_mean(replies: Iterable[Reply]) -> Adapter:
-    """FedAvg: each site weighs as many images as it trained on. In the order of the sites' names, so that it repeats.
+def update_norm(new: Adapter, old: Adapter) -> float:
+    """Euclidean length of a site's update, in float64."""
+    return math.sqrt(sum((new[key].double() - old[key].double()).square().sum().item() for key in sorted(old)))
 
-    Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
+
+def guard_norms(replies: Iterable[Reply], earlier: Iterable[float], bound: float) -> tuple[list[Reply], list[tuple[Reply, str]]]:
+    """The replies whose update is at most `bound` times the median one, and the others with a reason (ADAPTER-04).
+
+    The median is that of this round's updates and the `earlier` accepted ones; of an even number, the lower middle, so that of
+    two sites the larger is measured by the smaller. bound = 0 keeps all.
     """
-    records = [
-        RecordDict({"arrays": ArrayRecord(reply.adapter), "metrics": MetricRecord({"num-examples": reply.images})})
-        for reply in sorted(replies, key=lambda reply: reply.site)
-    ]
-    return dict(aggregate_arrayrecords(records, "num-examples").to_torch_state_dict())
+    replies = list(replies)
+    norms = [reply.norm for reply in replies] + list(earlier)
+    middle = statistics.median_low(norms) if norms else 0.0
+    kept, refused = [], []
+    for reply in replies:
+        if bound and reply.norm > bound * middle:
+            refused.append((reply, f"ADAPTER-04  The update is {reply.norm / middle if middle else math.inf:.1f} times the median one."))
+        else:
+            kept.append(reply)
+    return kept, refused
+
+
+def weigh(replies: Iterable[Reply], admitted: Mapping[str, int], largest_share: float) -> list[Reply]:
+    """Each reply with the images it counts for: no more than the site was admitted with, no more than `largest_share` of all.
+
+    largest_share is at least a half, so that at most one site can exceed it; among fewer than two sites there are no shares.
+    """
+    counted = [replace(r, images=min(r.images, admitted.get(r.site, r.images))) for r in replies]
+    total = sum(r.images for r in counted)
+    if len(counted) < 2 or largest_share >= 1:
+        return counted
+    ratio = largest_share / (1 - largest_share)
+    return [replace(r, images=min(r.images, max(1, int(ratio * (total - r.images) + 1e-9)))) for r in counted]
 
 
 def weighted(replies: Iterable[Reply], name: str) -> float:

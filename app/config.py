@@ -18,6 +18,7 @@ from app.errors import ConfigError
 ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
 RESNET = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
 LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
 
 
@@ -41,11 +42,23 @@ class RunConfig:
     caption_dropout: float = _key(0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0)
     min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
     precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
+    proximal_mu: float = _key(0.0, "", "FedProx: pull of a site's adapter towards the global one; 0 is off", low=0.0, high=100.0)
     validation_fraction: float = _key(0.1, "share", "images each site keeps for validation", low=0.01, high=0.5)
     validation_timesteps: int = _key(4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100)
     min_sites: int = _key(2, "sites", "fewest sites that a round needs", low=1, high=10_000)
     wait_for_sites: int = _key(180, "seconds", "longest wait for that many sites", low=1, high=86_400)
     round_timeout: int = _key(3600, "seconds", "longest wait for a round's replies", low=10, high=604_800)
+    round_patience: float = _key(5.0, "rounds", "wait no longer than this many earlier rounds took (at least 60 s); 0 is round-timeout alone", low=0.0, high=1000.0)
+    round_retries: int = _key(2, "times", "how often a round with too few valid replies is tried again", low=0, high=100)
+    norm_bound: float = _key(5.0, "", "refuse an update longer than this many median updates; 0 is off", low=0.0, high=1e6)
+    largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
+    strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
+    server_learning_rate: float = _key(1.0, "", "of fedavgm (1 is usual) and fedadam (0.01 is usual)", low=1e-6, high=10.0)
+    server_momentum: float = _key(0.9, "", "momentum of fedavgm, first beta of fedadam", low=0.0, high=0.999)
+    trimmed_share: float = _key(0.2, "share", "of trimmed-mean: left out at either end, number by number", low=0.0, high=0.49)
+    krum_malicious: int = _key(1, "sites", "of krum: how many sites may be hostile", low=0, high=10_000)
+    keep_rounds: int = _key(0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000)
+    resume: str = _key("", "run", "go on after the last round of this run: its id, or latest")
     seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
     sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by a vertical bar; empty draws nothing")
     sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
@@ -63,6 +76,8 @@ class RunConfig:
         config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
         if config.resolution % 8:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
+        if config.resume not in ("", "latest") and not config.resume.isdecimal():
+            raise _wrong("resume", config.resume, "latest or a run's id")
         return config
 
     @property

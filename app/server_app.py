@@ -7,6 +7,7 @@ when it cannot go on, failed with a public sentence.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -14,15 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, model, wire
+from app import aggregate, checkpoint, export, model
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
+from app.exchange import Exchange
+from app.strategy import Strategy
 
 app = ServerApp()
-POLL = 0.5  # seconds between looks for replies
+SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
 
 
 @app.main()
@@ -38,49 +41,87 @@ class Run:
     """One run: its config, its folder, its history."""
 
     def __init__(self, grid: Grid, context: Context) -> None:
-        self.grid, self.config = grid, RunConfig.read(context.run_config)
+        self.config = RunConfig.read(context.run_config)
         adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
         self.folder = adapters / str(context.run_id)
         self.base = model.locate(self.config.base_model, models)
-        self.sums = model.fingerprint(self.base)
+        fingerprint = model.fingerprint(self.base)["base"]
         self.history: dict[str, Any] = {
             "run": str(context.run_id),
             "state": "running",
             "config": asdict(self.config),
-            "base": {"name": self.config.base_model, "fingerprint": self.sums["base"]},
+            "base": {"name": self.config.base_model, "fingerprint": fingerprint},
             "versions": export.versions(),
             "rounds": [],
             "validation": [],
         }
+        self.admitted = _admitted()
+        self.exchange = Exchange(grid, self.config, fingerprint, self.folder)
         self.began = time.time()
 
     def go(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
         try:
-            adapter = self.rounds(model.new_adapter(self.base, self.config))
+            adapter = self.rounds()
             final = export.write_final(self.folder, adapter, self.config, self.provenance(adapter))
             self.draw()
             self.history["state"] = "finished"
         except BaseException as error:
-            self.history |= {"state": "failed", "error": str(error) if isinstance(error, BouquetError) else type(error).__name__}
+            reason = str(error) if isinstance(error, BouquetError) else type(error).__name__
+            self.history |= {"state": "failed", "error": reason}
+            self.exchange.note(error=reason)
             raise
         finally:
-            self.save()
+            self.exchange.note(state=self.history["state"])
+            try:
+                self.save()
+            except OSError as error:  # a full disk: the history of the last round stays, and so does the reason above
+                print(f"bouquet: history.json could not be written ({type(error).__name__})", flush=True)
         checkpoint.point_latest(self.folder)
         print(f"bouquet: finished  adapter {final}  seconds {time.time() - self.began:.0f}", flush=True)
 
-    def rounds(self, adapter: model.Adapter) -> model.Adapter:
-        """Every round, then one evaluation of the last aggregate."""
-        for number in range(1, self.config.rounds + 1):
-            adapter = self.round(number, adapter)
+    def rounds(self) -> model.Adapter:
+        """Every round from the first one, or from where another run stopped; then one evaluation of the last aggregate."""
+        done, adapter, state = self.start()
+        strategy = Strategy(self.config, state)
+        for number in range(done + 1, self.config.rounds + 1):
+            adapter = self.round(number, adapter, strategy)
         self.last_evaluation(adapter)
         return adapter
+
+    def start(self) -> tuple[int, model.Adapter, dict]:
+        """(rounds already done, global adapter, server state): a fresh adapter, or what `resume` names. Errors: HUB-08."""
+        fresh = model.new_adapter(self.base, self.config)
+        if not self.config.resume:
+            return 0, fresh, {}
+        source = checkpoint.find_run(self.folder.parent, self.config.resume)
+        done = checkpoint.written_rounds(source)[-1]
+        history = json.loads((source / "history.json").read_text())
+        now, then = ({name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"]))
+        if now != then or history["base"] != self.history["base"]:
+            other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or ["the base model's fingerprint"]
+            raise HubError(
+                "HUB-08",
+                f"That run cannot go on with another {', '.join(other)}.",
+                found=f"{source.name} had {then}, this run has {now}",
+                fix="give the values of that run, or leave resume out to start anew",
+            )
+        checkpoint.take_over(source, self.folder)
+        self.history["resumed"] = {"run": source.name, "after_round": done}
+        self.history["rounds"] = history["rounds"][:done]
+        self.history["validation"] = history["validation"][:done]
+        self.save()
+        print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
+        folder = self.folder / f"round-{done:04d}"
+        adapter = checkpoint.read_adapter(folder)
+        model.check_adapter(adapter, fresh)
+        return done, adapter, checkpoint.read_state(folder)
 
     def last_evaluation(self, adapter: model.Adapter) -> None:
         """What the sites say of the result. The training is done: a site that is gone by now spoils nothing."""
         try:
-            replies, self.history["refused_final_evaluation"] = self.exchange("evaluate", self.config.rounds + 1, adapter, model.adapter_hash(adapter))
+            replies, self.history["refused_final_evaluation"] = self.exchange.last(self.config.rounds + 1, adapter)
         except HubError as error:
             self.history["no_final_evaluation"] = str(error)
             print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
@@ -89,25 +130,30 @@ class Run:
         first, last = self.history["validation"][0]["weighted"], self.history["validation"][-1]["weighted"]
         print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
 
-    def round(self, number: int, adapter: model.Adapter) -> model.Adapter:
+    def round(self, number: int, adapter: model.Adapter, strategy: Strategy) -> model.Adapter:
         """Send the global adapter, take the sites' adapters, aggregate, write the round."""
-        start, sent = time.time(), model.adapter_hash(adapter)
-        replies, refused = self.exchange("train", number, adapter, sent)
-        new = aggregate.weighted_mean(replies)
+        start = time.time()
+        checkpoint.check_room(self.folder, adapter)
+        replies, refused = self.exchange.round(number, adapter)
+        weighed = aggregate.weigh(replies, self.admitted, self.config.largest_share)
+        new = strategy.aggregate(number, weighed, adapter)
+        model.check_adapter(new, adapter)
         self.note_validation(replies)
         entry = {
             "round": number,
-            "started_from": sent,
+            "started_from": model.adapter_hash(adapter),
             "adapter": model.adapter_hash(new),
             "train_loss": aggregate.weighted(replies, "train-loss"),
             "seconds": round(time.time() - start, 2),
-            "sites": {r.site: r.metrics for r in replies},
+            "sites": {r.site: r.metrics | {"update-norm": r.norm, "weight": r.images, "gpu": r.gpu} for r in weighed},
+            "adapters": {r.site: model.adapter_hash(r.adapter) for r in weighed},
             "refused": refused,
         }
         self.history["rounds"].append(entry)
-        checkpoint.write_round(self.folder, number, new, self.config, entry)
+        checkpoint.write_round(self.folder, number, new, self.config, entry, strategy.state())
         self.save()
-        pace = (time.time() - self.began) / number
+        self.exchange.note(state="working", adapter=f"round-{number:04d}")
+        pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))
         print(
             f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  "
             f"validation {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  "
@@ -115,67 +161,6 @@ class Run:
             flush=True,
         )
         return new
-
-    def exchange(self, kind: str, number: int, adapter: model.Adapter, sent: str) -> tuple[list[aggregate.Reply], list[dict]]:
-        """One message to every site that is there; the valid replies by site name, and the refused ones with reasons.
-
-        Errors: HUB-01 too few sites in time, HUB-02 too few valid replies.
-        """
-        nodes = self.wait_for_sites()
-        order = ConfigRecord({"round": number, "base-fingerprint": self.sums["base"]})
-        content = RecordDict({"arrays": wire.pack(adapter), "config": order})
-        timeout = self.config.round_timeout
-        messages = [Message(content, dst_node_id=n, message_type=kind, ttl=float(timeout + 60), group_id=str(number)) for n in nodes]
-        ids = list(self.grid.push_messages(messages))  # '' where the SuperLink did not take one, [] where it took none
-        missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
-        unsent = [node for node in nodes if node not in missing.values()]
-        replies, refused = [], [{"site": self.name(node), "reason": "HUB-03  The SuperLink did not take its message."} for node in unsent]
-        deadline = time.time() + timeout
-        while missing and time.time() < deadline:
-            for message in self.grid.pull_messages(list(missing)):
-                node = missing.pop(message.metadata.reply_to_message_id)
-                try:
-                    reply = aggregate.accept(message, adapter, sent, training=kind == "train")
-                    if reply.site in {other.site for other in replies}:
-                        raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
-                    replies.append(reply)
-                except BouquetError as error:
-                    refused.append({"site": self.name(node), "reason": str(error)})
-                    print(f"bouquet: refused  {self.name(node)}: {error}", flush=True)
-            if missing:
-                time.sleep(POLL)
-        refused += [{"site": self.name(node), "reason": f"HUB-03  No reply within {timeout} s."} for node in missing.values()]
-        if len(replies) < self.config.min_sites:
-            reasons = "; ".join(f"{r['site']}: {r['reason']}" for r in refused)
-            raise HubError(
-                "HUB-02",
-                f"Too few valid replies in round {number}: {len(replies)} of {self.config.min_sites} needed. {reasons}",
-                found=f"{len(replies)} valid, {len(refused)} refused or missing",
-                fix="mend the sites named above, or lower min-sites, and run again",
-            )
-        return sorted(replies, key=lambda r: r.site), refused
-
-    def wait_for_sites(self) -> list[int]:
-        """The nodes that are online, at least `min-sites` of them."""
-        deadline, told = time.time() + self.config.wait_for_sites, False
-        while len(nodes := sorted(self.grid.get_node_ids())) < self.config.min_sites:
-            if time.time() > deadline:
-                raise HubError(
-                    "HUB-01",
-                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s.",
-                    found=f"{len(nodes)} SuperNodes online",
-                    fix="start the missing sites (flwr supernode ls shows which), raise wait-for-sites, or lower min-sites",
-                )
-            if not told:
-                print(f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here", flush=True)
-                told = True
-            time.sleep(1)
-        return nodes
-
-    def name(self, node: int) -> str:
-        """The name a site was registered under, where the hub knows it; else the node's id."""
-        names = {info.node_id: info.name for info in self.grid.get_nodes()}
-        return names.get(node) or str(node)
 
     def note_validation(self, replies: Iterable[aggregate.Reply]) -> None:
         """The arriving adapter's loss at each site: entry k is after k rounds."""
@@ -190,7 +175,7 @@ class Run:
         from app import sample
 
         print("bouquet: drawing samples", flush=True)
-        rounds = range(1, self.config.rounds + 1)
+        rounds = checkpoint.written_rounds(self.folder)
         adapters = {f"round {n}": checkpoint.read_adapter(self.folder / f"round-{n:04d}") for n in rounds}
         image = sample.sheet(self.base, {"base": None} | adapters, self.config)
         temporary = self.folder / ".samples.png"
@@ -225,3 +210,10 @@ def _folder(name: str) -> Path:
             fix=f"set {name} for flower-superexec to a folder that exists",
         )
     return Path(value)
+
+
+def _admitted() -> dict[str, int]:
+    """Images that a site was admitted with, by name: `<BOUQUET_ADMITTED>/NAME.json`, where the hub's operator wrote one."""
+    folder = os.environ.get("BOUQUET_ADMITTED")
+    files = Path(folder).glob("*.json") if folder else ()
+    return {file.stem: int(json.loads(file.read_text())["images"]) for file in files}

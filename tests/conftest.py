@@ -55,3 +55,21 @@ def docker() -> None:
         pytest.fail(f"BOUQUET_REQUIRE_DOCKER is set and no Docker Engine answers: {why}")
     if why:
         pytest.skip(f"no Docker Engine answers: {why}")
+
+
+@pytest.fixture
+def federation(tmp_path):
+    """A hub and two sites in one process, ready for one round of one step."""
+    from tests.memory import Federation
+
+    return Federation(tmp_path, rounds=1, local_steps=1, sample_prompts="")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One whole run of two rounds at two sites with its pictures: (federation, its folder)."""
+    from tests.memory import Federation
+
+    federation = Federation(tmp_path_factory.mktemp("federation"))
+    with pytest.MonkeyPatch.context() as patch:
+        return federation, federation.go(patch)

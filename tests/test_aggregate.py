@@ -179,53 +179,70 @@ def test_no_refusals_public_sentence_repeats_what_a_site_sent():
         assert "secret" not in str(caught.value) and "-9" not in str(caught.value)
 
 
-# --- the mean ----------------------------------------------------------------------------------------------------------
+def test_a_registered_site_goes_by_the_name_the_hub_gave_it_whatever_it_says():
+    got = aggregate.accept(message(content(tiny.adapter(1), site="site-2")), SENT, HASH, training=True, site="site-1")
+    assert got.site == "site-1"
 
 
-def test_two_sites_result_is_the_mean_weighted_by_images_worked_out_in_numpy():
-    one, two = tiny.adapter(1), tiny.adapter(2)
-    mean = aggregate.weighted_mean([reply("site-1", 30, 1), reply("site-2", 10, 2)])
-    assert list(mean) == list(one)
-    for key, value in mean.items():
-        by_hand = one[key].numpy() * np.float32(0.75) + two[key].numpy() * np.float32(0.25)
-        np.testing.assert_array_equal(value.numpy(), by_hand)
-        assert value.dtype == torch.float32
+# --- the length of updates ----------------------------------------------------------------------------------------------
 
 
-def test_one_number_by_hand():
-    # (1·5 + 3·1) / 4 = 2
-    replies = [
-        aggregate.Reply("a", {"w": torch.tensor([5.0])}, 1, {}),
-        aggregate.Reply("b", {"w": torch.tensor([1.0])}, 3, {}),
-    ]
-    assert aggregate.weighted_mean(replies)["w"].tolist() == [2.0]
+def of_length(site: str, norm: float) -> aggregate.Reply:
+    return aggregate.Reply(site, None, 10, {}, norm)
 
 
-def test_one_site_alone_returns_its_own_adapter_bit_for_bit():
-    assert tiny.equal(aggregate.weighted_mean([reply("site-1", 7, 1)]), tiny.adapter(1))
+def test_an_updates_length_is_that_of_the_difference():
+    old, new = {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1)}, {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
+    assert aggregate.update_norm(new, old) == 5.0  # 3, 0 and 4
+    assert accept(content(tiny.adapter(1))).norm == pytest.approx(math.sqrt(sum(((tiny.adapter(1)[k] - v) ** 2).sum().item() for k, v in SENT.items())))
 
 
-def test_the_order_of_replies_does_not_matter_bit_for_bit():
-    replies = [reply(f"site-{n}", 10 + 7 * n, n) for n in range(1, 6)]
-    first = aggregate.weighted_mean(replies)
-    for turn in range(1, 5):
-        assert tiny.equal(aggregate.weighted_mean(replies[turn:] + replies[:turn]), first)
-    assert tiny.equal(aggregate.weighted_mean(replies[::-1]), first)
+@pytest.mark.parametrize(
+    ("norms", "earlier", "refused"),
+    [
+        ([1.0, 1.2, 5.9], [], []),  # 5.9 <= 5 x 1.2
+        ([1.0, 1.2, 6.1], [], ["c"]),
+        ([1.0, 1e6], [], ["b"]),  # of two, the larger is measured by the smaller
+        ([1e6], [], []),  # one alone has nothing to be measured by
+        ([1e6], [1.0, 1.1, 0.9], ["a"]),  # but what was accepted before
+        ([0.1, 0.1], [9.0, 9.0], []),  # a short update is no danger
+    ],
+)
+def test_an_update_far_longer_than_the_median_one_is_refused(norms, earlier, refused):
+    replies = [of_length(site, norm) for site, norm in zip("abc", norms, strict=False)]
+    kept, out = aggregate.guard_norms(replies, earlier, 5.0)
+    assert [reply.site for reply, _ in out] == refused and [r.site for r in kept] == [r.site for r in replies if r.site not in refused]
+    assert all(reason.startswith("ADAPTER-04  The update is ") for _, reason in out)
 
 
-def test_sites_that_count_different_things_are_averaged_all_the_same():
-    # Flower's own aggregation ends the run where one site alone has, say, an undecodable photo to report.
-    one = accept(content(tiny.adapter(1), site="site-1", photos_undecodable=2))
-    two = accept(content(tiny.adapter(2), site="site-2"))
-    assert tiny.equal(aggregate.weighted_mean([one, two]), aggregate.weighted_mean([reply("site-1", 10, 1), reply("site-2", 10, 2)]))
+def test_without_a_bound_every_length_is_taken():
+    assert len(aggregate.guard_norms([of_length("a", 1.0), of_length("b", 1e9)], [], 0.0)[0]) == 2
 
 
-def test_averaging_does_not_change_what_the_sites_sent():
-    replies = [reply("site-1", 30, 1), reply("site-2", 10, 2)]
-    aggregate.weighted_mean(replies)
-    assert tiny.equal(replies[0].adapter, tiny.adapter(1)) and tiny.equal(replies[1].adapter, tiny.adapter(2))
+# --- weights -------------------------------------------------------------------------------------------------------------
+
+
+def weights(images: dict[str, int], admitted: dict[str, int] = {}, share: float = 0.8) -> dict[str, int]:
+    replies = [aggregate.Reply(site, None, count, {}) for site, count in images.items()]
+    return {r.site: r.images for r in aggregate.weigh(replies, admitted, share)}
+
+
+def test_a_site_weighs_no_more_than_it_was_admitted_with():
+    assert weights({"a": 100, "b": 90}, {"a": 60, "c": 1}) == {"a": 60, "b": 90}
+
+
+def test_one_site_weighs_at_most_its_largest_share():
+    assert weights({"a": 1000, "b": 60, "c": 40}) == {"a": 400, "b": 60, "c": 40}  # 400 of 500 is 0.8
+    assert weights({"a": 10**9 - 1, "b": 10}, share=0.5) == {"a": 10, "b": 10}
+
+
+def test_shares_below_the_largest_stay_as_they_are():
+    assert weights({"a": 300, "b": 100}) == {"a": 300, "b": 100}
+    assert weights({"a": 1000}) == {"a": 1000}
+    assert weights({"a": 1000, "b": 1}, share=1.0) == {"a": 1000, "b": 1}
 
 
 def test_a_metric_is_weighted_by_images():
     # (30·1 + 10·2) / 40 = 1.25
-    assert aggregate.weighted([reply("site-1", 30, 1), reply("site-2", 10, 2)], "train-loss") == 1.25
+    replies = [aggregate.Reply("a", None, 30, {"train-loss": 1.0}), aggregate.Reply("b", None, 10, {"train-loss": 2.0})]
+    assert aggregate.weighted(replies, "train-loss") == 1.25

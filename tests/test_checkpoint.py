@@ -35,19 +35,21 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_rounds_folder_holds_the_adapter_its_config_and_its_metrics(tmp_path):
-    folder = checkpoint.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, {"train_loss": 0.5})
+    folder = checkpoint.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, {"train_loss": 0.5}, {})
     assert folder == tmp_path / "7" / "round-0003"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors",
+    ]  # fmt: skip
     assert json.loads((folder / "metrics.json").read_text()) == {"train_loss": 0.5}
 
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {})
+    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     assert tiny.equal(checkpoint.read_adapter(folder), ADAPTER)
 
 
 def test_alpha_is_the_rank(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {})
+    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
     assert settings["target_modules"] == list(LORA_TARGETS["attention+resnet"])
@@ -56,7 +58,7 @@ def test_alpha_is_the_rank(tmp_path):
 def test_peft_loads_the_folder_and_the_unet_says_what_it_says_in_the_app(tmp_path):
     from peft import PeftModel
 
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {})
+    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     latents, text = tiny.batch(2)
     at = torch.tensor([10, 500])
     unet = tiny.unet()
@@ -66,7 +68,7 @@ def test_peft_loads_the_folder_and_the_unet_says_what_it_says_in_the_app(tmp_pat
 
 
 def test_others_who_share_the_volume_may_read_every_file(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {})
+    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
 
@@ -158,7 +160,7 @@ while not ends or ends[-1] == signal.SIGKILL:
     checkpoint.write_json(run / "history.json", {"new": False})
     if (child := os.fork()) == 0:
         watch(moment)
-        checkpoint.write_round(run, 1, adapter, RunConfig.read({}), {"new": True})
+        checkpoint.write_round(run, 1, adapter, RunConfig.read({}), {"new": True}, {})
         checkpoint.write_json(run / "history.json", {"new": True})
         checkpoint.point_latest(run)
         os._exit(0)
@@ -194,7 +196,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
 
 def test_latest_is_a_relative_link_that_moves_with_the_volume(tmp_path):
     run = tmp_path / "adapters" / "7"
-    checkpoint.write_round(run, 1, ADAPTER, tiny.CONFIG, {})
+    checkpoint.write_round(run, 1, ADAPTER, tiny.CONFIG, {}, {})
     checkpoint.point_latest(run)
     assert os.readlink(tmp_path / "adapters" / "latest") == "7"
     (tmp_path / "adapters").rename(tmp_path / "moved")
@@ -206,7 +208,7 @@ def test_latest_switches_to_the_next_run_and_leaves_the_former(tmp_path):
         (tmp_path / name).mkdir()
         checkpoint.point_latest(tmp_path / name)
         assert os.readlink(tmp_path / "latest") == name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".latest.lock", "7", "8", "latest"]
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):

@@ -16,134 +16,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Context, RecordDict
 from PIL import Image
 
 from app import checkpoint, client_app, model, server_app, train, wire
 from app.errors import BouquetError, ConfigError, HubError
 from tests import tiny
-
-COUNTS = {"site-1": 8, "site-2": 12}  # pictures at each site
-
-
-class MemoryGrid(Grid):
-    """Nodes by id, each with its own node config; a reply is made when it is asked for, and may be tampered with."""
-
-    def __init__(self, sites: dict[str, dict], run_config: dict) -> None:
-        self.sites = {100 + n: (name, own) for n, (name, own) in enumerate(sites.items(), start=1)}
-        self.run_config = run_config
-        self.orders: dict[str, Message] = {}
-        self.sent: list[tuple[str, str, Message]] = []  # (site, round, the hub's message)
-        self.came: list[tuple[str, str, Message]] = []  # (site, round, the site's reply)
-        self.turned = False  # replies in the other order
-        self.tamper: Callable[[str, str, Message], Message | None] = lambda site, number, reply: reply
-
-    set_run = create_message = send_and_receive = None
-
-    @property
-    def run(self):
-        raise NotImplementedError
-
-    def get_node_ids(self):
-        return list(self.sites)
-
-    def get_nodes(self):
-        return [SimpleNamespace(node_id=node, name=name) for node, (name, _) in self.sites.items()]
-
-    def push_messages(self, messages):
-        ids = []
-        for message in messages:
-            ids.append(f"message {len(self.sent)}")
-            message.metadata.__dict__["_message_id"] = ids[-1]
-            self.orders[ids[-1]] = message
-            self.sent.append((self.sites[message.metadata.dst_node_id][0], message.metadata.group_id, message))
-        return ids
-
-    def pull_messages(self, message_ids):
-        for message_id in reversed(message_ids) if self.turned else message_ids:
-            order = self.orders[message_id]
-            node, number = order.metadata.dst_node_id, order.metadata.group_id
-            site, own = self.sites[node]
-            reply = client_app.app(order, Context(7, node, own, RecordDict(), self.run_config))
-            if (reply := self.tamper(site, number, reply)) is not None:
-                self.came.append((site, number, reply))
-                yield reply
-
-    def adapters(self, number: str, which: list) -> dict[str, model.Adapter]:
-        return {s: wire.unpack(m.content["arrays"]) for s, n, m in which if n == number and "arrays" in m.content}
-
-
-class Federation:
-    """Two sites and a hub on one disk."""
-
-    def __init__(self, root: Path, **run_config) -> None:
-        self.root, self.run_config = root, tiny.RUN | {k.replace("_", "-"): v for k, v in run_config.items()}
-        self.adapters = root / "adapters"
-        self.adapters.mkdir(parents=True)
-        self.own = {}
-        for seed, (name, count) in enumerate(COUNTS.items()):
-            folder = tiny.site(root / "data" / name, count, seed)
-            paths = {"data-path": folder, "models-path": tiny.models(), "cache-path": root / "cache" / name}
-            self.own[name] = {"site-name": name} | {key: str(path) for key, path in paths.items()}
-        self.grid = MemoryGrid(self.own, self.run_config)
-
-    def go(self, monkeypatch, run_id: int = 7, models: Path | None = None) -> Path:
-        """The whole run; returns its folder."""
-        tiny.be_the_hub(monkeypatch, run_id)
-        monkeypatch.setenv("BOUQUET_ADAPTERS", str(self.adapters))
-        monkeypatch.setenv("BOUQUET_MODELS", str(models or tiny.models()))
-        server_app.app(self.grid, Context(run_id, 1, {}, RecordDict(), self.run_config))
-        return self.adapters / str(run_id)
-
-    def fails(self, monkeypatch, code: str, **how) -> BouquetError:
-        with pytest.raises(BouquetError) as caught:
-            self.go(monkeypatch, **how)
-        assert caught.value.code == code
-        return caught.value
-
-    def history(self) -> dict:
-        return json.loads((self.adapters / "7" / "history.json").read_text())
-
-
-@pytest.fixture
-def federation(tmp_path) -> Federation:
-    return Federation(tmp_path, rounds=1, local_steps=1, sample_prompts="")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One whole run of two rounds at two sites with its pictures: (federation, its folder)."""
-    federation = Federation(tmp_path_factory.mktemp("federation"))
-    with pytest.MonkeyPatch.context() as patch:
-        return federation, federation.go(patch)
-
-
-def spoil_from(number: str, site: str = "site-2", value: float = float("nan")) -> Callable[[str, str, Message], Message]:
-    """A site whose validation loss is no number from some round on."""
-
-    def tamper(who: str, when: str, reply: Message) -> Message:
-        if who == site and when >= number:
-            reply.content["metrics"]["validation-loss"] = value
-        return reply
-
-    return tamper
-
-
-class FakeTime:
-    """A clock that moves only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    strftime, gmtime = staticmethod(lambda *_: "then"), staticmethod(lambda *_: None)
-
+from tests.memory import COUNTS, Federation
 
 # --- federation happens ------------------------------------------------------------------------------------------------
 
@@ -225,7 +104,7 @@ def test_the_order_of_replies_does_not_matter_bit_for_bit(finished, tmp_path, mo
 
 def test_the_shared_volume_holds_rounds_final_history_pictures_and_latest(finished):
     federation, folder = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["final", "history.json", "round-0001", "round-0002", "samples.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["final", "history.json", "round-0001", "round-0002", "samples.png", "status.json"]
     assert os.readlink(federation.adapters / "latest") == "7"
     assert federation.history()["state"] == "finished"
 
@@ -291,118 +170,6 @@ def test_sites_that_have_different_things_to_report_are_averaged_all_the_same(fe
     assert sites["site-1"]["photos-undecodable"] == 1 and "photos-undecodable" not in sites["site-2"]
 
 
-# --- a site that fails -------------------------------------------------------------------------------------------------
-
-
-def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation, monkeypatch):
-    federation.run_config["min-sites"] = 1
-    federation.grid.tamper = spoil_from("1")
-    folder = federation.go(monkeypatch)
-    (entry,) = federation.history()["rounds"]
-    assert entry["refused"] == [{"site": "site-2", "reason": "HUB-05  The reply's metrics are missing or impossible."}]
-    assert list(entry["sites"]) == ["site-1"]
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
-
-
-def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_path, monkeypatch):
-    federation = Federation(tmp_path, rounds=3, sample_prompts="")
-    federation.grid.tamper = spoil_from("2")
-    error = federation.fails(monkeypatch, "HUB-02")
-    assert "round 2: 1 of 2 needed. site-2: HUB-05" in str(error)
-    history = federation.history()
-    assert (history["state"], len(history["rounds"])) == ("failed", 1) and history["error"] == str(error)
-    kept = checkpoint.read_adapter(federation.adapters / "7" / "round-0001")
-    assert model.adapter_hash(kept) == history["rounds"][0]["adapter"]
-    assert not (federation.adapters / "7" / "round-0002").exists() and not (federation.adapters / "7" / "final").exists()
-
-
-def test_a_failed_run_leaves_latest_where_it_was(federation, monkeypatch):
-    federation.go(monkeypatch, run_id=6)
-    federation.grid.tamper = spoil_from("1")
-    federation.fails(monkeypatch, "HUB-02")
-    assert os.readlink(federation.adapters / "latest") == "6"
-
-
-def test_an_adapter_of_nans_does_not_reach_the_global_one(federation, monkeypatch):
-    def tamper(site, number, reply):
-        if site == "site-1":
-            adapter = wire.unpack(reply.content["arrays"])
-            adapter[min(adapter)].fill_(math.nan)
-            reply.content["arrays"] = wire.pack(adapter)
-        return reply
-
-    federation.grid.tamper = tamper
-    error = federation.fails(monkeypatch, "HUB-02")
-    assert "site-1: ADAPTER-02" in str(error)
-
-
-def test_a_site_that_trained_from_another_adapter_is_refused(federation, monkeypatch):
-    apply = model.apply_adapter
-    monkeypatch.setattr(model, "apply_adapter", lambda unet, adapter: apply(unet, tiny.adapter(9)))
-    assert "ADAPTER-03" in str(federation.fails(monkeypatch, "HUB-02"))
-
-
-def test_too_few_sites_in_time_end_the_run(federation, monkeypatch):
-    federation.grid.sites.popitem()
-    clock = FakeTime()
-    monkeypatch.setattr(server_app, "time", clock)
-    error = federation.fails(monkeypatch, "HUB-01")
-    assert str(error) == "HUB-01  Only 1 of 2 sites came within 1 s."
-    assert 1 < clock.now < 4 and federation.history()["state"] == "failed"
-
-
-def test_a_site_that_comes_late_is_waited_for(federation, monkeypatch):
-    federation.run_config["wait-for-sites"] = 60
-    late = dict([federation.grid.sites.popitem()])
-    clock = FakeTime()
-    slept = clock.sleep
-    clock.sleep = lambda seconds: slept(seconds) or (clock.now > 30 and federation.grid.sites.update(late))
-    monkeypatch.setattr(server_app, "time", clock)
-    federation.go(monkeypatch)
-    assert clock.now > 30 and len(federation.history()["rounds"][0]["sites"]) == 2
-
-
-def test_a_site_that_never_replies_is_given_up_after_the_rounds_timeout(federation, monkeypatch):
-    federation.run_config["min-sites"] = 1
-    federation.grid.tamper = lambda site, number, reply: None if (site, number) == ("site-2", "1") else reply
-    clock = FakeTime()
-    monkeypatch.setattr(server_app, "time", clock)
-    monkeypatch.setattr(server_app, "POLL", 5.0)
-    federation.go(monkeypatch)
-    (entry,) = federation.history()["rounds"]
-    assert entry["refused"] == [{"site": "site-2", "reason": "HUB-03  No reply within 10 s."}]
-    assert clock.now == 10.0
-
-
-def test_a_message_that_the_superlink_did_not_take_is_a_site_missing(federation, monkeypatch):
-    federation.run_config["min-sites"] = 1
-    push = federation.grid.push_messages
-    federation.grid.push_messages = lambda messages: push(messages[:1]) + [""]
-    federation.go(monkeypatch)
-    assert federation.history()["rounds"][0]["refused"] == [{"site": "site-2", "reason": "HUB-03  The SuperLink did not take its message."}]
-
-
-def test_two_sites_of_one_name_are_told_to_the_operator(federation, monkeypatch):
-    federation.own["site-2"]["site-name"] = "site-1"
-    assert "site-2: HUB-07  Another site has the same name." in str(federation.fails(monkeypatch, "HUB-02"))
-
-
-def test_sites_that_are_gone_for_the_final_evaluation_spoil_nothing(federation, monkeypatch):
-    federation.grid.tamper = spoil_from("2")
-    folder = federation.go(monkeypatch)
-    history = federation.history()
-    assert history["state"] == "finished" and history["no_final_evaluation"].startswith("HUB-02")
-    assert (folder / "final" / "adapter_model.safetensors").exists() and len(history["validation"]) == 1
-    assert os.readlink(federation.adapters / "latest") == "7"
-
-
-def test_a_site_with_another_base_model_is_refused_by_itself_and_named_in_public(federation, monkeypatch, tmp_path):
-    tiny.build(tmp_path / "models" / "tiny", seed=1)
-    error = federation.fails(monkeypatch, "HUB-02", models=tmp_path / "models")
-    assert str(error).count("MODEL-04 The base model here is not the one the hub uses.") == 2
-    assert str(tiny.models()) not in str(error)
-
-
 # --- what leaves a site ------------------------------------------------------------------------------------------------
 
 
@@ -429,11 +196,11 @@ def test_an_empty_site_says_so_without_its_path_and_with_it_in_its_own_log(feder
 
 def test_nothing_that_a_site_sends_names_a_file_a_caption_or_a_path(finished):
     federation, _ = finished
-    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(encode|load|evaluate|train)")
+    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(encode|load|evaluate|train)|gpu-(peak-mib|utilisation|joules)")
     for site, _, reply in federation.grid.came:
         assert set(reply.content) <= {"arrays", "metrics", "info"}
         assert all(allowed.fullmatch(name) for name in reply.content["metrics"])
-        assert set(reply.content["info"]) == {"site", "applied"} and reply.content["info"]["site"] == site
+        assert set(reply.content["info"]) == {"site", "applied", "gpu"} and reply.content["info"]["site"] == site
         assert not reply.content.config_records["info"]["applied"].strip("0123456789abcdef")
 
 
@@ -486,28 +253,3 @@ def test_the_same_federation_runs_by_partition_as_in_a_simulation(finished, tmp_
     assert tiny.equal(checkpoint.read_adapter(again.go(monkeypatch) / "final"), checkpoint.read_adapter(finished[1] / "final"))
 
 
-# --- a run that cannot begin ---------------------------------------------------------------------------------------------
-
-
-def test_a_wrong_run_config_ends_the_run_before_anything_is_sent_or_written(federation, monkeypatch, capsys):
-    federation.run_config["lora-rnk"] = 4
-    error = federation.fails(monkeypatch, "CONFIG-01")
-    assert isinstance(error, ConfigError) and "did you mean lora-rank?" in capsys.readouterr().out
-    assert federation.grid.sent == [] and list(federation.adapters.iterdir()) == []
-
-
-def test_an_unknown_base_model_ends_the_run_before_anything_is_sent(federation, monkeypatch):
-    federation.run_config["base-model"] = "rose"
-    federation.fails(monkeypatch, "MODEL-01")
-    assert federation.grid.sent == []
-
-
-@pytest.mark.parametrize("name", ["BOUQUET_ADAPTERS", "BOUQUET_MODELS"])
-@pytest.mark.parametrize("value", ["", "/nowhere"])
-def test_a_hub_without_its_folders_says_which_one(name, value, federation, monkeypatch):
-    tiny.be_the_hub(monkeypatch)
-    monkeypatch.setenv("BOUQUET_ADAPTERS", str(federation.adapters))
-    monkeypatch.setenv("BOUQUET_MODELS", str(tiny.models()))
-    monkeypatch.setenv(name, value)
-    with pytest.raises(HubError, match=f"HUB-06.*{name}"):
-        server_app.app(federation.grid, Context(7, 1, {}, RecordDict(), federation.run_config))

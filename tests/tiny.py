@@ -36,6 +36,7 @@ RUN = {  # a run config, as Flower hands it over
     "validation-timesteps": 2,
     "wait-for-sites": 1,
     "round-timeout": 10,
+    "round-retries": 0,
     "sample-prompts": "a red poppy, meadow background|a white lily, night background",
     "sample-steps": 2,
 }
