@@ -1,7 +1,7 @@
 """The ClientApp: translates Flower's records to a site's work and back; one message a round.
 
 `train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
-What may leave: the adapter, numbers, the site's name, an error's public sentence. Nothing else does.
+What may leave: the adapter, numbers, the site's and its GPU's name, an error's public sentence. Nothing else does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from app import limits
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError
 
@@ -54,22 +55,28 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
-    from app import model, train, wire  # torch is imported only once there is work
+    from app import gpu, journal, model, train, wire  # torch is imported only once there is work
 
     config, order = RunConfig.read(context.run_config), message.content["config"]
+    limits.check(config, str(context.node_config.get("limits", "")))
     name, folder, models, cached = places(context)
-    site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
-    print(f"bouquet: {name}: {site.partition.report()}", flush=True)
-    applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"]))
-    metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
-    reply = RecordDict()
-    if training:
-        metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
-        reply["arrays"] = wire.pack(model.adapter_of(site.unet))
+    reply, sent = RecordDict(), None
+    with gpu.Meter() as meter:
+        site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
+        print(f"bouquet: {name}: {site.partition.report()}", flush=True)
+        applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"]))
+        metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
+        if training:
+            metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
+            sent = model.adapter_of(site.unet)
+            reply["arrays"] = wire.pack(sent)
+    metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
     reply["metrics"] = MetricRecord(metrics)
-    reply["info"] = ConfigRecord({"site": name, "applied": applied})
+    reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
+    told = {"run": str(context.run_id), "round": order["round"], "images": metrics["num-examples"], "applied": applied}
+    journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
     print(f"bouquet: {name}: round {order['round']}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
     return reply
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 
 from app import cache, data, diffusion, model
 from app.config import RunConfig
-from app.errors import ModelError
+from app.errors import ModelError, SiteError
 
 
 def accelerator(config: RunConfig) -> Accelerator:
@@ -24,6 +25,29 @@ def accelerator(config: RunConfig) -> Accelerator:
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     return Accelerator(mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=config.gradient_accumulation)
+
+
+def check_base(name: str, folder: Path, own: str, hubs: str) -> None:
+    """Errors: MODEL-04 when the two fingerprints differ. '' as the hub's skips the comparison."""
+    if hubs and own != hubs:
+        raise ModelError(
+            "MODEL-04",
+            "The base model here is not the one the hub uses.",
+            found=f"{name} in {folder} has fingerprint {own[:16]}, the hub's is {hubs[:16]}",
+            fix="copy the hub's version of the base model to this site",
+        )
+
+
+def halved(accelerator: Accelerator) -> bool:
+    """Whether the frozen base is kept in bf16: on a GPU alone, where the arithmetic is bf16 too."""
+    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+
+
+def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple:
+    """(noise schedule, UNet with a fresh adapter on the accelerator's device)."""
+    unet = model.load_unet(base, torch.bfloat16 if halved(accelerator) else torch.float32)
+    model.add_adapter(unet, config)
+    return model.load_scheduler(base), unet.to(accelerator.device)
 
 
 def seed_of(*parts: object) -> int:
@@ -40,23 +64,13 @@ class Site:
         self.accelerator = accelerator(config)
         base = model.locate(config.base_model, models)
         sums = model.fingerprint(base, cached)
-        if base_fingerprint and sums["base"] != base_fingerprint:
-            raise ModelError(
-                "MODEL-04",
-                "The base model here is not the one the hub uses.",
-                found=f"{config.base_model} in {base} has fingerprint {sums['base'][:16]}, the hub's is {base_fingerprint[:16]}",
-                fix="copy the hub's version of the base model to this site",
-            )
+        check_base(config.base_model, base, sums["base"], base_fingerprint)
         device = self.accelerator.device
         partition, rows = cache.encode(data.scan(folder), base, sums, config.resolution, cached, device)
         train, held_out = data.split(partition.photos, config.validation_fraction, config.seed)
         self.partition, self.train, self.held_out = partition, rows(train).to(device), rows(held_out).to(device)
         self.clock.lap("encode")
-        half = self.accelerator.mixed_precision == "bf16" and device.type == "cuda"
-        self.scheduler = model.load_scheduler(base)
-        self.unet = model.load_unet(base, torch.bfloat16 if half else torch.float32)
-        model.add_adapter(self.unet, config)
-        self.unet.to(device)
+        self.scheduler, self.unet = load(base, config, self.accelerator)
         self.clock.lap("load")
 
     def evaluate(self) -> float:
@@ -76,16 +90,51 @@ class Site:
         return loss
 
     def fit(self, seed: int) -> float:
-        """`local-steps` optimiser steps; returns their mean loss. Same seed, same steps, bit for bit on one CPU set-up."""
-        loss = fit(self.unet, self.scheduler, self.train, self.config, self.accelerator, seed)
+        """`local-steps` optimiser steps; returns their mean loss. Same seed, same steps, bit for bit on one CPU set-up.
+
+        Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then SITE-13.
+        """
+        start = model.adapter_of(self.unet)
+        try:
+            loss = fit(self.unet, self.scheduler, self.train, self.config, self.accelerator, seed)
+        except torch.OutOfMemoryError:
+            if self.config.batch_size < 2:
+                raise self._out_of_memory() from None
+            loss = self._fit_in_halves(start, seed)
         self.clock.lap("train")
         return loss
 
+    def _fit_in_halves(self, start: model.Adapter, seed: int) -> float:
+        config = replace(
+            self.config, batch_size=self.config.batch_size // 2, gradient_accumulation=2 * self.config.gradient_accumulation
+        )
+        print(f"bouquet: out of GPU memory; once more with {config.batch_size} images a pass", flush=True)
+        self.unet.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        model.apply_adapter(self.unet, start)
+        try:
+            return fit(self.unet, self.scheduler, self.train, config, accelerator(config), seed)
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
+
+    def _out_of_memory(self) -> SiteError:
+        return SiteError(
+            "SITE-13",
+            "The GPU has too little memory for this run.",
+            found=f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution} pixels",
+            fix="free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or resolution",
+        )
+
 
 def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
-    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter)."""
+    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
+
+    proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020, arXiv:1812.06127, eq. 2.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     model_, optimiser_ = accelerator.prepare(unet, optimiser)
     batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=accelerator.device)
     unet.train()
@@ -100,6 +149,8 @@ def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator:
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
+                for parameter, anchor in zip(trained, arrived, strict=False):
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
                 accelerator.clip_grad_norm_(unet.parameters(), 1.0)
             optimiser_.step()
             optimiser_.zero_grad()

@@ -6,12 +6,15 @@ it again, and every answer of the hub is noted in the file BOUQUET_HEARD for the
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable. Leaves: its exit code, 1 when the loop raised.
 """
 
+import argparse
 import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+import yaml
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -28,9 +31,29 @@ def note_answers(file: Path) -> None:
     FleetHttpClient._unary_unary = noted
 
 
+def check_trusted(arguments: list[str]) -> None:
+    """End here when the file of --trusted-entities pins nobody: Flower takes that for no check wanted, and runs any code."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--trusted-entities", type=Path)
+    file = options.parse_known_args(arguments)[0].trusted_entities
+    if file and file.is_file() and not yaml.safe_load(file.read_text()):
+        sys.exit(f"TRUST-05  The site pins no publisher.\n  found  {file} is empty\n  fix    put the hub's trusted.yaml there\n  help   README.md#trust-05")
+
+
+def preflight() -> None:
+    """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here on a failure."""
+    here = Path(__file__).resolve().parent
+    root = here if (here / "app").is_dir() else here.parent  # the image, or a checkout
+    if subprocess.run([sys.executable, "-m", "app.preflight", "--fast"], cwd=root).returncode:
+        sys.exit(1)
+
+
+if os.environ.get("BOUQUET_PREFLIGHT"):
+    preflight()
 if "BOUQUET_HEARD" in os.environ:
     note_answers(Path(os.environ["BOUQUET_HEARD"]))
 sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
+check_trusted(sys.argv[1:])
 code: int | str | None = 1
 try:
     flower_supernode()

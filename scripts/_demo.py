@@ -72,7 +72,7 @@ def engine(name: str) -> Compose | Processes:
         return Compose()
     env = dict(line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if "=" in line) | os.environ
     sites = {f"site-{found[1]}": ROOT / env[key] for key in env if (found := re.fullmatch(r"SITE_(\d+)_DATA", key))}
-    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites)
+    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites, trusted=ROOT / "certs" / "trusted.yaml")
 
 
 def report(result: Path, args: argparse.Namespace) -> None:

@@ -66,15 +66,19 @@ class Compose:
 class Processes:
     """The deployment as processes on loopback, for hosts without Docker. All state lies under `home`."""
 
-    def __init__(self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}) -> None:
-        """sites: name -> data folder; env: additions to every process's environment."""
-        self.home, self.certs, self.port, self.sites = home, certs, port, dict(sites)
+    def __init__(
+        self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None
+    ) -> None:
+        """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the sites pin."""
+        self.home, self.certs, self.port, self.sites, self.trusted = home, certs, port, dict(sites), trusted
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
+        self.signatures = home / "signatures"
         threads = str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
         self.env = {
-            **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
+            "SITE_LIMITS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
             "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"), **env,
+            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"),
+            "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads}
         self.running: dict[str, subprocess.Popen] = {}
@@ -93,11 +97,12 @@ class Processes:
 
     def start_hub(self) -> None:
         """SuperLink and ServerApp executor. Raises HOST-06 when the SuperLink does not answer over TLS."""
-        for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs):
+        for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs, self.signatures):
             folder.mkdir(parents=True, exist_ok=True)
         secret = f"--superexec-auth-secret-file={self.certs}/superexec.secret"
         self._spawn("superlink", [
-            BIN / "flower-superlink", "--host=127.0.0.1", f"--port={self.port}", f"--ssl-ca-certfile={self.certs}/ca.crt",
+            sys.executable, ROOT / "docker" / "superlink.py", "--host=127.0.0.1", f"--port={self.port}",
+            f"--ssl-ca-certfile={self.certs}/ca.crt",
             f"--ssl-certfile={self.certs}/superlink.crt", f"--ssl-keyfile={self.certs}/superlink.key",
             "--enable-supernode-auth", f"--database={self.home}/state/superlink.db", "--isolation=process", secret,
             "--disable-runtime-dependency-installation",
@@ -118,13 +123,14 @@ class Processes:
         """Start one SuperNode; it connects to `hub`, or straight to this deployment's SuperLink."""
         settings = {
             "site-name": name, "data-path": self.sites[name], "models-path": ROOT / "models",
-            "cache-path": self.home / "cache" / name,
+            "cache-path": self.home / "cache" / name, "limits": "$SITE_LIMITS",
         }  # fmt: skip
         self._spawn(name, [
             sys.executable, ROOT / "docker" / "supernode.py", f"--superlink={hub or self.address}",
             f"--root-certificates={self.certs}/ca.crt",
             f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
             "--node-config=" + " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items()),
+            *([f"--trusted-entities={self.trusted}"] if self.trusted else []),
         ], self.site_env)  # fmt: skip
 
     def wait_until_online(self, count: int, timeout: float = 90) -> None:

@@ -22,13 +22,13 @@ APP = sorted((ROOT / "app").glob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
     {"errors"},
-    {"config", "images"},
-    {"tables"},
+    {"config", "images", "gpu", "reach"},
+    {"tables", "limits"},
     {"folders"},
     {"data", "model", "diffusion"},
-    {"cache", "wire"},
+    {"cache", "wire", "memory", "journal"},
     {"train", "aggregate", "checkpoint", "sample"},
-    {"export"},
+    {"strategy", "export", "exchange", "preflight"},
     {"client_app", "server_app"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -74,12 +74,12 @@ def test_a_module_imports_only_from_lower_layers(path):
     assert wrong == []
 
 
-def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
+def test_only_the_outermost_modules_the_aggregation_the_wire_and_the_preflight_know_flower():
     users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
-    assert users == {"client_app", "server_app", "aggregate", "wire"}
+    assert users == {"client_app", "server_app", "exchange", "aggregate", "strategy", "wire", "reach", "preflight"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "images", "tables", "folders", "data", "client_app"])
+@pytest.mark.parametrize("module", ["errors", "config", "limits", "images", "tables", "folders", "data", "gpu", "reach", "preflight", "client_app"])
 def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(module):
     names = imports(ROOT / "app" / f"{module}.py", everywhere=False)
     assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from app import cache, diffusion, model, train
+from app.aggregate import update_norm
 from app.errors import ModelError, SiteError
 from tests import tiny
 
@@ -246,3 +248,72 @@ def test_a_base_model_without_an_autoencoder_is_refused(folder, tmp_path):
     shutil.copytree(tiny.base(), tmp_path / "models" / "tiny", ignore=shutil.ignore_patterns("vae"))
     with pytest.raises(ModelError, match="MODEL-03"):
         train.Site(tiny.CONFIG, tmp_path / "models", folder, tmp_path / "cache", "")
+
+
+# --- out of memory, and FedProx -------------------------------------------------------------------------------------------
+
+
+def starve(monkeypatch, above: int) -> list[int]:
+    """A GPU that holds no more than `above` images a pass; the sizes that were tried."""
+    tried, loss = [], diffusion.noise_loss
+
+    def noise_loss(unet, scheduler, latents, *rest, **named):
+        tried.append(len(latents))
+        if len(latents) > above:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(unet, scheduler, latents, *rest, **named)
+
+    monkeypatch.setattr(diffusion, "noise_loss", noise_loss)
+    return tried
+
+
+@pytest.fixture
+def ready(tmp_path):
+    return train.Site(tiny.CONFIG, tiny.models(), tiny.site(tmp_path / "data", 8), tmp_path / "cache", "")
+
+
+def test_out_of_memory_is_tried_once_more_with_half_the_images_a_pass(ready, monkeypatch):
+    tried = starve(monkeypatch, above=2)
+    before = model.adapter_of(ready.unet)
+    ready.fit(7)
+    assert tried == [4] + [2] * (2 * tiny.CONFIG.local_steps)
+    assert not tiny.equal(model.adapter_of(ready.unet), before)
+
+
+def test_out_of_memory_twice_is_an_error_with_a_public_sentence(ready, monkeypatch):
+    tried = starve(monkeypatch, above=1)
+    with pytest.raises(SiteError, match="^SITE-13  The GPU has too little memory for this run.$"):
+        ready.fit(7)
+    assert tried == [4, 2]
+
+
+def test_fedprox_pulls_towards_the_adapter_that_arrived():
+    start = tiny.adapter(1)
+    free, held = (update_norm(trained(tiny.config(proximal_mu=mu, local_steps=8), start=start)[0], start) for mu in (0.0, 100.0))
+    assert held < 0.7 * free
+
+
+def test_fedprox_adds_mu_times_the_distance_to_the_gradient():
+    # One step: the distance is 0, so nothing changes. Two steps: it is the plain loop with the term added by hand.
+    one = tiny.config(local_steps=1)
+    assert tiny.equal(trained(replace(one, proximal_mu=3.0))[0], trained(one)[0])
+    config = tiny.config(local_steps=2, proximal_mu=3.0)
+    unet, photos, draw = tiny.unet(config), encoded(), torch.Generator().manual_seed(1)
+    model.apply_adapter(unet, tiny.fresh(config))
+    scheduler, batches = model.load_scheduler(tiny.base()), train._batches(6, config.batch_size, draw)
+    lora = [p for p in unet.parameters() if p.requires_grad]
+    arrived = [p.detach().clone() for p in lora]
+    optimiser = torch.optim.AdamW(lora, lr=config.learning_rate, weight_decay=0.0)
+    for _ in range(2):
+        pick = next(batches)
+        text = photos.text_NTD[pick].clone()
+        text[torch.rand(len(pick), 1, 1, generator=draw).flatten() < config.caption_dropout] = photos.blank_TD
+        diffusion.noise_loss(unet, scheduler, photos.latents_NChw[pick], text, draw).backward()
+        for p, a in zip(lora, arrived, strict=True):
+            p.grad += 3.0 * (p.detach() - a)
+        torch.nn.utils.clip_grad_norm_(lora, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    got = trained(config)[0]
+    for key, value in model.adapter_of(unet).items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-7)

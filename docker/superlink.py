@@ -1,0 +1,53 @@
+"""A SuperLink that sends the publisher's signatures along with the app.
+
+Flower's SuperLink has signatures only for apps of Flower's own app hub: a bundle that `flwr run .` uploads reaches the sites
+without one, and a SuperNode that pins publishers (--trusted-entities) refuses it. Here the answer to every site that fetches
+a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, which scripts/_sign.py writes.
+Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
+Enters: flower-superlink's own arguments. Leaves: its exit code.
+"""
+
+import json
+import os
+import sys
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from flwr.superlink.cli import flower_superlink
+from flwr.superlink.servicer.fleet import fleet_handlers
+
+
+def signatures(bundle: str, folder: Path) -> dict[str, str]:
+    """What Flower's Fab carries for the bundle of that SHA-256: publisher -> JSON of signature and signed_at."""
+    try:
+        signed = json.loads((folder / f"{bundle}.json").read_text())
+    except (OSError, ValueError) as error:
+        tell(f"bouquet: bundle {bundle[:12]} has no signature here, sites refuse it; scripts/hub sign signs it ({type(error).__name__})")
+        signed = {}
+    # valid_license: how Flower's app hub says that it was asked; without it a site logs that this hub cannot verify apps
+    return {publisher: json.dumps(record) for publisher, record in signed.items()} | {"valid_license": "Valid"}
+
+
+@cache
+def tell(line: str) -> None:
+    """Print a line once."""
+    print(line, flush=True)
+
+
+def send_signatures(folder: Path) -> None:
+    """From now on fleet_handlers.get_fab, the SuperLink's answer to a site that fetches a bundle, has its signatures."""
+    get_fab = fleet_handlers.get_fab
+
+    @wraps(get_fab)
+    def signed(*args: Any, **kwargs: Any) -> Any:
+        answer = get_fab(*args, **kwargs)
+        answer.fab.verifications.update(signatures(answer.fab.hash_str, folder))
+        return answer
+
+    fleet_handlers.get_fab = signed
+
+
+if __name__ == "__main__":
+    send_signatures(Path(os.environ["BOUQUET_SIGNATURES"]))
+    sys.exit(flower_superlink())

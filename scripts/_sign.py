@@ -1,0 +1,145 @@
+"""Sign the app, so that sites which pin this publisher run it, and refuse any other.
+
+  python scripts/_sign.py [APP] [--key FILE] [--to FOLDER]
+
+APP is a checkout (default: this one); what is signed is the bundle that `flwr run APP` sends, byte for byte. The key is made
+when there is none, with publisher.pub and, for the sites, trusted.yaml beside it. Leaves: FOLDER/<SHA-256 of the bundle>.json,
+the signatures of all its publishers, which the hub sends along (docker/superlink.py); what is signed already stays as it is.
+A publisher on another machine signs there, and the hub copies that one file. Errors: TRUST-02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from flwr.supercore.primitives.asymmetric_ed25519 import (
+    create_message_to_sign,
+    decode_base64url,
+    generate_key_pair,
+    load_private_key,
+    sign_message,
+    verify_signature,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from app.errors import BouquetError  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("app", nargs="?", type=Path, default=ROOT)
+    parser.add_argument("--key", type=Path, default=ROOT / "certs" / "publisher.key")
+    parser.add_argument("--to", type=Path, default=ROOT / ".bouquet" / "signatures")
+    args = parser.parse_args()
+    try:
+        key = publisher_key(args.key)
+        file = sign(bundle(args.app), key, args.to)
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(key.public_key())}  {fingerprint(key.public_key())}\nsign: {file}")
+    return 0
+
+
+def bundle(app: Path) -> bytes:
+    """The Flower App Bundle of a checkout, the same bytes on every machine (a zip, stored, with fixed dates)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)  # flwr 1.41 with pathspec 1.1
+        from flwr.cli.build import build_fab_from_disk
+
+        return build_fab_from_disk(app)
+
+
+def publisher_key(file: Path) -> Ed25519PrivateKey:
+    """The publisher's key; made with its public files when neither half of it is here."""
+    public, trusted = file.with_suffix(".pub"), file.with_name("trusted.yaml")
+    if not file.is_file():
+        if public.is_file() or trusted.is_file():
+            raise BouquetError(
+                "TRUST-02",
+                "The publisher's private key is not here.",
+                found=f"{public if public.is_file() else trusted} without {file}",
+                fix="sign where the key is and copy the signature here, or name the key: --key FILE; "
+                f"for a new publisher remove {public.name} and {trusted.name} (every site then pins the new key)",
+            )
+        write_key(generate_key_pair()[0], file)
+    key = load_private_key(file)
+    line = openssh(key.public_key())
+    if not public.is_file():
+        write(public, f"{line} publisher\n")
+    if not trusted.is_file():
+        write(trusted, trust(key.public_key()))
+    return key
+
+
+def sign(content: bytes, key: Ed25519PrivateKey, to: Path) -> Path:
+    """Add this publisher's signature to the bundle's file of signatures, unless a good one is there; the file."""
+    digest, publisher = hashlib.sha256(content), publisher_id(key.public_key())
+    file = to / f"{digest.hexdigest()}.json"
+    signed = json.loads(file.read_text()) if file.is_file() else {}
+    if not is_good(signed.get(publisher), digest.digest(), key.public_key()):
+        now = int(time.time())
+        signature = sign_message(key, create_message_to_sign(digest.digest(), now))
+        signed[publisher] = {"signature": base64.urlsafe_b64encode(signature).rstrip(b"=").decode(), "signed_at": now}
+        write(file, json.dumps(signed, indent=1) + "\n")
+    return file
+
+
+def is_good(record: dict | None, digest: bytes, key: Ed25519PublicKey) -> bool:
+    """Whether a record of a file of signatures holds, checked as a SuperNode does."""
+    if not record:
+        return False
+    return verify_signature(key, create_message_to_sign(digest, record["signed_at"]), decode_base64url(record["signature"]))
+
+
+def trust(*keys: Ed25519PublicKey) -> str:
+    """The text of a site's trusted.yaml: the publishers whose bundles it runs, one a line."""
+    return "".join(f"{publisher_id(key)}: {openssh(key)}\n" for key in keys)
+
+
+def publisher_id(key: Ed25519PublicKey) -> str:
+    """The name under which Flower looks a publisher up: made from the key, so that no two have the same."""
+    return "fpk_" + hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16]
+
+
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """As `ssh-keygen -lf publisher.pub` shows it."""
+    blob = base64.b64decode(openssh(key).split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).rstrip(b"=").decode()
+
+
+def openssh(key: Ed25519PublicKey) -> str:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def write_key(key: Ed25519PrivateKey, file: Path) -> None:
+    """The private key in OpenSSH format, mode 0600 from its first byte."""
+    text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        out.write(text)
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a public file in one step; the containers' user may read it."""
+    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(0o644)
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Sites run only what a publisher they pin has signed: a real hub, two real sites over TLS, the real app, as processes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, sh
+from flwr.supercore.fab import Fab
+from flwr.supernode.start_client_internal import _verify_fab
+
+from app.errors import BouquetError
+from docker.superlink import signatures
+from scripts._deployment import Processes, free_port
+from scripts._flower import CONNECTION, connect, flwr, follow
+from scripts._sign import bundle, publisher_id, publisher_key, sign, trust
+
+TINY = "rounds=1 round-retries=0 local-steps=2 batch-size=2 lora-rank=2 validation-timesteps=1 sample-prompts=''"
+REFUSED = "TRUST-01  The site does not trust this code"
+FLOWERS_LINE = "FAB verification failed"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The app's part of this checkout, to be altered."""
+    folder = tmp_path / "bouquet"
+    shutil.copytree(ROOT / "app", folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def alter(app: Path, old: str, new: str) -> None:
+    """Change the code that runs at a site, in one place."""
+    file = app / "app" / "client_app.py"
+    content = file.read_text()
+    assert old in content
+    file.write_text(content.replace(old, new, 1))
+
+
+# --- signing -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkout_and_what_flwr_run_sends_are_the_same_bytes_everywhere(checkout: Path) -> None:
+    (checkout / "app" / "notes.txt").write_text("not in the bundle\n")
+    assert bundle(checkout) == bundle(ROOT)
+
+
+def test_a_new_publisher_gets_a_key_that_nobody_else_may_read_and_what_the_sites_pin(tmp_path: Path) -> None:
+    key = publisher_key(tmp_path / "publisher.key")
+    assert (tmp_path / "publisher.key").stat().st_mode & 0o777 == 0o600
+    pinned = yaml.safe_load((tmp_path / "trusted.yaml").read_text())
+    assert pinned == {publisher_id(key.public_key()): (tmp_path / "publisher.pub").read_text().removesuffix(" publisher\n")}
+    assert list(pinned.values())[0].startswith("ssh-ed25519 ")
+    assert publisher_key(tmp_path / "publisher.key").public_key() == key.public_key()
+
+
+def test_a_publisher_whose_private_key_is_elsewhere_is_not_replaced(tmp_path: Path) -> None:
+    publisher_key(tmp_path / "publisher.key")
+    (tmp_path / "publisher.key").unlink()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(BouquetError, match="TRUST-02"):
+        publisher_key(tmp_path / "publisher.key")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_flowers_own_check_takes_the_signature_over_these_bytes_and_no_others(tmp_path: Path) -> None:
+    key, other = (publisher_key(tmp_path / name / "publisher.key") for name in ("ours", "other"))
+    content = b"a bundle"
+    digest = sign(content, key, tmp_path).stem
+    assert digest == hashlib.sha256(content).hexdigest()
+    carried, pins = signatures(digest, tmp_path), lambda *keys: yaml.safe_load(trust(*(key.public_key() for key in keys)))
+    assert _verify_fab(Fab(digest, content, carried), pins(key))
+    assert _verify_fab(Fab(digest, content, carried), pins(other, key))
+    assert not _verify_fab(Fab(digest, content, carried), pins(other))
+    assert not _verify_fab(Fab(digest, b"A bundle", carried), pins(key))
+
+
+def test_a_bundle_may_have_several_publishers_and_signing_again_changes_nothing(tmp_path: Path) -> None:
+    keys = [publisher_key(tmp_path / name / "publisher.key") for name in ("one", "two")]
+    for key in keys:
+        file = sign(b"a bundle", key, tmp_path / "signatures")
+    before = file.stat().st_mtime_ns, file.read_text()
+    assert set(json.loads(before[1])) == {publisher_id(key.public_key()) for key in keys}
+    assert sign(b"a bundle", keys[0], tmp_path / "signatures") == file
+    assert (file.stat().st_mtime_ns, file.read_text()) == before
+
+
+def test_a_signature_that_no_longer_holds_is_made_again(tmp_path: Path) -> None:
+    key = publisher_key(tmp_path / "publisher.key")
+    file = sign(b"a bundle", key, tmp_path)
+    good = json.loads(file.read_text())
+    spoiled = {publisher: record | {"signed_at": record["signed_at"] - 1} for publisher, record in good.items()}
+    file.write_text(json.dumps(spoiled))
+    sign(b"a bundle", key, tmp_path)
+    assert _verify_fab(Fab(file.stem, b"a bundle", signatures(file.stem, tmp_path)), yaml.safe_load(trust(key.public_key())))
+
+
+@pytest.mark.parametrize("content", [None, "{", ""])
+def test_a_bundle_without_a_readable_signature_file_goes_out_unsigned_and_the_hub_says_so(content: str | None, tmp_path: Path, capfd) -> None:
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()
+    if content is not None:
+        (tmp_path / f"{digest}.json").write_text(content)
+    assert signatures(digest, tmp_path) == {"valid_license": "Valid"}
+    assert f"bundle {digest[:12]} has no signature here" in capfd.readouterr().out
+
+
+def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) -> None:
+    shown = sh("scripts/hub sign --key .bouquet/publisher/publisher.key", project).stdout
+    [digest] = [file.stem for file in (project / ".bouquet/signatures").iterdir()]
+    assert digest == hashlib.sha256(bundle(project)).hexdigest() and f"bundle {digest[:12]}" in shown
+    assert sh("ssh-keygen -lf .bouquet/publisher/publisher.pub", project).stdout.split()[1] in shown
+    assert len(base64.b64decode(shown.split("SHA256:")[1].split()[0] + "=")) == 32
+
+
+# --- a federation whose sites pin a publisher ------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    state: str
+    details: str
+    lines: list[str]
+    history: dict
+
+
+class Trusting(Processes):
+    """Two sites that pin the publisher of certs/; site-2 takes at most 2 local steps."""
+
+    def start(self) -> None:
+        self.start_hub()
+        self.register()
+        self.start_site("site-1")
+        self.env["SITE_LIMITS"] = "max-local-steps=2 base-models=mini"
+        self.start_site("site-2")
+        self.wait_until_online(2)
+
+    def run(self, app: Path, config: str = TINY) -> Outcome:
+        """`flwr run APP remote-deployment` to its end."""
+        run, lines = flwr("run", str(app), CONNECTION, "--run-config", config)["run-id"], []
+        state, details = follow(run, lines.append, timeout=300)
+        return Outcome(state, details, lines, json.loads((self.fetch(run) / "history.json").read_text()))
+
+    def said(self, words: str) -> dict[str, int]:
+        """How often each site's log has these words."""
+        return {site: (self.logs / f"{site}.log").read_text().count(words) for site in self.sites}
+
+
+@pytest.fixture(scope="module")
+def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
+    home = tmp_path_factory.mktemp("home")
+    sh("scripts/certs && .venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24 && scripts/hub sign", project)
+    sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
+    running = Trusting(home, project / "certs", free_port(), sites, trusted=project / "certs/trusted.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(home / "operator"))
+        connect(running.address, project / "certs/ca.crt")
+        try:
+            running.start()
+            yield running
+        finally:
+            running.stop()
+
+
+@pytest.fixture
+def signed(federation: Trusting) -> Iterator[Path]:
+    """The signature file of this checkout's bundle, for the length of one test."""
+    file = sign(bundle(ROOT), publisher_key(federation.certs / "publisher.key"), federation.signatures)
+    yield file
+    file.unlink()
+
+
+def assert_refused_by_both(federation: Trusting, app: Path) -> None:
+    before, worked = federation.said(FLOWERS_LINE), federation.said("bouquet: ")
+    outcome = federation.run(app)
+    assert outcome.state == "finished:failed"
+    for site in ("site-1", "site-2"):
+        assert f"{site}: {REFUSED}" in outcome.details
+        assert any(line.startswith(f"bouquet: refused  {site}: {REFUSED}") for line in outcome.lines)
+        assert f"{site}: {REFUSED}" in outcome.history["error"]
+    assert outcome.history["rounds"] == []
+    assert federation.said(FLOWERS_LINE) == {site: count + 1 for site, count in before.items()}
+    assert federation.said("bouquet: ") == worked
+
+
+def test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run(federation: Trusting, signed: Path) -> None:
+    outcome = federation.run(ROOT)
+    assert outcome.state == "finished:completed", outcome
+    assert [set(entry["sites"]) for entry in outcome.history["rounds"]] == [{"site-1", "site-2"}]
+    assert min(federation.said("bouquet: ").values()) >= 1
+
+
+def test_an_unsigned_checkout_is_refused_by_both_sites_and_the_hub_says_why(federation: Trusting) -> None:
+    assert_refused_by_both(federation, ROOT)
+    assert "has no signature here" in (federation.logs / "superlink.log").read_text()
+
+
+def test_one_altered_byte_is_refused_by_both_sites_also_when_the_hub_passes_it_off_as_signed(
+    federation: Trusting, signed: Path, checkout: Path
+) -> None:
+    alter(checkout, "The ClientApp", "the ClientApp")
+    forged = signed.with_name(f"{hashlib.sha256(bundle(checkout)).hexdigest()}.json")
+    assert forged != signed
+    shutil.copy(signed, forged)
+    assert_refused_by_both(federation, checkout)
+
+
+def test_a_strangers_signature_is_refused_by_both_sites_also_under_the_pinned_publishers_name(
+    federation: Trusting, checkout: Path, tmp_path: Path
+) -> None:
+    alter(checkout, "\nimport os\n", "\nimport os\nprint('a stranger was here', flush=True)\n")
+    file = sign(bundle(checkout), publisher_key(tmp_path / "publisher.key"), federation.signatures)
+    [(stranger, record)] = json.loads(file.read_text()).items()
+    [pinned] = yaml.safe_load(federation.trusted.read_text())
+    file.write_text(json.dumps({stranger: record, pinned: record}))
+    assert_refused_by_both(federation, checkout)
+    assert federation.said("a stranger was here") == {"site-1": 0, "site-2": 0}
+
+
+def test_a_signed_run_that_asks_for_more_than_a_site_allows_is_refused_by_that_site(federation: Trusting, signed: Path) -> None:
+    outcome = federation.run(ROOT, TINY.replace("local-steps=2", "local-steps=3"))
+    assert outcome.state == "finished:failed"
+    assert "HUB-02" in outcome.details and "1 of 2" in outcome.details
+    assert "site-2: HUB-04  The site could not take part: TRUST-03 The run's 'local-steps' is not within what this site allows." in outcome.details
+    assert "max-local-steps=2" in (federation.logs / "site-2.log").read_text() and "max-local-steps" not in outcome.details
+
+
+def test_a_runs_config_cannot_lift_a_sites_limit(federation: Trusting, signed: Path) -> None:
+    for key in ("limits=''", "max-local-steps=9", "node-config=''"):
+        with pytest.raises(BouquetError, match="HOST-08"):
+            flwr("run", str(ROOT), CONNECTION, "--run-config", f"{TINY} {key}")
+
+
+def test_a_site_that_pins_nobody_does_not_start(tmp_path: Path) -> None:
+    """Flower takes an empty list of publishers for none asked for, and runs any code."""
+    (tmp_path / "trusted.yaml").write_text("{}\n")
+    command = [sys.executable, ROOT / "docker/supernode.py", "--insecure", f"--trusted-entities={tmp_path}/trusted.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "TRUST-05  The site pins no publisher." in done.stdout + done.stderr
