@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from app.config import RunConfig
 from app.model import Adapter, add_adapter, apply_adapter
 
-INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 6
+INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17  # pixels between pictures, and from line to line of a name
+BATCH = 8  # pictures at a time
 
 
 def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
@@ -38,23 +39,45 @@ def render(pipe, adapter: Adapter | None, prompts: Sequence[str], config: RunCon
     else:
         pipe.unet.enable_adapters()
         apply_adapter(pipe.unet, adapter)
-    side = config.resolution
-    return pipe(
-        list(prompts),
-        height=side,
-        width=side,
-        num_inference_steps=config.sample_steps,
-        guidance_scale=config.sample_guidance,
-        generator=[torch.Generator().manual_seed(first + i) for i in range(len(prompts))],
-    ).images
+    side, images = config.resolution, []
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        images += pipe(
+            part,
+            height=side,
+            width=side,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.sample_guidance,
+            generator=[torch.Generator().manual_seed(first + start + i) for i in range(len(part))],
+        ).images
+    return images
+
+
+def scaled(adapter: Adapter, strength: float) -> Adapter:
+    """The adapter at a share of its strength: what `pipe.set_adapters(name, strength)` and `<lora:name:strength>` do."""
+    return {key: value * strength if ".lora_B." in key else value for key, value in adapter.items()}
+
+
+def wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The name in lines of at most `width` pixels, after every comma a new one; a single longer word stays whole."""
+    lines = []
+    for part in name.replace(", ", ",\n").splitlines():
+        line = ""
+        for word in part.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}".strip()
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column_names: Sequence[str], cell: int = 128) -> Image.Image:
-    """A sheet of pictures with a name beside each row and above each column; columns wrap their names at commas."""
-    font = ImageFont.load_default(13)
+    """A sheet of pictures with a name beside each row and above each column; no name comes nearer than 12 to the next."""
+    font = ImageFont.load_default(12)
     left = 12 + max(int(font.getlength(name)) for name in row_names)
-    heads = [name.replace(", ", ",\n") for name in column_names]
-    top = 10 + 17 * max(head.count("\n") + 1 for head in heads)
+    heads = [wrapped(name, font, cell + GAP - 12) for name in column_names]
+    top = 10 + LINE * max(head.count("\n") + 1 for head in heads)
     sheet = Image.new("RGB", (left + len(heads) * (cell + GAP), top + len(rows) * (cell + GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):

@@ -65,7 +65,7 @@ def inside(host: Path, service: str, command: str) -> str:
 
 def test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume(up: Path, run: str) -> None:
     assert inside(up, "serverapp", "ls /adapters/latest/final").split() == [
-        "adapter_config.json", "adapter_model.safetensors", "provenance.json", "pytorch_lora_weights.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "fp16", "kohya.safetensors", "provenance.json", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert inside(up, "serverapp", "readlink /adapters/latest") == run
     sh("docker compose cp serverapp:/adapters ./adapters", up)

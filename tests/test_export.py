@@ -49,10 +49,12 @@ def expected() -> np.ndarray:
     return drawn(pipe)
 
 
-def test_the_final_folder_holds_both_formats_and_the_provenance(final):
+def test_the_final_folder_holds_every_format_and_the_provenance(final):
     assert sorted(path.name for path in final.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "fp16",
+        "kohya.safetensors",
         "provenance.json",
         "pytorch_lora_weights.safetensors",
     ]

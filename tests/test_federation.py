@@ -62,11 +62,12 @@ def history(folder: Path) -> dict:
 def test_a_run_leaves_every_rounds_adapter_the_final_files_and_the_picture(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    a_round = {"adapter_config.json", "adapter_model.safetensors", "metrics.json"}
+    a_round = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors"}
     assert files == {
         *(f"round-000{number}/{name}" for number in (1, 2) for name in a_round),
-        "final/adapter_config.json", "final/adapter_model.safetensors", "final/pytorch_lora_weights.safetensors",
-        "final/provenance.json", "history.json", "samples.png",
+        *(f"{final}/{name}" for final in ("final", "final/fp16") for name in (
+            "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "kohya.safetensors")),
+        "final/provenance.json", "history.json", "status.json", "samples.png",
     }  # fmt: skip
     assert (folder.parent / "latest").resolve() == folder
 

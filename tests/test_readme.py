@@ -23,7 +23,9 @@ from scripts._flower import connect
 
 README = (ROOT / "README.md").read_text()
 BASE = ROOT / "models" / "mini"
-CERTS, COMPOSE, FEDERATION, SIMULATION, HERE = (f"tests/test_{name}.py" for name in ("certs", "compose", "federation", "simulation", "readme"))
+CERTS, COMPOSE, FEDERATION, JOIN, REPORT, SIMULATION, TRUST, WORTH, HERE = (
+    f"tests/test_{name}.py" for name in ("certs", "compose", "federation", "join", "report", "simulation", "trust", "worth", "readme")
+)
 DEMO = f"{FEDERATION}::test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started"
 BY_HAND = f"{COMPOSE}::test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume"
 DOWN = f"{COMPOSE}::test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificates_and_sites"
@@ -54,6 +56,14 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/certs check": (f"{CERTS}::test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca", "scripts/certs check"),
     "scripts/certs status": (f"{CERTS}::test_status_shows_expiry_names_and_the_admitted_sites", "scripts/certs status"),
     "scripts/certs renew": (f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
+    "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
+    "scripts/hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
+    "scripts/hub sign --key FILE": (f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
+    "scripts/hub admit NAME NAME.pub": (f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
+    "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
+    "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
+    "scripts/report --out FILE": (f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told", "scripts/report {folder} --out"),
+    "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),
     "scripts/add-site 3 --data DIR": (f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
     ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (PRESET, "--run-config app/presets/sd15.toml --stream"),
     ".venv/bin/python scripts/partition --dataset <hub name or folder> --sites 2 --out .bouquet/flowers": (

@@ -80,13 +80,13 @@ def test_a_grids_size_and_places_by_hand():
 def test_names_get_room_and_a_comma_breaks_the_line():
     picture = Image.new("RGB", (4, 4))
     sheet = sample.grid([[picture]], ["round 1"], ["a red poppy, meadow background"], cell=128)
-    name = int(ImageFont.load_default(13).getlength("round 1"))
+    name = int(ImageFont.load_default(12).getlength("round 1"))
     assert sheet.size == (12 + name + 134, 10 + 2 * 17 + 134)
 
 
 def test_a_sheet_has_a_row_an_adapter_and_a_column_a_prompt():
     sheet = sample.sheet(tiny.base(), {"base": None, "round 1": tiny.adapter(1)}, tiny.CONFIG)
-    name = int(max(ImageFont.load_default(13).getlength(text) for text in ("base", "round 1")))
+    name = int(max(ImageFont.load_default(12).getlength(text) for text in ("base", "round 1")))
     assert sheet.size == (12 + name + 2 * 134, 10 + 2 * 17 + 2 * 134)
     cells = [sheet.crop((12 + name, top, 12 + name + 128, top + 128)) for top in (44, 44 + 134)]
     assert np.abs(np.asarray(cells[0], dtype=int) - np.asarray(cells[1], dtype=int)).max() > 10

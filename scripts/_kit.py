@@ -1,0 +1,126 @@
+"""A site's join kit: what it needs to find this hub, to prove it, and to run one SuperNode. No secret is in it.
+
+Enters: the site's name; .env (HUB_HOST, HUB_PORT, IMAGE or TORCH, MODELS), certs/ca.crt, the base model. Leaves:
+.bouquet/kits/NAME/ and NAME.tar.gz, the same bytes for the same hub, whenever and by whomever it is made.
+Errors: JOIN-01 (no address), CERT-01 (the certificate lacks it), CERT-03 (no CA), MODEL-01 to -03, TRUST-02.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import ipaddress
+import os
+import string
+import tarfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.errors import BouquetError
+from scripts._flower import ROOT
+
+KITS = ROOT / ".bouquet" / "kits"
+TEMPLATES = ROOT / "docker" / "kit"
+CERTS = ROOT / "certs"
+
+
+def make(name: str, hub: str | None = None) -> tuple[Path, str]:
+    """Write the kit; (archive, its SHA-256)."""
+    facts = {"SITE_NAME": name, "HUB": hub or address(), "IMAGE": image(), **base_model()}
+    check_certificate(facts["HUB"].rpartition(":")[0])
+    files = {file.name: file.read_bytes() for file in TEMPLATES.iterdir() if file.is_file()}
+    files["README.md"] = string.Template(files["README.md"].decode()).substitute(facts).encode()
+    files[".env"] = ("# From the hub; ./site init adds this site's own settings.\n" + "".join(f"{k}='{v}'\n" for k, v in facts.items())).encode()
+    files["ca.crt"], files["trusted.yaml"], files["site"] = ca(), trusted(), (ROOT / "scripts" / "site").read_bytes()
+    archive = KITS / f"{name}.tar.gz"
+    KITS.mkdir(parents=True, exist_ok=True)
+    archive.write_bytes(packed(name, files))
+    if not (KITS / name / "site.key").exists():  # else somebody has set this kit up where it lies
+        with tarfile.open(archive) as kit:
+            kit.extractall(KITS, filter="data")
+    return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def packed(name: str, files: Mapping[str, bytes]) -> bytes:
+    """NAME/, an empty NAME/models/ and the files as .tar.gz, without owners and times."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        for folder in (name, f"{name}/models"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        for file in sorted(files):
+            entry = tarfile.TarInfo(f"{name}/{file}")
+            entry.size, entry.mode = len(files[file]), 0o755 if file == "site" else 0o644
+            archive.addfile(entry, io.BytesIO(files[file]))
+    return gzip.compress(tar.getvalue(), mtime=0)
+
+
+def setting(key: str, default: str = "") -> str:
+    """The environment's value, else .env's, else the default."""
+    lines = (ROOT / ".env").read_text().splitlines() if (ROOT / ".env").is_file() else []
+    of_file = dict(line.split("=", 1) for line in lines if "=" in line)
+    return os.environ.get(key) or of_file.get(key) or default
+
+
+def address() -> str:
+    """HOST:PORT by which sites reach the hub. Errors: JOIN-01."""
+    if not (hosts := setting("HUB_HOST").strip("\"'").split()):
+        fix = "put the hub's public name into .env, HUB_HOST=hub.example.org, then: scripts/certs; or name it: --hub HOST:PORT"
+        raise BouquetError("JOIN-01", "The hub has no address for sites.", found="no HUB_HOST", fix=fix)
+    return f"[{hosts[0]}]:{port()}" if ":" in hosts[0] else f"{hosts[0]}:{port()}"
+
+
+def port() -> str:
+    return setting("HUB_PORT", "8443")
+
+
+def image() -> str:
+    return setting("IMAGE") or f"bouquet:{setting('TORCH', 'cuda')}"
+
+
+def base_model() -> dict[str, str]:
+    """Name and fingerprint of the base model that a run takes unless told otherwise."""
+    from app import model
+
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["base-model"]
+    models = Path(os.environ.get("BOUQUET_MODELS") or ROOT / setting("MODELS", "models"))
+    return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(model.locate(name, models))["base"]}
+
+
+def ca() -> bytes:
+    """The CA's certificate: of this checkout, or where Compose mounts it. Errors: CERT-03."""
+    for file in (CERTS / "ca.crt", Path("/ca.crt")):
+        if file.is_file():
+            return file.read_bytes()
+    raise BouquetError("CERT-03", "The hub has no certificate.", found=f"no {CERTS / 'ca.crt'}", fix="run scripts/certs")
+
+
+def trusted() -> bytes:
+    """The publishers whose signed code the site runs; a hub that has none yet becomes one."""
+    from scripts._sign import publisher_key
+
+    if not (file := CERTS / "trusted.yaml").is_file():
+        publisher_key(CERTS / "publisher.key")
+    return file.read_bytes()
+
+
+def check_certificate(host: str) -> None:
+    """The hub's certificate, where it lies here, has the host's name. Errors: CERT-01."""
+    from cryptography import x509
+
+    if not (file := CERTS / "superlink.crt").is_file():
+        return
+    names = x509.load_pem_x509_certificate(file.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if canonical(host) not in {canonical(str(name.value)) for name in names}:
+        fix = 'add it to HUB_HOST in .env, then: scripts/certs && docker compose restart superlink gateway'
+        raise BouquetError("CERT-01", "The hub's certificate lacks a name that is used.", found=f"missing: {host}", fix=fix)
+
+
+def canonical(host: str) -> str:
+    try:
+        return str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return host.lower()

@@ -1,0 +1,143 @@
+"""What the hub knows of its sites: registrations from the SuperLink's Control API, deeds from the runs' history.json.
+
+Enters: the connection of `flwr run . remote-deployment`, the adapters folder. Leaves: one row a site, by name.
+Errors: JOIN-02 (not a public key), HOST-08 (no answer from Control).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key, load_ssh_public_key
+
+from app.errors import BouquetError
+from scripts._flower import CONNECTION, ROOT
+
+PATIENCE = 2  # heartbeats after which the SuperLink calls a node offline (flwr.common.constant.HEARTBEAT_PATIENCE)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A public key as OpenSSH writes it, 'type base64', without the comment."""
+
+    line: str
+
+    @classmethod
+    def read(cls, file: Path) -> Key:
+        """Errors: JOIN-02 unless the file is the OpenSSH public key of a NIST curve."""
+        try:
+            return cls.of(load_ssh_public_key(file.read_bytes()))
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+            found = f"{file}: {error.strerror if isinstance(error, OSError) else 'no public ECDSA key in OpenSSH format'}"
+            raise BouquetError("JOIN-02", "That is no site's public key.", found=found, fix="take the NAME.pub that ./site init made") from None
+
+    @classmethod
+    def of(cls, key: Any) -> Key:
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise TypeError(type(key))
+        return cls(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+
+    @property
+    def fingerprint(self) -> str:
+        """As `ssh-keygen -lf` prints it."""
+        digest = hashlib.sha256(base64.b64decode(self.line.split()[1])).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One registration. state: online, offline, admitted (never seen) or revoked; seen: UTC, ISO 8601."""
+
+    name: str
+    state: str
+    seen: str | None
+    key: Key
+    node: int
+
+
+def registered() -> list[Site]:
+    """Every registration the SuperLink remembers, oldest first. `flwr supernode ls` would give no names. Errors: HOST-08."""
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.cli.utils import init_http_client_from_connection
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says which connection it uses
+            client = init_http_client_from_connection(read_superlink_connection(CONNECTION))
+        try:
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        finally:
+            client.close()
+    except Exception as error:  # no such connection, no answer, no such certificate: flwr and its HTTP client have no common base
+        found = " ".join(str(getattr(error, "message", "") or error).split())
+        fix = "is the deployment up? docker compose ps, or scripts/demo"
+        raise BouquetError("HOST-08", "The hub does not answer.", found=found, fix=fix) from None
+    return [site_of(node) for node in sorted(nodes, key=lambda node: node.registered_at)]
+
+
+def site_of(node: Any) -> Site:
+    key = Key.of(load_pem_public_key(node.public_key))
+    state = {"registered": "admitted", "unregistered": "revoked"}.get(node.status, node.status)
+    seen = node.last_deactivated_at or node.unregistered_at * bool(node.last_activated_at) or None
+    if state == "online":
+        seen = datetime.fromtimestamp(node.online_until - PATIENCE * node.heartbeat_interval, timezone.utc).isoformat()
+    return Site(node.name or key.fingerprint, state, seen, key, node.node_id)
+
+
+def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
+    """A row for every name: registered ones, then those that wait for the next `up`, then those that have a kit and no key yet."""
+    rows = {site.name: {"name": site.name, "state": site.state, "last-seen": site.seen} for site in registered()}  # the latest counts
+    names = {"waiting": sorted(file.stem for file in admitted.glob("*.pub")), "invited": sorted(folder.name for folder in kits.glob("*/"))}
+    for state in names:
+        for name in names[state]:
+            rows.setdefault(name, {"name": name, "state": state, "last-seen": None})
+    done = deeds()
+    nothing = {"images": None, "gpu": None, "rounds": 0}
+    return [row | nothing | done.get(name, {}) for name, row in sorted(rows.items())]
+
+
+def deeds() -> dict[str, dict[str, Any]]:
+    """By site: images and GPU in its last round, rounds it took part in, over all runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for history in histories():
+        for entry in history.get("rounds", []):
+            for name, numbers in entry.get("sites", {}).items():
+                site = found.setdefault(name, {"images": None, "gpu": None, "rounds": 0})
+                gpu = numbers.get("gpu")
+                site["gpu"] = (gpu.get("name") if isinstance(gpu, dict) else gpu) or site["gpu"]
+                site["images"] = numbers.get("num-examples", site["images"])
+                site["rounds"] += 1
+    return found
+
+
+def histories() -> Iterator[dict[str, Any]]:
+    """Every run's history.json, oldest first: from the folder BOUQUET_ADAPTERS or .bouquet/adapters, or out of the volume."""
+    if "BOUQUET_ADAPTERS" not in os.environ and engine() == "docker":
+        command = ["docker", "compose", "exec", "-T", "serverapp", "sh", "-c", "cat $(ls -tr /adapters/*/history.json)"]
+        texts, decoder = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout, json.JSONDecoder()
+        while texts := texts.lstrip():
+            history, end = decoder.raw_decode(texts)
+            texts = texts[end:]
+            yield history
+        return
+    folder = Path(os.environ.get("BOUQUET_ADAPTERS", ROOT / ".bouquet" / "adapters"))
+    files = [file for file in folder.glob("*/history.json") if not file.parent.is_symlink()]
+    yield from (json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime))
+
+
+def engine() -> str:
+    file = ROOT / ".bouquet" / "engine"
+    return file.read_text().strip() if file.is_file() else ""

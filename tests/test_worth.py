@@ -1,0 +1,104 @@
+"""scripts/worth: a site's own training at the run's steps and seeds, numbers alone in its column, and the hub's worth.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT, sh
+
+from app import export, model, train
+from app.errors import BouquetError
+from scripts import _worth
+from scripts._report.reading import read
+
+
+def run_of(root: Path, seed: int, **changes) -> Path:
+    """A finished run of the tiny base, with an adapter of random numbers."""
+    config = tiny.config(seed=seed, **changes)
+    folder = root / f"run-{seed}"
+    export.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
+    told = {"state": "finished", "config": asdict(config), "base": {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}}
+    (folder / "history.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    return tiny.site(tmp_path_factory.mktemp("worth") / "data", 12)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [run_of(root, seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def column(site, runs, tmp_path_factory) -> dict:
+    other = tiny.site(tmp_path_factory.mktemp("other") / "data", 12, seed=5)
+    return _worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
+
+
+def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_out_photos(column, site, tmp_path):
+    here = train.Site(tiny.config(seed=2), tiny.models(), site, tmp_path, "")
+    model.apply_adapter(here.unet, tiny.adapter(2))
+    assert column["loss"]["federated"][1] == here.evaluate()
+    model.apply_adapter(here.unet, tiny.fresh(tiny.config(seed=2)))
+    assert column["loss"]["base"][1] == here.evaluate()
+    for number in (1, 2):
+        here.fit(train.seed_of(2, "rose", number))
+    assert column["loss"]["alone"][1] == here.evaluate()
+
+
+def test_alone_takes_the_steps_that_a_site_takes_in_the_run(column):
+    assert column["steps"] == tiny.CONFIG.rounds * tiny.CONFIG.local_steps == 6
+    assert column["seeds"] == [1, 2] and set(column["loss"]) == {"base", "alone", "federated", "pooled"}
+
+
+def test_a_column_holds_numbers_and_the_sites_name_alone(column):
+    assert set(column) == {"site", "seeds", "steps", "held_out", "loss"} and column["site"] == "rose"
+    assert all(type(value) is float for values in column["loss"].values() for value in values)
+
+
+def test_pooled_photos_hold_out_what_the_site_holds_out(site, tmp_path):
+    other = tiny.site(tmp_path / "other", 12, seed=5)
+    folder = _worth.together([site, other], tmp_path / "photos")
+    alone = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "one", "")
+    pooled = train.Site(tiny.CONFIG, tiny.models(), folder, tmp_path / "two", "")
+    assert len(pooled.train.keys) + len(pooled.held_out.keys) == 24
+    assert set(alone.held_out.keys) <= set(pooled.held_out.keys)
+
+
+@pytest.mark.parametrize("spoil", ["the same seed", "other steps", "not finished"])
+def test_runs_that_cannot_be_compared_are_named(tmp_path, spoil):
+    one = run_of(tmp_path / "a", 1)
+    other = run_of(tmp_path / "b", 1 if spoil == "the same seed" else 2, **({"local_steps": 9} if spoil == "other steps" else {}))
+    if spoil == "not finished":
+        told = json.loads((other / "history.json").read_text())
+        (other / "history.json").write_text(json.dumps(told | {"state": "failed"}))
+    with pytest.raises(BouquetError, match="WORTH-01") as refused:
+        _worth.alike([one, other])
+    assert "run-1: finished, seed 1" in refused.value.found
+
+
+def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
+    for name, seeds in (("rose", [1, 2]), ("lily", [1, 3])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(column | {"site": name, "seeds": seeds}))
+    with pytest.raises(BouquetError, match="WORTH-02") as refused:
+        _worth.collect(runs[0], [tmp_path / "rose.json", tmp_path / "lily.json"])
+    assert "lily: seeds [1, 3]" in refused.value.found
+
+
+def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site(tmp_path, site, runs):
+    done = sh(f"scripts/worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out {tmp_path}/rose.worth.json", ROOT)
+    assert "held-out photos the federated adapter's loss is" in done.stdout
+    (tmp_path / "lily.worth.json").write_text(json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"}))
+    sh(f"scripts/worth collect {runs[0]} {tmp_path}/rose.worth.json {tmp_path}/lily.worth.json", ROOT)
+    told = read(runs[0]).worth
+    assert set(told["sites"]) == {"rose", "lily"} and told["seeds"] == [1, 2]
+    sh(f"scripts/report {runs[0]} --out {tmp_path}/report.html", ROOT)
+    assert (tmp_path / "report.html").read_text().count("held-out photos the federated adapter") == 2
