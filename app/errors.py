@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class BouquetError(Exception):
-    """A named mistake: `code` is a README heading, `headline` a public sentence without names, captions or paths."""
+    """A named mistake: `code` is a heading of docs/troubleshooting.md, `headline` a public sentence without names, captions or paths."""
 
     def __init__(self, code: str, headline: str, *, found: str, fix: str) -> None:
         super().__init__(f"{code}  {headline}")
@@ -20,7 +20,7 @@ class BouquetError(Exception):
             f"{self.code}  {self.headline}\n"
             f"  found  {self.found}\n"
             f"  fix    {self.fix}\n"
-            f"  help   README.md#{self.code.lower()}"
+            f"  help   docs/troubleshooting.md#{self.code.lower()}"
         )
 
 

@@ -37,7 +37,7 @@ def check_trusted(arguments: list[str]) -> None:
     options.add_argument("--trusted-entities", type=Path)
     file = options.parse_known_args(arguments)[0].trusted_entities
     if file and file.is_file() and not yaml.safe_load(file.read_text()):
-        sys.exit(f"TRUST-05  The site pins no publisher.\n  found  {file} is empty\n  fix    put the hub's trusted.yaml there\n  help   README.md#trust-05")
+        sys.exit(f"TRUST-05  The site pins no publisher.\n  found  {file} is empty\n  fix    put the hub's trusted.yaml there\n  help   docs/troubleshooting.md#trust-05")
 
 
 def preflight() -> None:

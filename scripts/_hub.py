@@ -1,4 +1,4 @@
-"""The sites of this hub: invite, admit, revoke, list. `scripts/hub` says what a person types.
+"""The sites of this hub: invite, admit, revoke, list; and its run. `scripts/hub` says what a person types.
 
 Enters: names, a site's public key. Leaves: a join kit below .bouquet/kits; a registration at the SuperLink under the site's
 name and its copy in certs/admitted (what `docker compose up` registers again in a new state); a table of sites.
@@ -30,29 +30,39 @@ def main() -> int:
     try:
         if "name" in args:
             check_name(args.name)
-        args.do(args)
+        return args.do(args) or 0
     except BouquetError as error:
         print(error.report(), file=sys.stderr)
-        return 1
-    return 0
+        return 2 if args.do is status else 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/hub")
     commands = parser.add_subparsers(required=True)
-    for do, about in ((invite, "write a join kit"), (admit, "let a site in"), (revoke, "cut a site off"), (sites, "list the sites")):
+    for do, about in ((invite, "write a join kit"), (admit, "let a site in"), (revoke, "cut a site off"), (sites, "list the sites"), (status, "what the run is doing")):
         command = commands.add_parser(do.__name__, help=about)
         command.set_defaults(do=do)
-        if do is not sites:
+        if do in (invite, admit, revoke):
             command.add_argument("name", metavar="NAME")
         if do is invite:
             command.add_argument("--hub", metavar="HOST:PORT", help="where the site finds the hub (default: HUB_HOST, HUB_PORT in .env)")
         if do is admit:
             command.add_argument("key", metavar="KEY.pub", type=Path)
             command.add_argument("--fingerprint", metavar="SHA256:…", help="what the site read out; any other key is refused")
-        if do is sites:
+        if do in (sites, status):
             command.add_argument("--json", action="store_true")
+        if do is status:
+            command.add_argument("run", metavar="RUN", nargs="?", default="", type=run_id, help="a run's id; default: the newest")
+            command.add_argument("--follow", action="store_true", help="a line for every change until the run has ended")
     return parser.parse_args()
+
+
+def run_id(text: str) -> str:
+    if text and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no run's id")
+    return text
 
 
 def check_name(name: str) -> None:
@@ -126,6 +136,12 @@ def sites(args: argparse.Namespace) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def status(args: argparse.Namespace) -> int:
+    from scripts import _status  # the report's modules are of no use to the other commands
+
+    return _status.show(args)
 
 
 def words(value: object) -> str:

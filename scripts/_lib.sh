@@ -1,7 +1,7 @@
 # What the scripts share. Sourced from the project's root folder, under `set -euo pipefail`.
 
 fail() { # CODE HEADLINE FOUND FIX: an error a person can act on, then the end
-  printf '%s  %s\n  found  %s\n  fix    %s\n  help   README.md#%s\n' "$1" "$2" "$3" "$4" "${1,,}" >&2
+  printf '%s  %s\n  found  %s\n  fix    %s\n  help   docs/troubleshooting.md#%s\n' "$1" "$2" "$3" "$4" "${1,,}" >&2
   exit 1
 }
 

@@ -10,10 +10,6 @@ import base64
 import contextlib
 import hashlib
 import io
-import json
-import os
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key, load_ssh_public_key
 
 from app.errors import BouquetError
-from scripts._flower import CONNECTION, ROOT
+from scripts import _volume
+from scripts._flower import CONNECTION
 
 PATIENCE = 2  # heartbeats after which the SuperLink calls a node offline (flwr.common.constant.HEARTBEAT_PATIENCE)
 
@@ -112,7 +109,7 @@ def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
 def deeds() -> dict[str, dict[str, Any]]:
     """By site: images and GPU in its last round, rounds it took part in, over all runs."""
     found: dict[str, dict[str, Any]] = {}
-    for history in histories():
+    for history in _volume.histories():
         for entry in history.get("rounds", []):
             for name, numbers in entry.get("sites", {}).items():
                 site = found.setdefault(name, {"images": None, "gpu": None, "rounds": 0})
@@ -121,23 +118,3 @@ def deeds() -> dict[str, dict[str, Any]]:
                 site["images"] = numbers.get("num-examples", site["images"])
                 site["rounds"] += 1
     return found
-
-
-def histories() -> Iterator[dict[str, Any]]:
-    """Every run's history.json, oldest first: from the folder BOUQUET_ADAPTERS or .bouquet/adapters, or out of the volume."""
-    if "BOUQUET_ADAPTERS" not in os.environ and engine() == "docker":
-        command = ["docker", "compose", "exec", "-T", "serverapp", "sh", "-c", "cat $(ls -tr /adapters/*/history.json)"]
-        texts, decoder = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout, json.JSONDecoder()
-        while texts := texts.lstrip():
-            history, end = decoder.raw_decode(texts)
-            texts = texts[end:]
-            yield history
-        return
-    folder = Path(os.environ.get("BOUQUET_ADAPTERS", ROOT / ".bouquet" / "adapters"))
-    files = [file for file in folder.glob("*/history.json") if not file.parent.is_symlink()]
-    yield from (json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime))
-
-
-def engine() -> str:
-    file = ROOT / ".bouquet" / "engine"
-    return file.read_text().strip() if file.is_file() else ""

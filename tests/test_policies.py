@@ -149,8 +149,8 @@ def codes() -> set[str]:
     return {code for path in sources for code in re.findall(r"\b[A-Z]{3,}-\d\d\b", path.read_text())}
 
 
-def test_every_error_code_has_a_heading_in_the_readme_and_no_heading_is_left_over():
-    headings = re.findall(r"^### ([A-Z]{3,}-\d\d)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_every_error_code_has_a_heading_in_troubleshooting_and_no_heading_is_left_over():
+    headings = re.findall(r"^### ([A-Z]{3,}-\d\d)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(headings) == len(set(headings))
     assert sorted(codes() - set(headings)) == [], "these codes need a heading '### CODE-NN'"
     assert sorted(set(headings) - codes()) == [], "these headings are of no code"

@@ -61,6 +61,7 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/hub sign --key FILE": (f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
     "scripts/hub admit NAME NAME.pub": (f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
     "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
+    "scripts/hub status": ("tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_2", "scripts/hub status"),
     "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
     "scripts/report --out FILE": (f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told", "scripts/report {folder} --out"),
     "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),
@@ -85,10 +86,10 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> set[str]:
-    """Every line of the sh blocks without its comment, and what the text names as a script or a Compose command."""
+    """Every line of the sh blocks without its comment, and what the text, or docs/troubleshooting.md, names as a script or a Compose command."""
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
     typed = {" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines}
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", README + (ROOT / "docs/troubleshooting.md").read_text(), flags=re.DOTALL)
     named = {" ".join(command.split()) for command in re.findall(r"`((?:scripts/|docker compose )[^`]+)`", text)}
     return (typed | named) - {"", "scripts/*"}
 
@@ -223,7 +224,7 @@ def test_the_same_folder_is_a_peft_adapter_and_draws_the_same(final: Path, quick
 # --- the links -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["README.md", "models/mini/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "models/mini/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_every_link_leads_to_a_file_of_the_project(page: str) -> None:
-    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT / page).read_text())
-    assert links and [link for link in links if not ((ROOT / page).parent / link).is_file()] == []
+    links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not ((ROOT / page).parent / link).is_file()] == []

@@ -1,0 +1,125 @@
+"""A run while it works: round, who has replied, who is missing and since when, the deadline, the last error by site, the last good adapter.
+
+  scripts/hub status [RUN] [--follow] [--json]
+
+Exit code: 0 the run ended well, 1 it failed, 3 it still works, 2 there is nothing to tell.
+Enters: the run's history.json and status.json, `flwr ls` (a killed ServerApp cannot write that it failed), the sites' last seen.
+Errors: REPORT-01, REPORT-02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from app.errors import BouquetError
+from scripts import _flower, _sites, _volume
+from scripts._report import progress
+from scripts._report.reading import Run, read
+
+CODES = {"finished": 0, "failed": 1, "running": 3}
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the run's status, once or until it has ended; the exit code."""
+    with tempfile.TemporaryDirectory() as copies:
+        before = ""
+        while True:
+            run = read(_volume.run(args.run, Path(copies)))
+            state, why = end_of(run)
+            if args.follow and state == "running":
+                line = progress.line(run)
+                if sys.stdout.isatty():
+                    print(progress.CLEAR + line, end="", flush=True)
+                elif line != before:
+                    print(line, flush=True)
+                before = line
+                time.sleep(2)
+                continue
+            if before and sys.stdout.isatty():
+                print()
+            facts = tell(run, state, why, seen())
+            print(json.dumps(facts, indent=1) if args.json else words(facts))
+            return CODES[state]
+
+
+def end_of(run: Run) -> tuple[str, str]:
+    """(running, finished or failed; why). The history says it, unless the ServerApp was killed: then Flower alone knows."""
+    if run.state != "running":
+        return run.state, run.history.get("error", "")
+    try:
+        state, details = _flower.status(run.history["run"])
+    except BouquetError as error:
+        return "running", f"the hub does not answer now: {error}"
+    if not state.startswith("finished"):
+        return "running", ""
+    return "failed", f"Flower says {state}{': ' if details else ''}{details}; the ServerApp ended before it could say why"
+
+
+def seen() -> dict[str, str]:
+    """Site -> since when the hub has not heard of it, of those that are not online; {} when the hub does not answer."""
+    try:
+        return {site.name: site.seen or "never" for site in _sites.registered() if site.state != "online"}
+    except BouquetError:
+        return {}
+
+
+def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, Any]:
+    """The facts, by name; times are UTC in ISO 8601."""
+    status, waiting = run.status, state == "running" and run.status.get("state", "").startswith("waiting")
+    errors: dict[str, str] = {}
+    for number, site, reason in run.refused:
+        errors[site] = f"round {number}: {reason}"
+    return {
+        "run": run.history["run"],
+        "state": state,
+        "doing": status.get("state", "") if state == "running" else "",
+        "why": why,
+        "rounds": {"done": len(run.rounds), "wanted": run.wanted},
+        "round": status.get("round") if state == "running" else None,
+        "try": status.get("attempt", 0) + 1 if waiting else None,
+        "since": _utc(status.get("since")) if waiting else None,
+        "deadline": _utc(status.get("deadline")) if waiting else None,
+        "replied": status.get("replied", []) if state == "running" else [],
+        "missing": {site: offline.get(site, "online") for site in status.get("missing", [])} if waiting else {},
+        "errors": errors,
+        "adapter": f"{run.history['run']}/round-{run.rounds[-1]['round']:04d}" if run.rounds else None,
+    }
+
+
+def words(facts: dict[str, Any], now: float | None = None) -> str:
+    """For people: a line a fact."""
+    done, wanted = facts["rounds"]["done"], facts["rounds"]["wanted"]
+    lines = [f"run       {facts['run']}  {facts['state']}" + (f", {facts['doing']}" if facts["doing"] else "")]
+    lines.append(f"rounds    {done} of {wanted} done" + (f", now {facts['round']}" if facts["round"] else ""))
+    if facts["why"]:
+        lines.append(f"why       {facts['why']}")
+    if facts["since"]:
+        left = datetime.fromisoformat(facts["deadline"]).timestamp() - (time.time() if now is None else now)
+        attempt = f", try {facts['try']}" if facts["try"] > 1 else ""
+        lines.append(f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s more){attempt}")
+    if facts["replied"]:
+        lines.append(f"replied   {', '.join(facts['replied'])}")
+    for site, since in facts["missing"].items():
+        lines.append(f"missing   {site}  " + ("at work" if since == "online" else f"offline since {_clock(since)}"))
+    lines += [f"refused   {site}  {reason}" for site, reason in facts["errors"].items()]
+    lines.append(f"adapter   {facts['adapter']}" if facts["adapter"] else "adapter   none yet")
+    if facts["state"] == "failed" and facts["adapter"]:
+        lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
+    if facts["state"] == "finished":
+        lines.append("next      scripts/report")
+    return "\n".join(progress.printable(line) for line in lines)
+
+
+def _utc(seconds: float | None) -> str | None:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat() if seconds is not None else None
+
+
+def _clock(time_: str) -> str:
+    return f"{datetime.fromisoformat(time_):%H:%M:%S} UTC" if time_ != "never" else "its admission"

@@ -1,0 +1,120 @@
+"""`scripts/hub status`: what it says of a run that works, has ended or was killed, and the exit code by which a script knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, sh
+
+from scripts import _flower, _sites, _status, _volume
+from scripts._report.reading import read
+
+NOW = datetime(2026, 1, 2, 12, 0, 30, tzinfo=timezone.utc).timestamp()
+
+
+def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "working", **status) -> Path:
+    """A run of three rounds at two sites, of which `rounds` are done."""
+    folder.mkdir(parents=True)
+    history = {"run": folder.name, "state": state, "config": {"rounds": 3}, "validation": [], "rounds": [
+        {"round": n, "seconds": 20, "sites": {"garden": {}, "meadow": {}}, "refused": [{"site": "orchard", "reason": "HUB-03  No reply within 60 s."}]}
+        for n in range(1, rounds + 1)
+    ]}  # fmt: skip
+    if state == "failed":
+        history["error"] = "HUB-02  Too few valid replies in round 2."
+    (folder / "history.json").write_text(json.dumps(history))
+    (folder / "status.json").write_text(json.dumps({"run": folder.name, "state": doing} | status))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What Flower says of the run, and which sites the hub has not heard of."""
+    word = {"state": ("running", ""), "offline": {}}
+    monkeypatch.setattr(_flower, "status", lambda run: word["state"])
+    monkeypatch.setattr(_status, "seen", lambda: word["offline"])
+    return word
+
+
+def facts(folder: Path, hub: dict) -> dict:
+    run = read(folder)
+    return _status.tell(run, *_status.end_of(run), hub["offline"])
+
+
+def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until_when(tmp_path, hub):
+    hub["offline"] = {"orchard": "2026-01-02T11:59:00+00:00"}
+    times = {"since": NOW - 30, "deadline": NOW + 45}
+    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **times)
+    assert _status.words(facts(folder, hub), NOW).splitlines() == [
+        "run       7  running, waiting",
+        "rounds    1 of 3 done, now 2",
+        "waiting   since 12:00:00 UTC, until 12:01:15 UTC (45 s more), try 2",
+        "replied   garden",
+        "missing   meadow  at work",
+        "missing   orchard  offline since 11:59:00 UTC",
+        "refused   orchard  round 1: HUB-03  No reply within 60 s.",
+        "adapter   7/round-0001",
+    ]
+
+
+def test_a_run_that_failed_says_why_where_its_last_good_adapter_is_and_how_to_go_on(tmp_path, hub):
+    said = _status.words(facts(a_run(tmp_path / "7", "failed"), hub), NOW)
+    assert "why       HUB-02  Too few valid replies in round 2." in said and "adapter   7/round-0001" in said
+    assert said.splitlines()[-1] == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'"
+
+
+def test_a_run_whose_serverapp_was_killed_has_failed_although_its_history_says_running(tmp_path, hub):
+    hub["state"] = ("finished:failed", "No heartbeat received from the run.")
+    found = facts(a_run(tmp_path / "7", state="running"), hub)
+    assert found["state"] == "failed" and "No heartbeat" in found["why"] and found["missing"] == {}
+
+
+def test_without_an_answer_of_the_hub_a_run_counts_as_running_and_that_is_said(tmp_path, hub, monkeypatch):
+    def silent(run: str):
+        raise _flower.BouquetError("HOST-08", "flwr ls was refused.", found="", fix="")
+
+    monkeypatch.setattr(_flower, "status", silent)
+    found = facts(a_run(tmp_path / "7"), hub)
+    assert found["state"] == "running" and found["why"] == "the hub does not answer now: HOST-08  flwr ls was refused."
+
+
+def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):
+    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=0, since=NOW, deadline=NOW, missing=["\x1b[2Jmeadow"])
+    said = _status.words(facts(folder, hub), NOW)
+    assert "\x1b" not in said and "missing   \ufffd[2Jmeadow" in said
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1)])
+def test_the_exit_code_says_how_the_run_ended(tmp_path, state, code):
+    a_run(tmp_path / "7", state, rounds=3)
+    for follow in ("", " --follow"):
+        done = sh(f"scripts/hub status{follow} --json", ROOT, check=False, BOUQUET_ADAPTERS=str(tmp_path), FLWR_HOME=str(tmp_path / "flwr"))
+        shown = json.loads(done.stdout[done.stdout.index("{") :])
+        assert (done.returncode, shown["run"], shown["state"], shown["adapter"]) == (code, "7", state, "7/round-0003")
+
+
+def test_a_running_run_ends_with_3_and_no_run_with_2(tmp_path):
+    settings = {"BOUQUET_ADAPTERS": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}
+    nothing = sh("scripts/hub status", ROOT, check=False, **settings)
+    assert nothing.returncode == 2 and "REPORT-01" in nothing.stdout and str(tmp_path) not in nothing.stdout
+    a_run(tmp_path / "7")
+    assert sh("scripts/hub status", ROOT, check=False, **settings).returncode == 3
+    assert sh("scripts/hub status ../7", ROOT, check=False, **settings).returncode == 2
+
+
+def test_without_an_id_the_newest_run_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("BOUQUET_ADAPTERS", str(tmp_path))
+    for age, name in enumerate(("9", "8", "7")):
+        os.utime(a_run(tmp_path / name) / "history.json", (time.time() - age, time.time() - age))
+    (tmp_path / "latest").symlink_to("7")
+    assert _volume.run("", tmp_path).name == "9" and _volume.run("8", tmp_path).name == "8"
+
+
+def test_a_sites_last_sign_of_life_is_the_hubs_own(monkeypatch):
+    sites = [_sites.Site("garden", "online", "t1", None, 1), _sites.Site("meadow", "offline", "t2", None, 2), _sites.Site("new", "admitted", None, None, 3)]
+    monkeypatch.setattr(_sites, "registered", lambda: sites)
+    assert _status.seen() == {"meadow": "t2", "new": "never"}
