@@ -138,7 +138,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
             "CHECK-06",
             "The hub has not admitted this site's key.",
             found=f"{hub} does not know {fingerprint(public)}, or has revoked it",
-            fix="send site.pub to the hub's operator, who runs scripts/hub admit NAME site.pub and reads this fingerprint back to you",
+            fix="send NAME.pub to the hub's operator, who runs scripts/hub admit NAME NAME.pub and reads this fingerprint back to you",
         )
     if status == 401:
         fix = "is this machine's clock right? Does the key belong to this site?"
@@ -172,4 +172,4 @@ def _private_key(path: Path):
         found = f"{path}: {error.strerror}"
     except Exception as error:  # what a file that is no key makes cryptography raise
         found = f"{path} is no OpenSSH key without a password ({type(error).__name__})"
-    raise CheckError("CHECK-07", "This site's key cannot be used.", found=found, fix="make one here: scripts/site init (ECDSA, in OpenSSH format); it never leaves this machine")
+    raise CheckError("CHECK-07", "This site's key cannot be used.", found=found, fix="make one here: ./site init (ECDSA, in OpenSSH format); it never leaves this machine")

@@ -77,7 +77,7 @@ class Processes:
         self.env = {
             "SITE_LIMITS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
             "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"),
+            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"), "BOUQUET_ADMITTED": str(certs / "admitted"),
             "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads}

@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
             command.add_argument("--hub", metavar="HOST:PORT", help="where the site finds the hub (default: HUB_HOST, HUB_PORT in .env)")
         if do is admit:
             command.add_argument("key", metavar="KEY.pub", type=Path)
+            command.add_argument("--images", type=int, metavar="N", help="weigh this site as N images at most, whatever it reports")
             command.add_argument("--fingerprint", metavar="SHA256:…", help="what the site read out; any other key is refused")
         if do in (sites, status):
             command.add_argument("--json", action="store_true")
@@ -102,6 +103,10 @@ def admit(args: argparse.Namespace) -> None:
     if not file.is_file() or _sites.Key.read(file) != key:
         file.write_text(f"{key.line} {args.name}\n")
         file.chmod(0o644)
+    if args.images is not None:
+        bound = file.with_suffix(".json")
+        bound.write_text(json.dumps({"images": args.images}) + "\n")
+        bound.chmod(0o644)
     if not any(site.key == key for site in known):
         try:
             flwr("supernode", "register", str(file), CONNECTION, "--name", args.name)
@@ -121,6 +126,7 @@ def revoke(args: argparse.Namespace) -> None:
     if not nodes and not file.exists():
         raise BouquetError("JOIN-06", "There is no such site.", found=args.name, fix="scripts/hub sites shows them all")
     file.unlink(missing_ok=True)
+    file.with_suffix(".json").unlink(missing_ok=True)
     for node in nodes:
         flwr("supernode", "unregister", str(node), CONNECTION)
     print(f"{args.name}   revoked; to come back it needs a new key")

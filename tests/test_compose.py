@@ -145,6 +145,15 @@ def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
     assert "bouquet: finished" in started
 
 
+def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, run: str) -> None:
+    for command in ("scripts/hub status", "docker compose run --rm -T operator scripts/hub status"):
+        assert re.search(r"^run +\d+  finished\n.*^adapter +\d+/round-0001$", sh(command, up).stdout, re.MULTILINE | re.DOTALL)
+    assert f"run       {run}  finished" in sh(f"scripts/hub status {run}", up).stdout
+    sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
+    page = (up / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>") and "site-1" in page and page.rstrip().endswith("</html>")
+
+
 def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:
     commands = {name: " ".join(service["command"]) for name, service in config(host)["services"].items()}
     gateway = (host / "docker/gateway.conf").read_text()

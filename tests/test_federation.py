@@ -11,15 +11,17 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import copy_project, sh
+from conftest import ROOT, copy_project, sh
 
 from app.errors import BouquetError
 from scripts._deployment import Processes, free_port, is_alive
@@ -119,6 +121,24 @@ def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Proc
     state, details = follow(start_run("min-sites=3 wait-for-sites=3"), lambda line: None, timeout=120)
     assert state == "finished:failed" and "HUB-01" in details
     assert time.monotonic() - start < 60
+
+
+def test_the_hub_forgets_what_travelled_when_a_run_has_ended(federation: Processes, finished: tuple[Path, list[str]]) -> None:
+    """What stays of a run in the hub's database is less than one adapter, of which that run moved eight."""
+
+    def used() -> int:
+        with closing(sqlite3.connect(f"file:{federation.home}/state/superlink.db?mode=ro", uri=True)) as database:
+            pages, free, size = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size"))
+        return (pages - free) * size
+
+    before = used()
+    assert follow(start_run(SMALL), lambda line: None, timeout=600)[0] == "finished:completed"
+    assert used() - before < (finished[0] / "final/adapter_model.safetensors").stat().st_size
+
+
+def test_a_person_asks_the_hub_how_the_run_ended(federation: Processes, finished: tuple[Path, list[str]]) -> None:
+    shown = sh(f"scripts/hub status {finished[0].name}", ROOT, BOUQUET_ADAPTERS=str(federation.adapters)).stdout.splitlines()
+    assert shown[:2] == [f"run       {finished[0].name}  finished", "rounds    2 of 2 done"] and shown[-1] == "next      scripts/report"
 
 
 def test_a_restarted_hub_knows_its_sites_and_runs(federation: Processes, finished: tuple[Path, list[str]]) -> None:

@@ -299,11 +299,14 @@ def test_a_site_that_is_ready_passes_its_check_and_one_that_is_not_admitted_fail
 def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path, garden: SiteHost) -> None:
     before = sites(root)["garden"]["rounds"]
     sh("scripts/hub sign", root)
+    sh(f"scripts/hub admit garden {garden.kit}/garden.pub --images 5", root)  # known already; from now on it weighs no more
     shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL}" --format json', root).stdout
     state = follow(json.loads(shown[shown.index("{") :])["run-id"], lambda line: None, timeout=300)
     assert state[0] == "finished:completed", state
     row = sites(root)["garden"]
     assert row["rounds"] == before + 1 and 20 <= row["images"] <= 24  # of 24 drawn photos some are held out
+    [history] = [json.loads(file.read_text()) for file in (root / ".bouquet/adapters").glob("*/history.json") if not file.parent.is_symlink()]
+    assert history["rounds"][0]["sites"]["garden"]["weight"] == 5
 
 
 def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteHost) -> None:
@@ -348,7 +351,8 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         assert heartbeat(garden, hub, node) == 401  # the very next request
         garden.process.wait(timeout=30)  # a SuperNode asks every 3 s; refused, it ends
         assert sites(root)["garden"]["state"] == "revoked"
-        assert with_orchard.items() - contents(root / "certs").items() == {("admitted/garden.pub", before["admitted/garden.pub"])}
+        theirs = {"admitted/garden.pub", "admitted/garden.json"}
+        assert {name for name, _ in with_orchard.items() - contents(root / "certs").items()} == theirs
 
         garden.start()  # again with the revoked key
         garden.process.wait(timeout=60)
@@ -365,9 +369,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         wait_for(root, "garden", "online")
         assert sites(root)["orchard"]["state"] == "online" and other.process.pid == online and other.process.poll() is None
         assert hub.running["superlink"].pid == superlink and hub.running["superlink"].poll() is None
-        assert {k: v for k, v in contents(root / "certs").items() if k != "admitted/garden.pub"} == {
-            k: v for k, v in with_orchard.items() if k != "admitted/garden.pub"
-        }
+        assert {k: v for k, v in contents(root / "certs").items() if k not in theirs} == {k: v for k, v in with_orchard.items() if k not in theirs}
     finally:
         other.stop()
 
