@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
@@ -26,7 +27,7 @@ class Reply:
     """A site's valid reply: its adapter (None after an evaluation), the images it counts for, its numbers, its update's length."""
 
     site: str
-    adapter: Adapter | None
+    adapter: Mapping[str, torch.Tensor] | None
     images: int
     metrics: dict[str, float]
     norm: float = 0.0

@@ -97,20 +97,21 @@ def write_round(run: Path, number: int, adapter: Adapter, config: RunConfig, met
         write_folder(target, fill, adapter)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
-        raise _no_room(run, f"round {number} could not be written ({type(error).__name__})") from error
+        raise no_room(run, f"round {number} could not be written ({type(error).__name__})") from error
     for old in written_rounds(run)[: -config.keep_rounds] if config.keep_rounds else ():
         shutil.rmtree(run / f"round-{old:04d}")
     return target
 
 
-def check_room(run: Path, adapter: Adapter) -> None:
-    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, and a little more."""
-    needed = 4 * sum(value.nbytes for value in adapter.values()) + 2**24
+def check_room(run: Path, adapter: Adapter, sites: int) -> None:
+    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, the sites' replies, a little more."""
+    needed = (4 + sites) * sum(value.nbytes for value in adapter.values()) + 2**24
     if (free := shutil.disk_usage(run).free) < needed:
-        raise _no_room(run, f"{free >> 20} MiB free, {needed >> 20} MiB needed")
+        raise no_room(run, f"{free >> 20} MiB free, {needed >> 20} MiB needed")
 
 
-def _no_room(run: Path, found: str) -> HubError:
+def no_room(run: Path, found: str) -> HubError:
+    """The error of a full volume."""
     return HubError(
         "HUB-09",
         "The shared volume has no room for another round.",

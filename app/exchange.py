@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flwr.serverapp import Grid
 from app import aggregate, checkpoint, model, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
+from app.spool import Spool
 
 POLL = 0.5  # seconds between looks for replies
 LEAST = 60.0  # seconds that a round may always take
@@ -29,6 +31,7 @@ class Exchange:
 
     def __init__(self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path) -> None:
         self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / "status.json"
+        self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
         self.norms: list[float] = []  # lengths of the accepted updates
         self.status: dict[str, Any] = {"run": folder.name}
@@ -82,9 +85,10 @@ class Exchange:
                     reply = aggregate.accept(message, adapter, sent, training=kind == "train", site="" if name.isdecimal() else name)
                     if reply.site in {other.site for other in replies}:
                         raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
-                    replies.append(reply)
                 except BouquetError as error:
                     refused.append(self._refuse(name, str(error)))
+                else:
+                    replies.append(replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply)
                 del missing[message_id]
                 self._note_who(replies, [names[node] for node in missing.values()])
             if missing:

@@ -73,6 +73,7 @@ class Run:
             self.exchange.note(error=reason)
             raise
         finally:
+            self.exchange.spool.clear()
             self.exchange.note(state=self.history["state"])
             try:
                 self.save()
@@ -133,7 +134,7 @@ class Run:
     def round(self, number: int, adapter: model.Adapter, strategy: Strategy) -> model.Adapter:
         """Send the global adapter, take the sites' adapters, aggregate, write the round."""
         start = time.time()
-        checkpoint.check_room(self.folder, adapter)
+        checkpoint.check_room(self.folder, adapter, self.config.min_sites)
         replies, refused = self.exchange.round(number, adapter)
         weighed = aggregate.weigh(replies, self.admitted, self.config.largest_share)
         new = strategy.aggregate(number, weighed, adapter)
@@ -151,6 +152,7 @@ class Run:
         }
         self.history["rounds"].append(entry)
         checkpoint.write_round(self.folder, number, new, self.config, entry, strategy.state())
+        self.exchange.spool.clear()
         self.save()
         self.exchange.note(state="working", adapter=f"round-{number:04d}")
         pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))

@@ -8,7 +8,7 @@ arXiv:2003.00295; median and trimmed mean, Yin et al. 2018, arXiv:1803.01498; Kr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from app.aggregate import Reply
 from app.config import RunConfig
 from app.model import Adapter
 
+MOST = 2**27  # bytes of all sites' tensors that are in memory at once
 KEPT = ("momentum_vector", "m_t", "v_t")  # what Flower's server optimisers remember between rounds
 
 
@@ -54,6 +55,28 @@ def _ordered(adapter: Adapter) -> Adapter:
     return {key: adapter[key] for key in sorted(adapter)}
 
 
+def _call(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], keys: Iterable[str]) -> Adapter:
+    """What Flower makes of these tensors of the replies."""
+    messages = [
+        _Valid(RecordDict({"arrays": ArrayRecord({k: reply.adapter[k] for k in sorted(keys)}), "metrics": MetricRecord({"num-examples": reply.images})}))
+        for reply in replies
+    ]
+    arrays, _ = strategy.aggregate_train(number, messages)
+    return {key: value.float() for key, value in arrays.to_torch_state_dict().items()}
+
+
+def _call_by_parts(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], adapter: Adapter) -> Adapter:
+    """The same, a few tensors at a time: these strategies treat every number by itself."""
+    new: Adapter = {}
+    part: list[str] = []
+    for key in sorted(adapter):
+        if part and len(replies) * sum(adapter[k].nbytes for k in [*part, key]) > MOST:
+            new |= _call(strategy, number, replies, part)
+            part = []
+        part.append(key)
+    return new | _call(strategy, number, replies, part)
+
+
 class Strategy:
     """One run's strategy: Flower's, with its state in and out."""
 
@@ -69,12 +92,13 @@ class Strategy:
         if hasattr(self.flower, "current_arrays"):  # FedAdam wants arrays, FedAvgM a record
             record = ArrayRecord(_ordered(adapter))
             self.flower.current_arrays = {k: v.numpy() for k, v in adapter.items()} if hasattr(self.flower, "m_t") else record
-        messages = [
-            _Valid(RecordDict({"arrays": ArrayRecord(_ordered(reply.adapter)), "metrics": MetricRecord({"num-examples": reply.images})}))
-            for reply in sorted(replies, key=lambda reply: reply.site)
-        ]
-        arrays, _ = self.flower.aggregate_train(number, messages)
-        return {key: value.float() for key, value in arrays.to_torch_state_dict().items()}
+        replies = sorted(replies, key=lambda reply: reply.site)
+        if isinstance(self.flower, flower.Krum):  # it compares whole updates
+            return _call(self.flower, number, replies, adapter)
+        if hasattr(self.flower, "current_arrays"):  # they take the mean and move the global adapter by it
+            mean = _call_by_parts(flower.FedAvg(), number, replies, adapter)
+            return _call(self.flower, number, [Reply("mean", mean, sum(reply.images for reply in replies), {})], adapter)
+        return _call_by_parts(self.flower, number, replies, adapter)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The server optimiser's memory by name; {} for a strategy that has none."""

@@ -12,7 +12,7 @@ import os
 import pytest
 from flwr.app import Context, RecordDict
 
-from app import checkpoint, exchange, model, server_app, wire
+from app import aggregate, checkpoint, exchange, model, server_app, spool, wire
 from app.errors import ConfigError, HubError
 from tests import tiny
 from tests.memory import FakeTime, Federation, spoil_from
@@ -243,6 +243,31 @@ def test_while_the_hub_waits_it_says_who_is_missing_and_until_when(federation, m
     assert seen[0]["deadline"] - seen[0]["since"] == pytest.approx(10, abs=0.1)
     last = json.loads((federation.adapters / "7" / "status.json").read_text())
     assert (last["state"], last["adapter"], last["missing"]) == ("finished", "round-0001", [])
+
+
+def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monkeypatch):
+    seen = []
+    weigh = aggregate.weigh
+
+    def look(replies, *how):
+        seen.extend(sorted(replies, key=lambda reply: reply.site))
+        assert sorted(file.name for file in (federation.adapters / "7" / ".replies").iterdir()) == sorted(f"{r.adapter.file.name}" for r in seen)
+        sent = federation.grid.adapters("1", federation.grid.came)
+        assert all(tiny.equal(dict(reply.adapter), sent[reply.site]) for reply in seen)
+        return weigh(replies, *how)
+
+    monkeypatch.setattr(aggregate, "weigh", look)
+    folder = federation.go(monkeypatch)
+    assert [type(reply.adapter) for reply in seen] == [spool.Kept] * 2 and not (folder / ".replies").exists()
+
+
+def test_a_reply_for_which_the_volume_has_no_room_ends_the_run_and_blames_no_site(federation, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool, "save_file", full)
+    assert "could not be kept" in federation.fails(monkeypatch, "HUB-09").found
+    assert federation.history()["error"].startswith("HUB-09") and not (federation.adapters / "7" / ".replies").exists()
 
 
 # --- going on ------------------------------------------------------------------------------------------------------------------

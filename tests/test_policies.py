@@ -28,7 +28,8 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"data", "model", "diffusion"},
     {"cache", "wire", "memory", "journal"},
     {"train", "aggregate", "checkpoint", "sample"},
-    {"strategy", "export", "exchange", "preflight"},
+    {"strategy", "export", "spool", "preflight"},
+    {"exchange"},
     {"client_app", "server_app"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

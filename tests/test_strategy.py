@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from app import aggregate
+from app import aggregate, strategy
 from app.strategy import Strategy
 from tests import tiny
 
@@ -50,6 +50,23 @@ def test_the_order_of_replies_does_not_matter_bit_for_bit():
     first = mean(replies)
     for turn in range(1, 5):
         assert tiny.equal(mean(replies[turn:] + replies[:turn]), first)
+
+
+@pytest.mark.parametrize("kind", ["fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum"])
+def test_a_few_tensors_at_a_time_give_the_same_adapter_bit_for_bit(kind, monkeypatch):
+    replies = [reply(f"site-{n}", 10 + n, n) for n in range(1, 6)]
+    rounds = []
+    for most in (2**27, 1):
+        monkeypatch.setattr(strategy, "MOST", most)
+        calls = []
+        call = strategy._call
+        monkeypatch.setattr(strategy, "_call", lambda flower, number, replies, keys: calls.append(len(list(keys))) or call(flower, number, replies, keys))
+        one = Strategy(tiny.config(strategy=kind))
+        first = one.aggregate(1, replies, tiny.adapter(9))
+        rounds.append((first, one.aggregate(2, replies, first)))
+        monkeypatch.setattr(strategy, "_call", call)
+    assert all(tiny.equal(whole, parts) for whole, parts in zip(*rounds, strict=True))
+    assert (1 in calls) == (kind != "krum")
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum"])
