@@ -10,13 +10,17 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import yaml
+from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
+
+POLL = 1.0  # seconds between two questions to the hub
 
 
 def note_answers(file: Path) -> None:
@@ -48,10 +52,28 @@ def preflight() -> None:
         sys.exit(1)
 
 
+def hasten() -> None:
+    """Ask the hub every second instead of every third, and start messages from a process that has the libraries (superexec.py)."""
+
+    class Warm:
+        @staticmethod
+        def Popen(command: list[str]) -> subprocess.Popen:
+            assert command[0] == "flower-superexec", command
+            return subprocess.Popen([sys.executable, str(Path(__file__).with_name("superexec.py")), *command[1:]])
+
+    class Clock:
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            time.sleep(min(seconds, POLL))
+
+    start_client_internal.subprocess, start_client_internal.time = Warm, Clock
+
+
 if os.environ.get("BOUQUET_PREFLIGHT"):
     preflight()
 if "BOUQUET_HEARD" in os.environ:
     note_answers(Path(os.environ["BOUQUET_HEARD"]))
+hasten()
 sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
 check_trusted(sys.argv[1:])
 code: int | str | None = 1
