@@ -1,9 +1,10 @@
-"""A SuperLink that sends the publisher's signatures along with the app.
+"""A SuperLink that sends the publisher's signatures along with the app, and takes a reply from nobody but its sender.
 
 Flower's SuperLink has signatures only for apps of Flower's own app hub: a bundle that `flwr run .` uploads reaches the sites
 without one, and a SuperNode that pins publishers (--trusted-entities) refuses it. Here the answer to every site that fetches
 a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, which scripts/_sign.py writes.
 Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
+Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request.
 Enters: flower-superlink's own arguments. Leaves: its exit code.
 """
 
@@ -14,6 +15,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
 
@@ -48,6 +50,22 @@ def send_signatures(folder: Path) -> None:
     fleet_handlers.get_fab = signed
 
 
+def refuse_impostors() -> None:
+    """From now on fleet_handlers.push_messages, where a site's replies arrive, refuses one in another site's name, with 403."""
+    push_messages = fleet_handlers.push_messages
+
+    @wraps(push_messages)
+    def own(request: Any, *args: Any, **kwargs: Any) -> Any:
+        for message in request.messages_list:
+            if message.metadata.src_node_id != request.node.node_id:
+                tell(f"bouquet: node {request.node.node_id} sent a reply as node {message.metadata.src_node_id}; refused")
+                raise FlowerError(ApiErrorCode.FORBIDDEN_ACTION, "a reply in another SuperNode's name")
+        return push_messages(request, *args, **kwargs)
+
+    fleet_handlers.push_messages = own
+
+
 if __name__ == "__main__":
+    refuse_impostors()
     send_signatures(Path(os.environ["BOUQUET_SIGNATURES"]))
     sys.exit(flower_superlink())

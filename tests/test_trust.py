@@ -15,10 +15,15 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, sh
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
 
 from app.errors import BouquetError
+from docker import superlink
 from docker.superlink import signatures
 from scripts._deployment import Processes, free_port
 from scripts._flower import CONNECTION, connect, flwr, follow
@@ -111,6 +116,21 @@ def test_a_bundle_without_a_readable_signature_file_goes_out_unsigned_and_the_hu
         (tmp_path / f"{digest}.json").write_text(content)
     assert signatures(digest, tmp_path) == {"valid_license": "Valid"}
     assert f"bundle {digest[:12]} has no signature here" in capfd.readouterr().out
+
+
+def test_a_reply_in_another_sites_name_never_reaches_the_hubs_state(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: taken.append(request))
+    superlink.refuse_impostors()
+
+    def reply(sender: int, written: int) -> PushMessagesRequest:
+        return PushMessagesRequest(node=Node(node_id=sender), messages_list=[Message(metadata=Metadata(src_node_id=written))])
+
+    with pytest.raises(FlowerError) as refused:
+        superlink.fleet_handlers.push_messages(reply(1, 2), None)
+    assert refused.value.code == ApiErrorCode.FORBIDDEN_ACTION and taken == []
+    superlink.fleet_handlers.push_messages(reply(2, 2), None)
+    assert taken == [reply(2, 2)]
 
 
 def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) -> None:
