@@ -21,18 +21,18 @@ MOST = 40  # rounds that the page embeds; of more, evenly chosen ones
 def cut(sheet: Path, config: dict[str, Any], last: int) -> dict[str, Any] | None:
     """None where there is no sheet; {"whole": uri} where its shape is unknown; else {"rounds": [0, 1, ...], "prompts": [...]}.
 
-    Round 0 is the base. `last` is the run's last round: with keep-rounds, the sheet holds the base and the newest ones.
+    Round 0 is the base. The sheet's own text says which rounds it has; one without holds the base and the newest up to `last`.
     Each prompt is {"text": str, "pictures": [uri, ...]}, in the order of the rounds.
     """
     if not sheet.is_file():
         return None
     with Image.open(sheet) as opened:
-        image = opened.convert("RGB")
+        image, drawn = opened.convert("RGB"), [int(number) for number in opened.info.get("rounds", "").split()]
     prompts = [text.strip() for text in config.get("sample_prompts", "").split("|") if text.strip()]
     if not (shape := layout(image.size, prompts, config.get("resolution", 64))):
         return {"whole": uri(image), "width": image.width, "height": image.height}
     cell, left, top, rows = shape
-    rounds = [0, *range(last - rows + 2, last + 1)]
+    rounds = drawn if len(drawn) == rows else [0, *range(last - rows + 2, last + 1)]
     shown = range(rows) if rows <= MOST else sorted({0, *(round(1 + i * (rows - 2) / (MOST - 1)) for i in range(MOST))})
     box = lambda row, column: (left + column * (cell + GAP), top + row * (cell + GAP))  # noqa: E731
     pictures = [[uri(image.crop((*box(r, c), box(r, c)[0] + cell, box(r, c)[1] + cell))) for r in shown] for c in range(len(prompts))]
