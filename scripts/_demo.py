@@ -84,8 +84,9 @@ def report(result: Path, args: argparse.Namespace) -> None:
     print(f"adapter  {here / 'final' / 'pytorch_lora_weights.safetensors'}")
     if (result / "samples.png").is_file():  # an empty sample-prompts draws nothing
         print(f"picture  {here / 'samples.png'}")
+    print(f"next     scripts/report {here}")
     again = "docker compose up -d --wait" if args.engine == "docker" else f"scripts/demo --engine {args.engine} --keep"
-    print("next     " + ("" if args.keep else f"{again} && ") + ".venv/bin/flwr run . remote-deployment --stream")
+    print("again    " + ("" if args.keep else f"{again} && ") + ".venv/bin/flwr run . remote-deployment --stream")
 
 
 @contextmanager

@@ -91,6 +91,25 @@ def dots(values: dict[str, Sequence[float]], title: str) -> str:
     return _svg(draw, title, height=2.4)
 
 
+def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
+    """A row of dots for each name; dots of the last row below `limit` are rings of another colour. The names are the report's own words."""
+
+    def draw(axes: Axes) -> None:
+        for y, values in enumerate(rows.values()):
+            last = y == len(rows) - 1
+            for i, value in enumerate(values):
+                marked = last and value < limit
+                at = y + 0.12 * (i % 3 - 1)
+                axes.plot(value, at, "o", color=COLOURS[1 if marked else 0], markerfacecolor="none" if marked else COLOURS[0], markeredgewidth=1.5)
+        axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("0 is a copy of one photo, 1 is near to all alike")
+
+    return _svg(draw, title, height=1.8)
+
+
 def _svg(draw, title: str, height: float = 3.0) -> str:
     """The drawing as an <svg> that may stand in HTML: no ids that clash, no metadata, no colours or fonts of its own."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title, "svg.id": None}):

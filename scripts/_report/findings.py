@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from scripts._report import memory
 from scripts._report.reading import Run
 
 NOTICEABLE = 0.005  # a loss on fixed noise that changes by less than this share has not changed
@@ -48,7 +49,7 @@ def outcome(run: Run) -> str:
 
 def warnings(run: Run) -> list[str]:
     """Everything that deserves a look, the gravest first."""
-    checks = (silent, broken_chain, adapter_files, refusals, absences, rising, far_norms, one_heavy, slow, set_aside)
+    checks = (silent, remembered, broken_chain, adapter_files, refusals, absences, rising, far_norms, one_heavy, slow, set_aside)
     return [sentence for check in checks for sentence in check(run)]
 
 
@@ -59,6 +60,12 @@ def silent(run: Run) -> Iterator[str]:
         yield f"The run has written nothing for {hours:.1f} h, longer than a round may take: it may have ended without saying so. Ask: flwr ls remote-deployment"
     if why := run.history.get("no_final_evaluation"):
         yield f"The result was not measured by the sites: {why}"
+
+
+def remembered(run: Run) -> Iterator[str]:
+    for found in memory.all_found(run.memory) if run.memory else ():
+        if found.rare:
+            yield f"The adapter may draw photos of {found.site}: {found.suspicious} of its samples {'are' if found.suspicious > 1 else 'is'} too near to one of them."
 
 
 def broken_chain(run: Run) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from scripts._report import charts, findings, pictures, worth
+from scripts._report import charts, findings, memory, pictures, worth
 from scripts._report.reading import Run
 
 HERE = Path(__file__).parent
@@ -49,6 +49,7 @@ def page(run: Run) -> str:
         samples=pictures.cut(run.folder / "samples.png", run.config, len(run.rounds)),
         losses={entry["after_round"]: entry["weighted"] for entry in run.validation},
         joining=joining(run),
+        remembering=remembering(run),
     )
 
 
@@ -147,6 +148,17 @@ def joining(run: Run) -> list[dict[str, Any]]:
         chart = Markup(charts.dots(values, f"Loss of each contender by seed, site {i + 1} of the table"))
         head, _, rest = found.sentence.partition(":")
         rows.append({"verdict": found, "head": head, "rest": rest, "table": worth.table(measured), "chart": chart, "judged": bool(measured.get("judge"))})
+    return rows
+
+
+def remembering(run: Run) -> list[dict[str, Any]]:
+    """A sentence and a chart for each site that measured it; [] where nobody did."""
+    rows = []
+    for i, found in enumerate(memory.all_found(run.memory) if run.memory else ()):
+        measured = run.memory["sites"][found.site]
+        values = {"held-out photos": measured["held_out"], "samples": measured["samples"]}
+        chart = charts.strip(values, min(measured["held_out"]), f"How near to one training photo, site {i + 1} of the list")
+        rows.append({"found": found, "chart": Markup(chart), "photos": measured["photos"], "space": measured["space"]})
     return rows
 
 

@@ -21,7 +21,7 @@ LARGEST = 1e12
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its history, and what else lies in its folder. `status` is {} and `worth` None where the files are absent."""
+    """One run: its history, and what else lies in its folder. `status` is {}, `worth` and `memory` None where the files are absent."""
 
     folder: Path
     history: dict[str, Any]
@@ -29,6 +29,7 @@ class Run:
     worth: dict[str, Any] | None = None
     written: float = 0.0  # seconds since 1970: when the run last said something
     now: float = 0.0
+    memory: dict[str, Any] | None = None
 
     @property
     def state(self) -> str:
@@ -104,7 +105,7 @@ def read(folder: Path) -> Run:
         )
     status = _json(folder / "status.json") or {}
     written = max(path.stat().st_mtime for path in (file, folder / "status.json") if path.is_file())
-    return Run(folder, history, status, _json(folder / "worth.json"), written, time.time())
+    return Run(folder, history, status, _json(folder / "worth.json"), written, time.time(), _json(folder / "memory.json"))
 
 
 def _json(file: Path) -> dict[str, Any] | None:

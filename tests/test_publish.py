@@ -1,0 +1,324 @@
+"""An adapter's way to people: the page's commands and snippets as printed, the model card, and the upload to a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, copy_project, sh
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData
+from PIL import Image
+from safetensors.torch import load_file
+
+from app import export, model
+from app.config import RunConfig
+from app.errors import AdapterError
+from scripts import _card, _publish
+from tests import tiny
+from tests.hub import TOKEN, Hub
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # huggingface_hub's PUT with httpx 0.28
+PAGE = (ROOT / "docs" / "models.md").read_text()
+MINI = ROOT / "models" / "mini"
+CONFIG = RunConfig.read({"lora-rank": 2, "rounds": 3, "sample-steps": 2, "sample-prompts": "a red poppy, meadow background|a white lily, night background"})
+SITES = {"rose garden": {"images": 40}, "lily clinic": {"images": 24}}
+
+
+def run(adapters: Path, config: RunConfig, base: Path, adapter: model.Adapter) -> Path:
+    """A finished run's folder, with the provenance that the hub writes, and `latest`."""
+    told = {
+        "run": "12",
+        "made": "2026-11-24T02:00:00Z",
+        "adapter_sha256": model.adapter_hash(adapter),
+        "base": {"name": config.base_model, "fingerprint": model.fingerprint(base)["base"]},
+        "rounds": config.rounds,
+        "sites": SITES,
+        "images": 64,
+        "config": asdict(config),
+        "versions": export.versions(),
+    }
+    export.write_final(adapters / "12", adapter, config, told)
+    (adapters / "latest").symlink_to("12")
+    return adapters / "12"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the project with a finished run of the demo's base model, as after scripts/demo."""
+    folder = copy_project(tmp_path_factory.mktemp("models") / "bouquet")
+    draw = torch.Generator().manual_seed(1)
+    adapter = {key: torch.randn(value.shape, generator=draw) * 0.2 for key, value in model.new_adapter(MINI, CONFIG).items()}
+    (folder / ".bouquet" / "adapters").mkdir(parents=True)
+    run(folder / ".bouquet" / "adapters", CONFIG, MINI, adapter)
+    sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
+    for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
+        (folder.parent / tool).mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    """A finished run of the tiny base model."""
+    return run(tmp_path_factory.mktemp("adapters"), tiny.CONFIG, tiny.base(), tiny.adapter(3))
+
+
+@pytest.fixture
+def publish(tiny_run, tmp_path, monkeypatch, capsys):
+    """`scripts/publish garden/flowers OPTION...` on a copy of the tiny run: (exit code, what it printed, the final folder)."""
+    final = shutil.copytree(tiny_run / "final", tmp_path / "run" / "final")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*options: str, repo: str = "garden/flowers"):
+        given = ["publish", repo, "--adapter", str(final), "--models", str(tiny.models()), "--licence", "mit", *options]
+        monkeypatch.setattr(sys, "argv", given)
+        code = _publish.main()
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err, final
+
+    call.final = final
+    return call
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    return [line.partition("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_pages_commands_run_as_printed(copy):
+    typed = [command for command in commands() if "--upload" not in command]
+    for command in typed:
+        shown = sh(command.replace("OWNER/", "garden/"), copy).stdout
+        assert "Traceback" not in shown
+    assert len(typed) == 10
+    names = ["sample.png", "sweep.png", "lily.png", "merged/model_index.json", "site-1.memory.json"]
+    names += [f".bouquet/adapters/latest/{name}" for name in ("final/README.md", "measures.json", "memory.json")]
+    assert [name for name in names if not (copy / name).is_file()] == []
+    for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
+        assert (copy.parent / tool / "flowers.safetensors").read_bytes() == (copy / ".bouquet/adapters/latest/final/kohya.safetensors").read_bytes()
+
+
+def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_they_say(copy, monkeypatch):
+    from diffusers import StableDiffusionPipeline as Pipeline
+
+    def call(self, *args, _full=Pipeline.__call__, **kwargs):
+        return _full(self, *args, num_inference_steps=2, generator=torch.Generator().manual_seed(3), **kwargs)
+
+    if not (copy / "merged").is_dir():
+        sh("scripts/sample --merge merged", copy)
+    monkeypatch.setattr(Pipeline, "__call__", call)
+    monkeypatch.chdir(copy)
+    session: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/models.md", "exec"), session)
+    full, weaker, peft, merged = (
+        np.asarray(Image.open(copy / f"poppy{name}.png").convert("RGB")).astype(int) for name in ("", "-weaker", "-peft", "-merged")
+    )
+    assert np.abs(full - peft).max() <= 1 and np.abs(full - merged).max() <= 2  # of 255
+    assert np.abs(full - weaker).mean() > 1
+
+
+def test_half_precision_has_the_same_tensors_in_half_the_bytes(tiny_run):
+    sizes = [sum(value.nbytes for value in load_file(tiny_run / "final" / folder / export.DIFFUSERS).values()) for folder in (".", "fp16")]
+    assert sizes[0] == 2 * sizes[1] == 4 * sum(value.numel() for value in tiny.adapter(3).values())
+
+
+def test_every_file_of_the_final_folder_stands_on_the_page(tiny_run):
+    table = PAGE.partition("| file | for |")[2].partition("\n\n")[0]
+    named = {name.rstrip("/") for name in re.findall(r"`([^`]+)`", table)}
+    assert named == {path.name for path in (tiny_run / "final").iterdir()}
+
+
+# --- the card ----------------------------------------------------------------------------------------------------------------
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    """(front matter, text), read by huggingface_hub, which refuses front matter that it cannot use."""
+    read = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert isinstance(read.data, ModelCardData)
+    return read.data.to_dict(), read.text
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
+def test_the_cards_front_matter_is_what_the_hub_reads(publish):
+    code, shown, final = publish("--base-id", "garden/base")
+    assert code == 0, shown
+    data, _ = card_of(final)
+    first, second = tiny.CONFIG.prompts
+    assert data == {
+        "base_model": "garden/base",
+        "base_model_relation": "adapter",
+        "license": "mit",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": list(_card.TAGS),
+        "instance_prompt": first,
+        "widget": [{"text": first, "output": {"url": "images/1.png"}}, {"text": second, "output": {"url": "images/2.png"}}],
+    }
+    assert data == yaml.safe_load((final / "README.md").read_text().split("---\n")[1])  # plain YAML 1.1, nothing of Python's
+    assert all(size_of(final / entry["output"]["url"]) == (16, 16) for entry in data["widget"])
+
+
+def test_stable_diffusions_place_on_the_hub_and_licence_are_known():
+    config = RunConfig.read({"base-model": "stable-diffusion-v1-5"})
+    assert _card.licence(config, None) == "creativeml-openrail-m" and _card.licence(config, "mit") == "mit"
+    assert model.HUB[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_the_cards_snippet_runs_as_printed(publish, monkeypatch, tmp_path):
+    _, _, final = publish("--base-id", "garden/base")
+    [snippet] = re.findall(r"^```python\n(.*?)^```", card_of(final)[1], re.DOTALL | re.MULTILINE)
+    assert '"garden/base"' in snippet and '"garden/flowers"' in snippet
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet.replace("garden/base", str(tiny.base())).replace("garden/flowers", str(final)), "README.md", "exec"), {})
+    assert size_of(tmp_path / "picture.png") == (16, 16)
+
+
+def test_the_card_tells_provenance_and_limits_and_names_no_site(publish):
+    _, _, final = publish()
+    data, text = card_of(final)
+    told = json.loads((final / "provenance.json").read_text())
+    for known in ("| sites | 2 |", "| training images | 64 |", "rank 2, alpha 2", told["adapter_sha256"], told["base"]["fingerprint"], "## Limits"):
+        assert known in text
+    assert not any(site in text for site in SITES)
+    assert "base_model" not in data  # nobody said where the hub has `tiny`
+
+
+# --- what goes out, and what does not --------------------------------------------------------------------------------------------
+
+
+def test_without_upload_nothing_is_sent_and_everything_before_it_is_done(publish, monkeypatch):
+    with Hub() as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        code, shown, final = publish()
+    assert code == 0 and hub.asked == []
+    assert shown.count("same     ") == 7 and "nothing was sent" in shown and "--upload" in shown
+    assert "the card names no base model of the hub" in shown
+    assert sorted(path.name for path in (final / "images").iterdir()) == ["1.png", "2.png", "before-after.png"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub on loopback, as HF_ENDPOINT names one; without Xet, whose storage it does not speak."""
+    with Hub() as here:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.HF_HUB_DISABLE_XET", True)
+        yield here
+
+
+def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    code, shown, final = publish("--upload", "--base-id", "garden/base")
+    assert code == 0, shown
+    repo = hub.repos["garden/flowers"]
+    listed = re.findall(r"^file +[\d,]+ +(\S+)$", shown, re.MULTILINE)
+    assert sorted(repo["files"]) == sorted(listed) and repo["private"] and len([r for r in hub.asked if "/commit/" in r]) == 1
+    assert f"{hub.url}/garden/flowers/commit/" in shown and TOKEN not in shown
+    for path, content in repo["files"].items():
+        assert path == "provenance.json" or content == (final / path).read_bytes()
+    assert set(listed) == {"README.md", "provenance.json", "images/1.png", "images/2.png", "images/before-after.png"} | {
+        f"{folder}{name}" for folder in ("", "fp16/") for name in export.FILES
+    }
+
+
+def test_sites_go_out_unnamed_unless_that_is_asked_for(publish, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    publish("--upload")
+    sent = json.loads(hub.repos["garden/flowers"]["files"]["provenance.json"])
+    assert sent["sites"] == {"site 1": {"images": 40}, "site 2": {"images": 24}} and sent["images"] == 64
+    assert not any(site.encode() in content for site in SITES for content in hub.repos["garden/flowers"]["files"].values())
+    publish("--upload", "--name-sites", "--public", repo="garden/open")
+    assert json.loads(hub.repos["garden/open"]["files"]["provenance.json"])["sites"] == SITES
+    assert not hub.repos["garden/open"]["private"]
+
+
+def test_the_token_may_be_a_file(publish, hub, monkeypatch, tmp_path):
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    code, shown, _ = publish("--upload")
+    assert code == 0 and "garden/flowers" in hub.repos and TOKEN not in shown
+
+
+def test_there_is_no_option_for_a_token(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["publish", "garden/flowers", "--token", TOKEN])
+    with pytest.raises(SystemExit):
+        _publish.main()
+    assert "unrecognized arguments: --token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "full", "words"),
+    [
+        ("", "garden/flowers", False, "this machine has no token"),
+        ("hf_wrong", "garden/flowers", False, "401: Invalid username or password."),
+        (TOKEN, "somebody-else/flowers", False, "403: You don't have the rights"),
+        (TOKEN, "garden/flowers", True, "400: no room"),
+    ],
+)
+def test_what_the_hub_says_when_it_refuses_stands_in_the_error(publish, hub, monkeypatch, tmp_path, token, repo, full, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.full = full
+    code, shown, _ = publish("--upload", repo=repo)
+    assert code == 1 and "EXPORT-07" in shown and words in shown
+    assert not token or token not in shown
+    assert not any(entry["files"] for entry in hub.repos.values())
+
+
+# --- what is refused before anything is drawn ----------------------------------------------------------------------------------
+
+
+def test_a_licence_that_nobody_named_is_asked_for():
+    with pytest.raises(AdapterError, match="EXPORT-06"):
+        _card.licence(tiny.CONFIG, None)
+
+
+def test_a_folder_without_the_final_files_is_named(publish):
+    final = publish.final
+    (final / "fp16" / "kohya.safetensors").unlink()
+    code, shown, _ = publish()
+    assert code == 1 and "EXPORT-02" in shown and "fp16/kohya.safetensors" in shown
+
+
+def test_files_of_another_run_than_the_provenance_tells_are_refused(publish):
+    final = publish.final
+    export.write_formats(final, tiny.adapter(4), tiny.CONFIG)
+    code, shown, _ = publish()
+    assert code == 1 and "EXPORT-01" in shown and "provenance.json tells of" in shown
+
+
+def test_another_base_model_than_the_runs_is_refused(publish):
+    final = publish.final
+    told = json.loads((final / "provenance.json").read_text())
+    (final / "provenance.json").write_text(json.dumps(told | {"base": {"name": "tiny", "fingerprint": "0" * 64}}))
+    code, shown, _ = publish()
+    assert code == 1 and "MODEL-04" in shown
+
+
+@pytest.mark.parametrize("repo", ["flowers", "a/b/c", "garden/fl owers"])
+def test_a_name_that_the_hub_cannot_have_is_refused_at_once(repo, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["publish", repo])
+    with pytest.raises(SystemExit):
+        _publish.main()
+    assert repo in capsys.readouterr().err
