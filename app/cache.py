@@ -23,7 +23,7 @@ from app.data import pixels as pixels_of
 from app.images import BadImage
 
 BATCH = 16  # captions encoded at a time
-PIXELS = 16 * 128**2  # pixels encoded at a time: 16 photos at 128, one at 512, where each takes the autoencoder about a gigabyte
+PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
 PASSING = ("changed", "outside", "unreadable")  # may be mended without a change to the photo's bytes: tried again every time
 
 
@@ -94,7 +94,9 @@ def _encode_photos(photos: list[Photo], base: Path, resolution: int, device: tor
         if pixels:
             mean = vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
             latents |= dict(zip(pixels, mean.cpu().unbind(), strict=True))
-        print(f"bouquet: encoded {min(start + size, len(photos))}/{len(photos)} photos", flush=True)
+        done = min(start + size, len(photos))
+        if 10 * done // len(photos) > 10 * start // len(photos):  # ten lines, however many photos
+            print(f"bouquet: encoded {done}/{len(photos)} photos", flush=True)
     return latents, bad
 
 

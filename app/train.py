@@ -19,6 +19,8 @@ from app import cache, data, diffusion, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 
+WIDER = 4  # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
+
 
 def accelerator(config: RunConfig) -> Accelerator:
     """bf16 where asked for, or where `auto` finds CUDA that has it; else float32."""
@@ -84,7 +86,7 @@ class Site:
                 self.held_out.text_NTD,
                 self.held_out.keys,
                 timesteps=self.config.validation_timesteps,
-                batch_size=self.config.batch_size,
+                batch_size=WIDER * self.config.batch_size,
             )
         self.clock.lap("evaluate")
         return loss

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore import sql_mixin
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
 
@@ -65,7 +66,13 @@ def refuse_impostors() -> None:
     fleet_handlers.push_messages = own
 
 
+def wait_for_database() -> None:
+    """Wait 25 s for a locked database, not 5: its clients wait 30, and Flower's SuperExec ends, with the run, on the first error 500."""
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", "25000"))
+
+
 if __name__ == "__main__":
+    wait_for_database()
     refuse_impostors()
     send_signatures(Path(os.environ["BOUQUET_SIGNATURES"]))
     sys.exit(flower_superlink())

@@ -1,8 +1,8 @@
 """A SuperNode that says whether the hub answers it, and whose process ends when it can do nothing any more.
 
 Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process lives,
-answers "healthy", and is offline for ever. Here the end of the loop is the end of the process, whoever started it can start
-it again, and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE).
+answers "healthy", and is offline for ever; and it stays online and idle when its SuperExec has died. Here the end of either is
+the end of the process, whoever started it can start it again, and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE).
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable. Leaves: its exit code, 1 when the loop raised.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 POLL = 1.0  # seconds between two questions to the hub
+GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
 
 
 def note_answers(file: Path) -> None:
@@ -59,7 +61,9 @@ def hasten() -> None:
         @staticmethod
         def Popen(command: list[str]) -> subprocess.Popen:
             assert command[0] == "flower-superexec", command
-            return subprocess.Popen([sys.executable, str(Path(__file__).with_name("superexec.py")), *command[1:]])
+            superexec = subprocess.Popen([sys.executable, str(Path(__file__).with_name("superexec.py")), *command[1:]])
+            threading.Thread(target=end_with, args=(superexec,), daemon=True).start()
+            return superexec
 
     class Clock:
         @staticmethod
@@ -67,6 +71,14 @@ def hasten() -> None:
             time.sleep(min(seconds, POLL))
 
     start_client_internal.subprocess, start_client_internal.time = Warm, Clock
+
+
+def end_with(superexec: subprocess.Popen) -> None:
+    """End here when the SuperExec has: Flower's SuperNode would stay online and work on no message ever again."""
+    code = superexec.wait()
+    time.sleep(GOODBYE)
+    print(f"bouquet: the SuperExec has ended ({code}), and the SuperNode with it", flush=True)
+    os._exit(1)
 
 
 if os.environ.get("BOUQUET_PREFLIGHT"):

@@ -67,9 +67,11 @@ class Processes:
     """The deployment as processes on loopback, for hosts without Docker. All state lies under `home`."""
 
     def __init__(
-        self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None
-    ) -> None:
+        self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None,
+        models: Path = ROOT / "models",
+    ) -> None:  # fmt: skip
         """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the sites pin."""
+        self.models = models
         self.home, self.certs, self.port, self.sites, self.trusted = home, certs, port, dict(sites), trusted
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
         self.signatures = home / "signatures"
@@ -77,7 +79,7 @@ class Processes:
         self.env = {
             "SITE_LIMITS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
             "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(ROOT / "models"), "BOUQUET_ADMITTED": str(certs / "admitted"),
+            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(models), "BOUQUET_ADMITTED": str(certs / "admitted"),
             "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads}
@@ -122,7 +124,7 @@ class Processes:
     def start_site(self, name: str, hub: str = "") -> None:
         """Start one SuperNode; it connects to `hub`, or straight to this deployment's SuperLink."""
         settings = {
-            "site-name": name, "data-path": self.sites[name], "models-path": ROOT / "models",
+            "site-name": name, "data-path": self.sites[name], "models-path": self.models,
             "cache-path": self.home / "cache" / name, "limits": "$SITE_LIMITS",
         }  # fmt: skip
         self._spawn(name, [

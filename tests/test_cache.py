@@ -162,6 +162,7 @@ def test_photos_are_encoded_few_at_a_time_where_they_are_large(folder, kept, mon
     assert capsys.readouterr().out.splitlines() == [f"bouquet: encoded {n}/6 photos" for n in (2, 4, 6)]
     monkeypatch.setattr(cache, "PIXELS", 1)
     _, one = encode(folder, kept.with_name("other"))
+    assert len(capsys.readouterr().out.splitlines()) == 6  # and ten at most
     torch.testing.assert_close(one.latents_NChw, few.latents_NChw, rtol=1e-4, atol=1e-5)
 
 
