@@ -17,8 +17,12 @@ from typing import Any
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore import sql_mixin
+from flwr.superlink import main as superlink_main
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
+from sqlalchemy.exc import OperationalError
+from starlette.requests import Request
+from starlette.responses import Response
 
 
 def signatures(bundle: str, folder: Path) -> dict[str, str]:
@@ -71,8 +75,30 @@ def wait_for_database() -> None:
     sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", "25000"))
 
 
+def ask_to_come_back() -> None:
+    """Answer 503 when the database cannot be written (a full volume, a lock that stays): Flower's programs ask again after a 503.
+
+    After a 500 its SuperExec ends, with the run, and a SuperNode's heartbeat ends, which leaves that site offline for ever.
+    """
+    create_app = superlink_main.create_app
+
+    async def unavailable(request: Request, error: Exception) -> Response:
+        code = 503 if isinstance(error, OperationalError) else 500
+        print(f"bouquet: {request.url.path} was answered with {code}: {getattr(error, 'orig', type(error).__name__)}", flush=True)
+        return Response(status_code=code)
+
+    @wraps(create_app)
+    def created(*args: Any, **kwargs: Any) -> Any:
+        app = create_app(*args, **kwargs)
+        app.add_exception_handler(Exception, unavailable)
+        return app
+
+    superlink_main.create_app = created
+
+
 if __name__ == "__main__":
     wait_for_database()
+    ask_to_come_back()
     refuse_impostors()
     send_signatures(Path(os.environ["BOUQUET_SIGNATURES"]))
     sys.exit(flower_superlink())

@@ -1,8 +1,9 @@
 """A SuperNode that says whether the hub answers it, and whose process ends when it can do nothing any more.
 
 Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process lives,
-answers "healthy", and is offline for ever; and it stays online and idle when its SuperExec has died. Here the end of either is
-the end of the process, whoever started it can start it again, and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE).
+answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle when its SuperExec
+has. Here the end of any of them is the end of the process, whoever started it can start it again, and every answer of the hub is
+noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE).
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable. Leaves: its exit code, 1 when the loop raised.
 """
 
@@ -81,11 +82,20 @@ def end_with(superexec: subprocess.Popen) -> None:
     os._exit(1)
 
 
+def end_with_any_thread(failure: threading.ExceptHookArgs) -> None:
+    """End here when a thread has died: without its heartbeat a SuperNode lives on, offline for ever."""
+    traceback.print_exception(failure.exc_value)
+    print("bouquet: a thread of the SuperNode has died, and the SuperNode with it", flush=True)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 if os.environ.get("BOUQUET_PREFLIGHT"):
     preflight()
 if "BOUQUET_HEARD" in os.environ:
     note_answers(Path(os.environ["BOUQUET_HEARD"]))
 hasten()
+threading.excepthook = end_with_any_thread
 sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
 check_trusted(sys.argv[1:])
 code: int | str | None = 1

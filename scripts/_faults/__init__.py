@@ -1,0 +1,9 @@
+"""Faults on purpose: a real deployment of three sites, one fault in the middle of a round, and the checker's verdict afterwards.
+
+bench.py      the deployment; whatever ends is started again at once, as Docker's restart policy does
+case.py       a case, one repeat of it, and the verdict
+kills.py, network.py, disk.py, gpu.py, lies.py, photos.py      the cases
+hostile/      on a site's PYTHONPATH: what its ClientApp does wrong
+stock.py      the same lies to Flower's own FedAvg
+outcome.py    what a repeat left, and the table
+"""

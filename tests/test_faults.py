@@ -1,0 +1,302 @@
+"""A few faults of the full set (scripts/faults) on a real deployment, and whether the harness says so when something is lost.
+
+One deployment of three sites serves the first half: its output volume is a small mount where that is allowed, and site-3 may lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from scripts import _check
+from scripts._faults import __main__ as faults
+from scripts._faults import disk, network, outcome, photos, updates
+from scripts._faults.bench import HOSTILE, Bench, Late
+from scripts._faults.case import Case, differs, judge, lost, play, recovered
+from scripts._faults.outcome import Outcome
+from tests import tiny
+
+
+@contextlib.contextmanager
+def everything(home: Path) -> Iterator[Bench]:
+    """A small output volume and a hostile site, in one deployment."""
+    mounted = not disk.no_mount() and not disk.mount(home / "adapters", disk.SIZES["adapters"])
+    try:
+        with Bench(home, site_3={"PYTHONPATH": str(HOSTILE), "BOUQUET_WRONG": str(home / "wrong.json")}) as bench:
+            yield bench
+    finally:
+        if mounted:
+            disk.unmount(home / "adapters")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with everything(tmp_path_factory.mktemp("faults")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench) -> str:
+    return faults.undisturbed(bench)
+
+
+def finished(bench: Bench) -> str:
+    return os.readlink(bench.adapters / "latest")
+
+
+# --- faults on a real deployment --------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_had_been(bench: Bench, reference: str) -> None:
+    def fault(bench: Bench, run: str) -> None:
+        bench.signal("site-3", signal.SIGTERM)
+        bench.signal("superlink", signal.SIGKILL)
+
+    result = play(Case("kill", "both", fault), bench, reference)
+    assert result.survived and result.how == "" and result.recovery < 100, result
+
+
+def test_bad_updates_are_refused_by_name_and_the_round_is_the_honest_sites_mean(bench: Bench) -> None:
+    names = ["NaN", "a wrong key", "weight 1e300", "a chunk list that repeats one chunk to 40 GB", "a replayed reply", "no GPU memory at first"]
+    results = updates.one_run(bench, bench.home / "wrong.json", names)
+    (bench.home / "wrong.json").unlink()
+    assert [(result.case, result.problems) for result in results] == [(name, []) for name in names]
+
+
+@pytest.mark.skipif(bool(disk.no_mount()), reason=disk.no_mount())
+def test_on_a_full_output_volume_the_run_ends_declared_and_a_second_one_gives_the_undisturbed_adapter(bench: Bench, reference: str) -> None:
+    result = play(Case("disk", "full", disk.output_full), bench, reference)
+    assert (result.survived, result.how, result.lost) == (True, "resumed", 0), result
+
+
+def test_the_harness_says_lost_when_an_earlier_adapter_has_changed_or_gone(bench: Bench, reference: str) -> None:
+    run, before = finished(bench), _check.adapters(bench.adapters)
+    kept = bench.home / "kept"
+    for harm in (shutil.rmtree, lambda folder: _add_one(folder / "adapter_model.safetensors")):
+        folder = bench.adapters / run / "round-0001"
+        shutil.copytree(folder, kept)
+        harm(folder)
+        problems = judge(bench, run, "finished:completed", before, 1, 2)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(kept, folder)
+        assert lost(problems) == 1, problems
+    assert judge(bench, run, "finished:completed", before, 1, 2) == []
+
+
+def test_the_harness_says_so_when_a_run_is_late_or_its_end_is_not_declared(bench: Bench, reference: str) -> None:
+    run, before = finished(bench), _check.adapters(bench.adapters)
+    assert any("3 s, 2 s were allowed" in problem for problem in judge(bench, run, "finished:completed", before, 3, 2))
+    assert any("Flower says 'running'" in problem for problem in judge(bench, run, "running", before, 1, 2))
+    assert judge(bench, "7", "finished:failed", before, 1, 2) == ["the run ended finished:failed and left no history"]
+    with pytest.raises(Late, match="run 7's end: not within 0 s"):
+        bench.wait_for_end("7", 0)
+
+
+def test_the_harness_says_so_when_the_result_is_another_one(bench: Bench, reference: str) -> None:
+    run = finished(bench)
+    assert differs(bench, run, reference, same=True) == []
+    assert differs(bench, run, "0" * 64, same=True) == ["the adapter is not that of an undisturbed run"]
+    assert differs(bench, run, "0" * 64, same=False) == []
+
+
+def test_recovery_counts_from_the_fault_to_the_next_whole_round(bench: Bench, reference: str) -> None:
+    run = finished(bench)
+    folder = bench.adapters / run / "round-0002"
+    assert recovered(bench, run, done=1, fault=folder.stat().st_mtime - 4) == 4.0
+    assert recovered(bench, run, done=9, fault=0) is None
+
+
+def _add_one(file: Path) -> None:
+    adapter = load_file(file)
+    adapter[min(adapter)] += 1
+    save_file(adapter, file)
+
+
+# --- cases without a deployment ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_whose_writing_is_killed_in_every_tenth_is_never_half_written() -> None:
+    [result] = disk.adapter_write(None, 1)
+    assert result.survived, result
+
+
+def test_bad_photos_are_set_aside_and_folders_with_too_few_are_named() -> None:
+    results = photos.play(None, 1)
+    assert len(results) == 10 and not [result for result in results if not result.survived]
+
+
+def test_a_bad_photo_that_nobody_set_aside_is_found(tmp_path: Path) -> None:
+    [problem] = photos._a_file(tmp_path, photos.photo(), "undecodable")
+    assert problem == "7 photos usable, set aside {}; 6 and {'undecodable': 1} were right"
+
+
+def test_a_folder_that_nobody_complains_about_is_found(tmp_path: Path) -> None:
+    assert photos._a_folder(tmp_path, 4) == ["nobody noticed"]
+
+
+# --- the verdict on a lie ---------------------------------------------------------------------------------------------------------
+
+HONEST = {"site-1": "1", "site-2": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "counted", "log", "well"),
+    [
+        ("NaN", ["site-3"], HONEST, "", True),
+        ("NaN", [], HONEST | {"site-3": "3"}, "", False),
+        ("NaN", ["site-3", "site-1"], {"site-2": "2"}, "", False),
+        ("a replayed reply", [], HONEST | {"site-3": "3"}, "hostile: the first reply once more", True),
+        ("a replayed reply", ["site-3"], HONEST, "hostile: the first reply once more", False),
+        ("a replayed reply", [], HONEST | {"site-3": "3"}, "", False),
+    ],
+)
+def test_a_lie_is_survived_when_its_teller_alone_is_refused(name: str, refused: list, counted: dict, log: str, well: bool) -> None:
+    entry = {"refused": [{"site": site, "reason": ""} for site in refused], "adapters": counted}
+    assert (updates.verdict(name, entry, log) == []) is well
+
+
+def test_a_lie_whose_round_never_came_is_not_survived() -> None:
+    assert updates.verdict("NaN", None, "") == ["there was no such round"]
+
+
+# --- the relay --------------------------------------------------------------------------------------------------------------------
+
+
+class Echo(threading.Thread):
+    """Answers what it hears, on `port`; `heard` is how much that was."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listener, self.heard = socket.create_server(("127.0.0.1", 0)), 0
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                link, _ = self.listener.accept()
+            except OSError:
+                return self.listener.close()
+            with link, contextlib.suppress(OSError):
+                while data := link.recv(65536):
+                    self.heard += len(data)
+                    link.sendall(data)
+
+
+@pytest.fixture
+def relay() -> Iterator[network.Relay]:
+    relay = network.Relay()
+    relay.echo = Echo()
+    relay.target = relay.echo.port
+    yield relay
+    relay.close()
+    relay.echo.listener.shutdown(socket.SHUT_RDWR)
+    relay.echo.join()
+
+
+def test_a_relay_carries_bytes_both_ways(relay: network.Relay) -> None:
+    with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
+        link.sendall(b"a rose")
+        assert link.recv(100) == b"a rose"
+
+
+def test_a_cut_holds_bytes_back_and_closes_nothing(relay: network.Relay) -> None:
+    with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
+        link.sendall(b"one")
+        assert link.recv(100) == b"one"
+        relay.flow.clear()
+        link.sendall(b"two")
+        link.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            link.recv(100)
+        relay.flow.set()
+        link.settimeout(10)
+        assert link.recv(100) == b"two"
+
+
+def test_a_reset_comes_in_the_middle_of_a_push_and_once(relay: network.Relay) -> None:
+    relay.reset_after = 100_000
+    with socket.create_connection(("127.0.0.1", relay.port), 10) as link, pytest.raises(ConnectionError):
+        while True:
+            link.sendall(bytes(50_000))
+            time.sleep(0.01)
+    assert relay.resets == 1 and relay.reset_after == 0 and relay.echo.heard < 2_000_000
+    test_a_relay_carries_bytes_both_ways(relay)
+
+
+def test_a_slow_line_delays_each_way_and_keeps_its_rate(relay: network.Relay) -> None:
+    relay.delay, relay.rate = 0.2, 1e6
+    with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
+        start = time.monotonic()
+        link.sendall(bytes(50_000))  # 0.4 s at 1 Mbit/s
+        got = 0
+        while got < 50_000:
+            got += len(link.recv(65536))
+        assert time.monotonic() - start > 0.2 + 0.2 + 0.4
+
+
+# --- outcomes and the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_fails_when_a_case_was_not_survived_and_a_skip_or_a_stock_hub_is_no_failure() -> None:
+    good, skipped = Outcome("a", True), Outcome("b", False, skipped="no root")
+    poisoned = Outcome("a", False, hub="stock", problems=["1 tensors have numbers that are not finite"])
+    assert not outcome.failed([good, skipped, poisoned])
+    assert outcome.failed([good, Outcome("a", False)])
+
+
+def test_percentiles_by_hand() -> None:
+    assert outcome.percentile([5, 1, 4, 2, 3], 0.5) == 3 and outcome.percentile([5, 1, 4, 2, 3], 0.95) == 5 and outcome.percentile([7], 0.5) == 7
+
+
+def test_the_table_counts_repeats_survivors_resumed_runs_and_losses(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome("a kill", True, 4.0), Outcome("a kill", True, 8.0, how="resumed"), Outcome("a kill", False, None, 2, ["lost: one", "lost: two"]),
+        Outcome("NaN", True), Outcome("NaN", False, hub="stock", problems=["1 tensors have numbers that are not finite"]),
+        Outcome("a disk", False, skipped="no root"),
+    ]  # fmt: skip
+    outcome.write(tmp_path / "o.json", outcomes)
+    assert outcome.read(tmp_path / "o.json") == outcomes and outcome.read(tmp_path / "none.json") == []
+    assert outcome.markdown(outcomes).splitlines()[4:] == [
+        "| a kill | 3 | 2 (1 by resume) | 4 / 8 s | 2 | – |",
+        "| NaN | 1 | 1 | – | 0 | poisoned: not finite |",
+        "| a disk | 0 | not tried: no root | – | – | – |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("problems", "said"),
+    [
+        ([], "the honest mean"),
+        (["the run ended finished:failed", "no adapter that loads (FileNotFoundError)"], "run lost, no adapter"),
+        (["it is 3.4e+05 away from the honest sites' mean"], "poisoned: 3e+05 from the honest mean"),
+        (["lora_A is (1,) torch.float32, not (4, 8) torch.float32"], "another adapter: 1 tensors wrong"),
+    ],
+)
+def test_what_became_of_a_stock_hub_in_a_word(problems: list[str], said: str) -> None:
+    [row] = outcome.rows([Outcome("x", not problems, hub="stock", problems=problems)])
+    assert row["stock"] == said
+
+
+def test_the_command_names_its_cases_and_takes_a_pattern() -> None:
+    assert [case.group for case in faults.chosen(["^disk", "^database"])] == ["database", "disk", "disk"]
+    assert faults.chosen([]) == faults.CASES and len({case.name for case in faults.CASES}) == len(faults.CASES)
+
+
+def test_the_page_has_the_table_of_every_case_and_its_commands_exist() -> None:
+    page = (tiny.ROOT / "docs" / "faults.md").read_text()
+    for case in (*faults.CASES, *map(lambda name: Case("updates", name), updates.ALL), *map(lambda name: Case("photos", name), photos.FILES)):
+        assert case.play or f"| {case.name} |" in page, case.name
+    listed = tiny.ROOT / "scripts" / "faults"
+    assert os.access(listed, os.X_OK) and "scripts/faults --only" in page and json.dumps(0) == "0"
