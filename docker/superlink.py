@@ -11,6 +11,7 @@ Enters: flower-superlink's own arguments. Leaves: its exit code.
 import json
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flwr.superlink import main as superlink_main
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -80,20 +82,19 @@ def ask_to_come_back() -> None:
 
     After a 500 its SuperExec ends, with the run, and a SuperNode's heartbeat ends, which leaves that site offline for ever.
     """
-    create_app = superlink_main.create_app
+    translate = superlink_main.http_error_translator
 
-    async def unavailable(request: Request, error: Exception) -> Response:
-        code = 503 if isinstance(error, OperationalError) else 500
-        print(f"bouquet: {request.url.path} was answered with {code}: {getattr(error, 'orig', type(error).__name__)}", flush=True)
-        return Response(status_code=code)
+    async def translated(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        async def asked(request: Request) -> Response:
+            try:
+                return await call_next(request)
+            except OperationalError as error:
+                print(f"bouquet: {request.url.path} was answered with 503: {error.orig}", flush=True)
+                raise HTTPException(503) from error
 
-    @wraps(create_app)
-    def created(*args: Any, **kwargs: Any) -> Any:
-        app = create_app(*args, **kwargs)
-        app.add_exception_handler(Exception, unavailable)
-        return app
+        return await translate(request, asked)
 
-    superlink_main.create_app = created
+    superlink_main.http_error_translator = translated
 
 
 if __name__ == "__main__":

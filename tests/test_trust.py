@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -21,6 +22,9 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
+from sqlalchemy.exc import OperationalError
+from starlette.requests import Request
+from starlette.responses import Response
 
 from app.errors import BouquetError
 from docker import superlink
@@ -131,6 +135,35 @@ def test_a_reply_in_another_sites_name_never_reaches_the_hubs_state(monkeypatch)
     assert refused.value.code == ApiErrorCode.FORBIDDEN_ACTION and taken == []
     superlink.fleet_handlers.push_messages(reply(2, 2), None)
     assert taken == [reply(2, 2)]
+
+
+@pytest.mark.parametrize(("error", "status"), [(OperationalError("INSERT", {}, Exception("database or disk is full")), 503), (ValueError("a bug"), 500)])
+def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_is_not(error, status, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(superlink.superlink_main, "http_error_translator", superlink.superlink_main.http_error_translator)
+    superlink.ask_to_come_back()
+
+    async def fails(request: Request) -> Response:
+        raise error
+
+    request = Request({"type": "http", "path": "/v1/runtime/acquire-task", "headers": [], "method": "POST", "server": ("hub", 443), "query_string": b""})
+    assert asyncio.run(superlink.superlink_main.http_error_translator(request, fails)).status_code == status
+    said = "bouquet: /v1/runtime/acquire-task was answered with 503: database or disk is full\n"
+    assert capfd.readouterr().out.endswith(said) == (status == 503)
+
+
+def test_a_supernode_whose_heartbeat_has_died_ends_so_that_it_can_be_started_again() -> None:
+    code = f"""
+import runpy, threading, time
+import flwr.supernode.cli as cli
+def alive():
+    threading.Thread(target=lambda: 1 / 0).start()
+    time.sleep(60)
+cli.flower_supernode = alive
+runpy.run_path({str(ROOT / "docker" / "supernode.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert "a thread of the SuperNode has died" in done.stdout
 
 
 def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) -> None:
