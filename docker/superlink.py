@@ -22,7 +22,6 @@ from flwr.superlink import main as superlink_main
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy.exc import OperationalError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -90,7 +89,7 @@ def ask_to_come_back() -> None:
                 return await call_next(request)
             except OperationalError as error:
                 print(f"bouquet: {request.url.path} was answered with 503: {error.orig}", flush=True)
-                raise HTTPException(503) from error
+                return Response(status_code=503)
 
         return await translate(request, asked)
 
