@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,6 +19,7 @@ from app.errors import ConfigError
 ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
 RESNET = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
 LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
 
@@ -59,6 +61,8 @@ class RunConfig:
     krum_malicious: int = _key(1, "sites", "of krum: how many sites may be hostile", low=0, high=10_000)
     keep_rounds: int = _key(0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000)
     resume: str = _key("", "run", "go on after the last round of this run: its id, or latest")
+    start_from: str = _key("", "file", "begin with this LoRA instead of a fresh adapter: a .safetensors file beside the runs on the shared volume")
+    tracker: str = _key("none", "", "where the hub tells losses, norms, refusals, seconds, GPU figures and pictures by round", choices=TRACKERS)
     seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
     sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by a vertical bar; empty draws nothing")
     sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
@@ -78,6 +82,10 @@ class RunConfig:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
         if config.resume not in ("", "latest") and not config.resume.isdecimal():
             raise _wrong("resume", config.resume, "latest or a run's id")
+        if config.start_from and not re.fullmatch(r"[\w-][\w.-]*\.safetensors", config.start_from):
+            raise _wrong("start-from", config.start_from, "a file's name that ends in .safetensors, without a folder")
+        if config.start_from and config.resume:
+            raise _wrong("start-from", config.start_from, "either start-from or resume")
         return config
 
     @property

@@ -18,10 +18,11 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, model
+from app import aggregate, checkpoint, export, model, tracking
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.exchange import Exchange
+from app.gallery import Gallery
 from app.strategy import Strategy
 
 app = ServerApp()
@@ -58,14 +59,16 @@ class Run:
         self.admitted = _admitted()
         self.exchange = Exchange(grid, self.config, fingerprint, self.folder)
         self.began = time.time()
+        self.tracker = tracking.start(self.config, self.folder)
 
     def go(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
+        self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures)
         try:
             adapter = self.rounds()
             final = export.write_final(self.folder, adapter, self.config, self.provenance(adapter))
-            self.draw()
+            self.gallery.finish()
             self.history["state"] = "finished"
         except BaseException as error:
             reason = str(error) if isinstance(error, BouquetError) else type(error).__name__
@@ -74,6 +77,8 @@ class Run:
             raise
         finally:
             self.exchange.spool.clear()
+            self.gallery.close()
+            self.tracker.close()
             self.exchange.note(state=self.history["state"])
             try:
                 self.save()
@@ -92,8 +97,16 @@ class Run:
         return adapter
 
     def start(self) -> tuple[int, model.Adapter, dict]:
-        """(rounds already done, global adapter, server state): a fresh adapter, or what `resume` names. Errors: HUB-08."""
+        """(rounds already done, global adapter, server state): a fresh adapter, or what `start-from` or `resume` names.
+
+        Errors: HUB-08, and for `start-from` EXPORT-03, ADAPTER-01.
+        """
         fresh = model.new_adapter(self.base, self.config)
+        if self.config.start_from:
+            adapter = export.read_lora(self.folder.parent / self.config.start_from).adapter
+            model.check_adapter(adapter, fresh)
+            self.history["started_from"] = {"file": self.config.start_from, "adapter": model.adapter_hash(adapter)}
+            return 0, adapter, {}
         if not self.config.resume:
             return 0, fresh, {}
         source = checkpoint.find_run(self.folder.parent, self.config.resume)
@@ -114,6 +127,8 @@ class Run:
         self.history["validation"] = history["validation"][:done]
         self.save()
         print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
+        for number in checkpoint.written_rounds(self.folder):
+            self.gallery.draw(number, checkpoint.read_adapter(self.folder / f"round-{number:04d}"))
         folder = self.folder / f"round-{done:04d}"
         adapter = checkpoint.read_adapter(folder)
         model.check_adapter(adapter, fresh)
@@ -155,6 +170,9 @@ class Run:
         self.exchange.spool.clear()
         self.save()
         self.exchange.note(state="working", adapter=f"round-{number:04d}")
+        self.tracker.round(entry)
+        self.gallery.draw(number, new)
+        self.gallery.tell()
         pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))
         print(
             f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  "
@@ -169,20 +187,7 @@ class Run:
         sites = {r.site: r.metrics["validation-loss"] for r in replies}
         after = len(self.history["validation"])
         self.history["validation"].append({"after_round": after, "weighted": aggregate.weighted(replies, "validation-loss"), "sites": sites})
-
-    def draw(self) -> None:
-        """samples.png: the base model, then the adapter after each round, same prompts and seeds."""
-        if not self.config.prompts:
-            return
-        from app import sample
-
-        print("bouquet: drawing samples", flush=True)
-        rounds = checkpoint.written_rounds(self.folder)
-        adapters = {f"round {n}": checkpoint.read_adapter(self.folder / f"round-{n:04d}") for n in rounds}
-        image = sample.sheet(self.base, {"base": None} | adapters, self.config)
-        temporary = self.folder / ".samples.png"
-        image.save(temporary, format="PNG")
-        temporary.replace(self.folder / "samples.png")
+        self.tracker.validation(self.history["validation"][-1])
 
     def provenance(self, adapter: model.Adapter) -> dict[str, Any]:
         last = self.history["rounds"][-1]["sites"]

@@ -154,6 +154,25 @@ def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, r
     assert page.lower().startswith("<!doctype html>") and "site-1" in page and page.rstrip().endswith("</html>")
 
 
+def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: Path, run: str) -> None:
+    again = SMALL + " tracker='tensorboard'"
+    [tracked] = re.findall(r"started run (\d+)", sh(f'.venv/bin/flwr run . remote-deployment --run-config "{again}"', up).stdout)
+    assert follow(tracked, print)[0] == "finished:completed"
+    port = str(free_port())
+    try:
+        sh("docker compose --profile dashboard up -d --wait dashboard", up, DASHBOARD_PORT=port)
+        shown = json.loads(sh(f"curl -sf http://127.0.0.1:{port}/data/runs", up).stdout)
+        assert f"{tracked}/tracker" in shown and f"{run}/tracker" not in shown
+        [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q dashboard)", up).stdout)
+        host = container["HostConfig"]
+        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [("127.0.0.1", port)]
+        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert [(m["Destination"], m["RW"]) for m in container["Mounts"]] == [("/adapters", False)]
+        assert list(container["NetworkSettings"]["Networks"]) == [f"{config(up)['name']}_dashboard"]
+    finally:
+        sh("docker compose --profile dashboard rm -sf dashboard", up)
+
+
 def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:
     commands = {name: " ".join(service["command"]) for name, service in config(host)["services"].items()}
     gateway = (host / "docker/gateway.conf").read_text()

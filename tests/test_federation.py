@@ -227,7 +227,10 @@ def test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_starte
     [adapter] = [line.split()[1] for line in shown.splitlines() if line.startswith("adapter")]
     [picture] = [line.split()[1] for line in shown.splitlines() if line.startswith("picture")]
     assert (demo_project / adapter).is_file() and (demo_project / picture).is_file()
-    assert "round 2/2" in shown and "ETA" in shown and "next " in shown
+    assert "round 2/2" in shown and "ETA" in shown
+    [report] = [line.removeprefix("next").strip() for line in shown.splitlines() if line.startswith("next")]
+    sh(report, demo_project)
+    assert (demo_project / picture).with_name("report.html").is_file()
     assert pids(demo_project) == []
 
 

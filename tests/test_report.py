@@ -553,6 +553,8 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
         ("scripts/report --follow 1956480815642397762", "test_report.py", "scripts/report {folder} --follow"),
         ("docker compose run --rm -T operator scripts/report --out - >report.html", "test_compose.py", "scripts/report --out - >report.html"),
         ("scripts/worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44", "test_worth.py", "scripts/worth measure rose --data"),
+        (".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream", "test_compose.py", "tracker='tensorboard'"),
+        ("docker compose --profile dashboard up -d --wait dashboard", "test_compose.py", "--profile dashboard up -d --wait dashboard"),
         ("scripts/worth collect RUN-42 site-1.worth.json site-2.worth.json", "test_worth.py", "scripts/worth collect {runs[0]}"),
     ],
 )
