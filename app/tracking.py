@@ -39,11 +39,13 @@ def start(config: RunConfig, run: Path) -> Tracker:
     """The run's tracker, begun and told the run's config. Errors: CONFIG-04."""
     if config.tracker == "none":
         return Tracker(None)
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     if config.tracker not in [str(known) for known in get_available_trackers()]:
         raise _unusable(config.tracker, "its package is not installed at the hub", f"install {config.tracker} at the hub")
     try:
+        PartialState(cpu=True)  # without it accelerate's trackers cannot log; the hub trains nothing
         read_secrets(config.tracker)
         tracker = LOGGER_TYPE_TO_CLASS[config.tracker](**OPTIONS[config.tracker](run))
         tracker.start()

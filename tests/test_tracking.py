@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
+from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -152,3 +155,16 @@ def test_a_credential_comes_from_the_environment_or_a_file_and_is_written_nowher
     written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
     assert b"a-secret-key" not in written and b"another" not in written
     assert json.loads((run / "history.json").read_text())["config"]["tracker"] == "tensorboard"
+
+
+def test_in_a_fresh_process_accelerates_trackers_can_log(tmp_path):
+    """wandb's and trackio's write to accelerate's log when they begin, which it refuses before it knows its processes."""
+    code = f"""
+from pathlib import Path
+from accelerate.logging import get_logger
+from app import tracking
+from app.config import RunConfig
+tracking.start(RunConfig.read({{"tracker": "tensorboard"}}), Path({str(tmp_path)!r}))
+get_logger("accelerate.tracking").debug("begun")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
