@@ -157,14 +157,21 @@ def test_a_credential_comes_from_the_environment_or_a_file_and_is_written_nowher
     assert json.loads((run / "history.json").read_text())["config"]["tracker"] == "tensorboard"
 
 
-def test_in_a_fresh_process_accelerates_trackers_can_log(tmp_path):
-    """wandb's and trackio's write to accelerate's log when they begin, which it refuses before it knows its processes."""
+def test_in_a_fresh_process_a_tracker_that_logs_when_it_begins_can(tmp_path):
+    """As accelerate's wandb and trackio do; accelerate refuses it before it knows its processes."""
     code = f"""
 from pathlib import Path
-from accelerate.logging import get_logger
+from accelerate import tracking as theirs
 from app import tracking
 from app.config import RunConfig
+
+class Loud(theirs.TensorBoardTracker):
+    main_process_only = False
+    def start(self):
+        theirs.logger.debug("begun")
+        super().start()
+
+theirs.LOGGER_TYPE_TO_CLASS["tensorboard"] = Loud
 tracking.start(RunConfig.read({{"tracker": "tensorboard"}}), Path({str(tmp_path)!r}))
-get_logger("accelerate.tracking").debug("begun")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
