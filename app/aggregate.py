@@ -34,7 +34,7 @@ class Reply:
     gpu: str = ""
 
 
-def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "") -> Reply:
+def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32") -> Reply:
     """The reply, under the name `site` that the hub registered, else under its own.
 
     Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
@@ -67,7 +67,7 @@ def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, s
             found=f"it applied {str(info.get('applied'))[:16]}, the hub sent {sent_hash[:16]}",
             fix="update that site to the hub's version",
         )
-    adapter = unpack(content.array_records.get("arrays")) if training else None
+    adapter = unpack(content.array_records.get("arrays"), precision) if training else None
     if adapter is not None:
         check_adapter(adapter, sent)
     norm = update_norm(adapter, sent) if adapter is not None else 0.0

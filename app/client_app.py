@@ -64,12 +64,12 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     with gpu.Meter() as meter:
         site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
         print(f"bouquet: {name}: {site.partition.report()}", flush=True)
-        applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"]))
+        applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
         metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
         if training:
             metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
-            sent = model.adapter_of(site.unet)
-            reply["arrays"] = wire.pack(sent)
+            sent = wire.rounded(model.adapter_of(site.unet), config.wire_precision)
+            reply["arrays"] = wire.pack(sent, config.wire_precision)
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}

@@ -44,6 +44,7 @@ class RunConfig:
     caption_dropout: float = _key(0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0)
     min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
     precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
+    wire_precision: str = _key("fp32", "", "of the numbers on the way between hub and sites; fp16 halves the bytes", choices=("fp32", "fp16"))
     proximal_mu: float = _key(0.0, "", "FedProx: pull of a site's adapter towards the global one; 0 is off", low=0.0, high=100.0)
     validation_fraction: float = _key(0.1, "share", "images each site keeps for validation", low=0.01, high=0.5)
     validation_timesteps: int = _key(4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100)

@@ -66,11 +66,12 @@ class Exchange:
         """One try: every site that is there gets one message; those that have not answered by the deadline are refused."""
         nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
         names = self.names()
-        content = RecordDict({"arrays": wire.pack(adapter), "config": ConfigRecord({"round": number, "base-fingerprint": self.base})})
+        arrays = wire.pack(adapter, self.config.wire_precision)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})})
         messages = [Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes]
         ids = list(self._ask(self.grid.push_messages, messages))  # '' where the SuperLink did not take one, [] where it took none
         missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
-        wire.bound_arrays(2 * len(wire.pack(adapter)[wire.NAME].data))
+        wire.bound_arrays(2 * len(arrays[wire.NAME].data))
         replies: list[aggregate.Reply] = []
         refused = [self._refuse(names[node], "HUB-03  The SuperLink did not take its message.") for node in nodes if node not in missing.values()]
         end = time.time() + timeout
@@ -82,7 +83,8 @@ class Exchange:
                 try:
                     if (message := self._pull(message_id)) is None:
                         continue
-                    reply = aggregate.accept(message, adapter, sent, training=kind == "train", site="" if name.isdecimal() else name)
+                    site, precision = "" if name.isdecimal() else name, self.config.wire_precision
+                    reply = aggregate.accept(message, adapter, sent, training=kind == "train", site=site, precision=precision)
                     if reply.site in {other.site for other in replies}:
                         raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
                 except BouquetError as error:

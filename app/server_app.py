@@ -18,7 +18,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, model, tracking
+from app import aggregate, checkpoint, export, model, tracking, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.exchange import Exchange
@@ -90,6 +90,7 @@ class Run:
     def rounds(self) -> model.Adapter:
         """Every round from the first one, or from where another run stopped; then one evaluation of the last aggregate."""
         done, adapter, state = self.start()
+        adapter = wire.rounded(adapter, self.config.wire_precision)
         strategy = Strategy(self.config, state)
         for number in range(done + 1, self.config.rounds + 1):
             adapter = self.round(number, adapter, strategy)
@@ -152,7 +153,7 @@ class Run:
         checkpoint.check_room(self.folder, adapter, self.config.min_sites)
         replies, refused = self.exchange.round(number, adapter)
         weighed = aggregate.weigh(replies, self.admitted, self.config.largest_share)
-        new = strategy.aggregate(number, weighed, adapter)
+        new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.note_validation(replies)
         entry = {

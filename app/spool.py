@@ -8,7 +8,7 @@ Errors: HUB-09 (no room).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,19 +23,29 @@ class Kept(Mapping[str, torch.Tensor]):
     """An adapter in a file."""
 
     def __init__(self, file: Path, adapter: Adapter) -> None:
-        self.file, self.keys_ = file, tuple(adapter)
+        self.file, self.keys_ = file, dict.fromkeys(adapter)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        if key not in self.keys_:
-            raise KeyError(key)
+        return self.some([key])[key]
+
+    def some(self, keys: Iterable[str]) -> Adapter:
+        """These tensors, with the file opened once: opening it for each was most of the hub's time with hundreds of sites."""
+        keys = list(keys)
+        if missing := [key for key in keys if key not in self.keys_]:
+            raise KeyError(missing[0])
         with safe_open(self.file, "pt") as file:
-            return file.get_tensor(key)
+            return {key: file.get_tensor(key) for key in keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
 
     def __len__(self) -> int:
         return len(self.keys_)
+
+
+def some(adapter: Mapping[str, torch.Tensor], keys: Iterable[str]) -> Adapter:
+    """These tensors of an adapter, in memory or kept in a file."""
+    return adapter.some(keys) if isinstance(adapter, Kept) else {key: adapter[key] for key in keys}
 
 
 class Spool:

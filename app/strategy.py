@@ -18,6 +18,7 @@ from flwr.serverapp import strategy as flower
 from app.aggregate import Reply
 from app.config import RunConfig
 from app.model import Adapter
+from app.spool import some
 
 MOST = 2**27  # bytes of all sites' tensors that are in memory at once
 KEPT = ("momentum_vector", "m_t", "v_t")  # what Flower's server optimisers remember between rounds
@@ -58,7 +59,7 @@ def _ordered(adapter: Adapter) -> Adapter:
 def _call(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], keys: Iterable[str]) -> Adapter:
     """What Flower makes of these tensors of the replies."""
     messages = [
-        _Valid(RecordDict({"arrays": ArrayRecord({k: reply.adapter[k] for k in sorted(keys)}), "metrics": MetricRecord({"num-examples": reply.images})}))
+        _Valid(RecordDict({"arrays": ArrayRecord(some(reply.adapter, sorted(keys))), "metrics": MetricRecord({"num-examples": reply.images})}))
         for reply in replies
     ]
     arrays, _ = strategy.aggregate_train(number, messages)

@@ -99,6 +99,25 @@ def test_the_order_of_replies_does_not_matter_bit_for_bit(finished, tmp_path, mo
     assert tiny.equal(checkpoint.read_adapter(folder / "final"), checkpoint.read_adapter(finished[1] / "final"))
 
 
+def test_in_half_precision_hub_and_sites_speak_of_the_same_numbers_in_half_the_bytes(finished, tmp_path, monkeypatch):
+    federation = Federation(tmp_path, wire_precision="fp16", sample_prompts="")
+    folder = federation.go(monkeypatch)
+    one, two = federation.history()["rounds"]
+    kept = {number: checkpoint.read_adapter(folder / f"round-000{number}") for number in (1, 2)}
+    assert one["started_from"] == model.adapter_hash(wire.rounded(tiny.fresh(), "fp16"))
+    assert two["started_from"] == one["adapter"] == model.adapter_hash(kept[1]) != model.adapter_hash(tiny.fresh())
+    assert all(model.adapter_hash(adapter) == model.adapter_hash(wire.rounded(adapter, "fp16")) for adapter in kept.values())
+    for _, number, message in federation.grid.sent[2:4]:
+        assert model.adapter_hash(wire.unpack(message.content["arrays"], "fp16")) == two["started_from"]
+    numbers = sum(value.numel() for value in tiny.fresh().values())
+    for whole, half in zip(finished[0].grid.came[:4], federation.grid.came[:4], strict=True):
+        site, number, reply = half
+        accepted = federation.history()["rounds"][int(number) - 1]["adapters"][site]
+        assert accepted == model.adapter_hash(wire.unpack(reply.content["arrays"], "fp16"))
+        saved = len(whole[2].content["arrays"][wire.NAME].data) - len(reply.content["arrays"][wire.NAME].data)
+        assert saved == pytest.approx(2 * numbers, rel=0.02), f"{site}, round {number}"
+
+
 # --- what the hub keeps and says ---------------------------------------------------------------------------------------
 
 

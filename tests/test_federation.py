@@ -238,7 +238,8 @@ def test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_starte
 def test_ctrl_c_in_the_demo_stops_everything(demo_project: Path) -> None:
     env = os.environ | {"FLWR_HOME": str(demo_project.parent / "flwr"), "HUB_PORT": str(free_port())}
     command = [demo_project / "scripts/demo", "--engine", "process"]
-    demo = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    ours = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    demo = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **ours)  # also when the tests themselves ignore Ctrl-C
     with demo:
         for line in demo.stdout:
             if "has started" in line:

@@ -273,9 +273,9 @@ def test_a_reply_for_which_the_volume_has_no_room_ends_the_run_and_blames_no_sit
 # --- going on ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
-def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(strategy, tmp_path, monkeypatch):
-    settings = {"rounds": 3, "strategy": strategy, "server_learning_rate": 0.5, "sample_prompts": ""}
+@pytest.mark.parametrize(("strategy", "precision"), [("fedavg", "fp32"), ("fedavgm", "fp32"), ("fedavgm", "fp16")])
+def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(strategy, precision, tmp_path, monkeypatch):
+    settings = {"rounds": 3, "strategy": strategy, "wire_precision": precision, "server_learning_rate": 0.5, "sample_prompts": ""}
     whole = Federation(tmp_path / "whole", **settings).go(monkeypatch)
     cut = Federation(tmp_path / "cut", **settings)
     cut.grid.tamper = spoil_from("2")

@@ -28,7 +28,8 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"data", "model", "diffusion"},
     {"cache", "wire", "memory", "journal"},
     {"train", "aggregate", "checkpoint", "sample"},
-    {"strategy", "export", "spool", "preflight", "gallery", "tracking"},
+    {"export", "spool", "preflight", "gallery", "tracking"},
+    {"strategy"},
     {"exchange"},
     {"client_app", "server_app"},
 )

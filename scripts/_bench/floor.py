@@ -8,7 +8,6 @@ The training loop is written out once more, in plain PyTorch, so that nothing of
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from app import diffusion, train
 from app.cache import Encoded
 from app.config import RunConfig
+from scripts._bench.watch import memory_mb
 
 
 def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float:
@@ -63,7 +63,7 @@ def main() -> None:
         middle = time.monotonic()
         fit(site.unet, site.scheduler, site.train, config, number)
         rounds.append({"evaluate": middle - start, "train": time.monotonic() - middle})
-    print(json.dumps({"rounds": rounds, "peak-mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"rounds": rounds, "peak-mb": memory_mb("VmHWM")}))
 
 
 if __name__ == "__main__":

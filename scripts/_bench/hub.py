@@ -24,6 +24,7 @@ from app import aggregate, checkpoint, model, wire
 from app.config import RunConfig
 from app.exchange import Exchange
 from app.strategy import Strategy
+from scripts._bench.watch import memory_mb
 
 LAYERS, RANK = 128, 8  # attention layers of Stable Diffusion 1.5's UNet
 
@@ -62,10 +63,6 @@ class StubGrid(Grid):
         reply = Message(RecordDict({"arrays": self.replies[node % len(self.replies)], "metrics": numbers, "info": info}), reply_to=order)
         self.stub += time.monotonic() - start
         return [reply]
-
-
-def memory_mb(key: str) -> float:
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
 
 
 def adapter_of_size(megabytes: float, seed: int) -> model.Adapter:

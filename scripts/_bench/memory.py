@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,10 +18,11 @@ from pathlib import Path
 from scripts._bench import base
 from scripts._bench.__main__ import keep, machine, show
 from scripts._bench.contenders import TASK
+from scripts._bench.watch import memory_mb
 from scripts._deployment import ROOT
 
 PHOTOS = 4
-LIBRARIES = "import accelerate, peft, resource, diffusers.models.unets.unet_2d_condition; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)"
+LIBRARIES = "import accelerate, peft, diffusers.models.unets.unet_2d_condition; from scripts._bench.watch import memory_mb; print(memory_mb('VmHWM'))"
 
 
 def build(models: Path, tiny: bool) -> None:
@@ -55,7 +55,7 @@ def work(contender: str, home: Path) -> float:
         site = train.Site(config, home / "models", home / "data/site-1", home / "cache", "")
         site.evaluate()
         site.fit(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return memory_mb("VmHWM")
 
 
 def main(args: argparse.Namespace) -> int:

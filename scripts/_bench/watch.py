@@ -32,6 +32,11 @@ class Process:
         return 0.0
 
 
+def memory_mb(key: str) -> float:
+    """This process's line of /proc/self/status, in MB: VmRSS now, VmHWM at most since it began (getrusage's is inherited from its parent)."""
+    return Process(os.getpid()).megabytes("status", key)
+
+
 def processes(sessions: Mapping[int, str]) -> Iterator[tuple[str, Process]]:
     """(name, process) for all that live in these sessions."""
     for entry in Path("/proc").iterdir():
