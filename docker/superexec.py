@@ -8,6 +8,7 @@ Enters: flower-superexec's own arguments. Leaves: its exit code.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -27,6 +28,7 @@ def server() -> multiprocessing.context.BaseContext:
 
 def work(arguments: list[str], quiet: bool) -> None:
     """One message, in the forked process: what Flower's command flwr-clientapp does."""
+    gc.freeze()  # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"flwr-clientapp")  # its name in ps and top

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from app import images, model, train
 from app.cache import Encoded
 from app.config import RunConfig
-from app.gpu import MIB, Meter
+from app.gpu import Meter
 
 
 @dataclass(frozen=True)
