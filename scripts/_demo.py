@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from app.errors import BouquetError  # noqa: E402
 from scripts._deployment import Compose, Processes  # noqa: E402
 from scripts._flower import CONNECTION, flwr, follow, start_run  # noqa: E402
+from scripts._report import progress  # noqa: E402
 
 TIMES: list[tuple[str, float]] = []
 
@@ -38,7 +40,7 @@ def main() -> int:
         with timed("run"):
             run_id = start_run(args.run_config)
             say(f"run {run_id} has started; logs: {deployment.logs}")
-            state, details = follow(run_id, show)
+            state, details = follow(run_id, View(sys.stdout))
         if state != "finished:completed":
             raise BouquetError("HOST-09", "The run failed.", found=f"{state}: {details}", fix=f"see {deployment.logs}")
         result = deployment.fetch(run_id)
@@ -103,8 +105,24 @@ def say(words: str) -> None:
     print(f"demo: {words}", flush=True)
 
 
-def show(line: str) -> None:
-    print(line.removeprefix("bouquet: "), flush=True)
+class View:
+    """The server's lines as they come; in a terminal the rounds share one line that renews itself, with the losses so far as bars."""
+
+    ROUND = re.compile(r"(round \d+/\d+)  train \S+  validation (\S+)  (.*)")
+
+    def __init__(self, out: TextIO) -> None:
+        self.out, self.losses, self.open = out, [], False
+
+    def __call__(self, line: str) -> None:
+        text = line.removeprefix("bouquet: ")
+        found = self.ROUND.fullmatch(text) if self.out.isatty() else None
+        if found:
+            self.losses.append(float(found[2]))
+            self.out.write(f"{progress.CLEAR}{found[1]}  validation {progress.sparkline(self.losses)} {found[2]}  {found[3]}")
+        else:
+            self.out.write("\n" * self.open + text + "\n")
+        self.open = bool(found)
+        self.out.flush()
 
 
 if __name__ == "__main__":

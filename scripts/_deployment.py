@@ -195,6 +195,18 @@ class Processes:
         return BouquetError(code, headline, found=" ".join(found.split()), fix=f"see {self.logs}; scripts/certs check")
 
 
+def clone(to: Path) -> Path:
+    """What git would clone of this checkout (and what is new and not ignored), with its .venv; `to` itself."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes((ROOT / name).read_bytes())
+            (to / name).chmod((ROOT / name).stat().st_mode | 0o444)
+    (to / ".venv").symlink_to(ROOT / ".venv")
+    return to
+
+
 def end_group(pid: int) -> None:
     """End a process and all that it started: ask its group, wait up to 15 s for the process, insist."""
     try:

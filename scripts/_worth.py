@@ -1,13 +1,15 @@
 """Was joining worth it? Each site measures its own column, at the site; the hub puts the columns together.
 
-  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT] [--out FILE]
+  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT] [--pictures] [--out FILE]
   scripts/worth collect RUN COLUMN...
 
 measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for their seed,
           and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in FILE (default:
           NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all sites' steps. --judge,
           for the demo's base model, adds the share of COUNT pictures a species in which the judge sees what was asked for.
-collect   at the hub: worth.json in RUN's folder, for scripts/report.
+          --pictures draws the first RUN's prompts under each contender, from the same seeds, into FILE's .png: look at it, and
+          send it along if you agree to it being shown.
+collect   at the hub: worth.json in RUN's folder, for scripts/report; a picture that lies beside a COLUMN comes along.
 
 Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other).
 """
@@ -15,6 +17,7 @@ Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not f
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import statistics
 import sys
@@ -25,7 +28,7 @@ from typing import Any
 
 from app.config import RunConfig
 from app.errors import BouquetError
-from scripts._report import worth
+from scripts._report import pictures, worth
 
 
 def main() -> int:
@@ -39,6 +42,7 @@ def main() -> int:
     one.add_argument("--cache", type=Path)
     one.add_argument("--pool", type=Path, nargs="+", default=[])
     one.add_argument("--judge", type=int, default=0)
+    one.add_argument("--pictures", action="store_true")
     one.add_argument("--out", type=Path)
     one.set_defaults(work=measure_to_file)
     two = commands.add_parser("collect")
@@ -58,8 +62,11 @@ def measure_to_file(asked: argparse.Namespace) -> Path:
     out = asked.out or Path(f"{asked.name}.worth.json")
     with tempfile.TemporaryDirectory() as scratch:
         cached = asked.cache or Path(scratch) / "cache"
-        column = measure(asked.name, asked.data, asked.runs, asked.models, cached, asked.pool, asked.judge)
+        shown = out.with_suffix(".png") if asked.pictures else None
+        column = measure(asked.name, asked.data, asked.runs, asked.models, cached, asked.pool, asked.judge, shown)
     out.write_text(json.dumps(column, indent=1) + "\n")
+    if shown:
+        print(f"picture  {shown}   look at it; it goes to the hub only if you send it along")
     print(worth.verdict(asked.name, column).sentence)
     return out
 
@@ -81,9 +88,11 @@ def alike(runs: list[Path]) -> list[RunConfig]:
     return configs
 
 
-def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path, pool: list[Path], judge: int) -> dict[str, Any]:
-    """One site's column of worth.json."""
-    from app import checkpoint, model, train
+def measure(
+    name: str, data: Path, runs: list[Path], models: Path, cached: Path, pool: list[Path], judge: int, shown: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
+    from app import checkpoint, model, sample, train
 
     loss: dict[str, list[float]] = {contender: [] for contender in worth.CONTENDERS if pool or contender != "pooled"}
     judged: dict[str, list[float]] = {contender: [] for contender in loss}
@@ -103,6 +112,8 @@ def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path,
             loss[contender].append(site.evaluate())
             if judge:
                 judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
+        if shown and run == runs[0]:
+            sample.sheet(base, {who: None if who == "base" else adapter for who, adapter in adapters.items()}, config).save(shown)
         print(f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True)
     steps = configs[0].rounds * configs[0].local_steps
     column = {"site": name, "seeds": [c.seed for c in configs], "steps": steps, "held_out": min(held_out), "loss": loss}
@@ -153,8 +164,13 @@ def collect(run: Path, files: list[Path]) -> Path:
             fix="let every site measure the same runs once: scripts/worth measure",
         )
     sites = {c["site"]: {key: c[key] for key in ("held_out", "loss", "judge") if key in c} for c in columns}
+    for file, column in zip(files, columns, strict=True):
+        if (shown := file.with_suffix(".png")).is_file():
+            sites[column["site"]]["picture"] = base64.b64encode(shown.read_bytes()).decode()
     told = {"run": run.resolve().name, "seeds": columns[0]["seeds"], "steps": columns[0]["steps"], "sites": sites}
     worth.check(told)
+    for measured in told["sites"].values():
+        pictures.unpacked(measured.get("picture"))
     target = run / "worth.json"
     temporary = target.with_name(".worth.json.tmp")
     temporary.write_text(json.dumps(told, indent=1) + "\n")

@@ -11,21 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts._deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def copy_project(to: Path) -> Path:
-    """What git would clone (and what is new and not ignored), with this checkout's .venv; `to` itself."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            (to / name).write_bytes((ROOT / name).read_bytes())
-            (to / name).chmod((ROOT / name).stat().st_mode | 0o444)
-    (to / ".venv").symlink_to(ROOT / ".venv")
-    return to
 
 
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
@@ -73,3 +61,14 @@ def finished(tmp_path_factory):
     federation = Federation(tmp_path_factory.mktemp("federation"))
     with pytest.MonkeyPatch.context() as patch:
         return federation, federation.go(patch)
+
+
+@pytest.fixture(scope="session")
+def final(tmp_path_factory) -> Path:
+    """A run's folder with the app's own final files of a small adapter."""
+    from app import export
+    from tests import tiny
+
+    run = tmp_path_factory.mktemp("final")
+    export.write_final(run, tiny.adapter(1), tiny.CONFIG, {"adapter_sha256": "0" * 64})
+    return run

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import ROOT, sh
+from PIL import Image
 
-from app import export, model, train
+from app import export, model, sample, train
 from app.errors import BouquetError
 from scripts import _worth
+from scripts._report import pictures
+from scripts._report.page import page
 from scripts._report.reading import read
 
 
@@ -91,6 +94,46 @@ def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
     with pytest.raises(BouquetError, match="WORTH-02") as refused:
         _worth.collect(runs[0], [tmp_path / "rose.json", tmp_path / "lily.json"])
     assert "lily: seeds [1, 3]" in refused.value.found
+
+
+def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_it(tmp_path, site, runs):
+    done = sh(f"scripts/worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out {tmp_path}/rose.worth.json", ROOT)
+    assert f"picture  {tmp_path}/rose.worth.png" in done.stdout and "picture" not in json.loads((tmp_path / "rose.worth.json").read_text())
+    (tmp_path / "lily.worth.json").write_text(json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"}))
+    with Image.open(tmp_path / "rose.worth.png") as drawn:
+        assert pictures.layout(drawn.size, list(tiny.CONFIG.prompts), 16)[3] == 3  # base, alone, federated
+        base, federated = (drawn.crop(box) for box in cells(drawn.size, (0, 2)))
+    assert base.tobytes() == cell_of(None).tobytes() and federated.tobytes() == cell_of(tiny.adapter(1)).tobytes()
+    _worth.collect(runs[0], [tmp_path / "rose.worth.json", tmp_path / "lily.worth.json"])
+    told = read(runs[0])
+    assert "picture" in told.worth["sites"]["rose"] and "picture" not in told.worth["sites"]["lily"]
+    assert page(told).count('alt="What each contender draws of the same prompts"') == 1
+    (runs[0] / "worth.json").unlink()
+
+
+def cells(size: tuple[int, int], rows: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """The boxes of the first prompt's pictures in these rows of a sheet."""
+    cell, left, top, _ = pictures.layout(size, list(tiny.CONFIG.prompts), 16)
+    return [(left, top + row * (cell + pictures.GAP), left + cell, top + row * (cell + pictures.GAP) + cell) for row in rows]
+
+
+def cell_of(adapter) -> Image.Image:
+    """The first prompt's picture as the sheet shows it."""
+    config = tiny.config(seed=1)
+    [image, _] = sample.render(sample.pipeline(tiny.base(), config), adapter, config.prompts, config)
+    return image.convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"\x89PNG\r\n\x1a\n and no more", None])
+def test_a_picture_that_is_none_is_refused_when_the_hub_collects(tmp_path, column, runs, content):
+    (tmp_path / "rose.json").write_text(json.dumps(column))
+    if content is None:
+        Image.new("RGB", (8200, 8)).save(tmp_path / "rose.png")
+    else:
+        (tmp_path / "rose.png").write_bytes(content)
+    with pytest.raises(BouquetError, match="REPORT-04"):
+        _worth.collect(runs[0], [tmp_path / "rose.json"])
+    assert not (runs[0] / "worth.json").exists()
 
 
 def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site(tmp_path, site, runs):

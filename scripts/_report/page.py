@@ -147,7 +147,9 @@ def joining(run: Run) -> list[dict[str, Any]]:
         values = {name: measured["loss"][name] for name in worth.CONTENDERS if measured["loss"].get(name)}
         chart = Markup(charts.dots(values, f"Loss of each contender by seed, site {i + 1} of the table"))
         head, _, rest = found.sentence.partition(":")
-        rows.append({"verdict": found, "head": head, "rest": rest, "table": worth.table(measured), "chart": chart, "judged": bool(measured.get("judge"))})
+        row = {"verdict": found, "head": head, "rest": rest, "table": worth.table(measured), "chart": chart, "judged": bool(measured.get("judge"))}
+        drawn = pictures.unpacked(measured.get("picture"))
+        rows.append(row | {"picture": drawn and {"uri": pictures.uri(drawn), "width": drawn.width, "height": drawn.height}})
     return rows
 
 

@@ -1,7 +1,8 @@
 """samples.png cut back into its pictures, each as a data: URI, so that the page needs no other file.
 
 Enters: the sheet that app/sample.py draws (a row for the base and each kept round, a column for each prompt) and the run's
-config. Leaves: for each prompt the base's picture and one for each round. A sheet of another shape is shown whole.
+config. Leaves: for each prompt the base's picture and one for each round. A sheet of another shape is shown whole, and so is what a
+site drew for the comparison (`unpacked`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any
 
 from PIL import Image
 
+from app.errors import BouquetError
+
 GAP, LINE, HEAD = 6, 17, 10  # pixels: between pictures, a line of a column's name, above and below it (app/sample.py)
 LINES = 10  # most lines of a column's name
+LARGEST = 8192  # pixels of a side
 MOST = 40  # rounds that the page embeds; of more, evenly chosen ones
 
 
@@ -51,6 +55,24 @@ def layout(size: tuple[int, int], prompts: list[str], resolution: int) -> tuple[
         if left > 0 and rows > 0 and rest == 0:
             return cell, left, HEAD + LINE * lines, rows
     return None
+
+
+def unpacked(text: Any) -> Image.Image | None:
+    """The picture that a site let come along in worth.json, base64 of a PNG; None where there is none. Errors: REPORT-04."""
+    if text is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as opened:
+            if max(opened.size) > LARGEST:
+                raise ValueError(f"{opened.width} by {opened.height} pixels")
+            return opened.convert("RGB")
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BouquetError(
+            "REPORT-04",
+            "The comparison in worth.json cannot be read.",
+            found=f"a site's picture is no PNG of at most {LARGEST} by {LARGEST} pixels ({type(error).__name__})",
+            fix="take the .png from beside that site's column, and collect again",
+        ) from error
 
 
 def uri(image: Image.Image) -> str:

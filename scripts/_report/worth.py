@@ -5,10 +5,12 @@ Enters: `worth.json` in a run's folder (made by scripts/worth, or by any program
     {"seeds": [42, 43, 44], "steps": 480,
      "sites": {"site-1": {"held_out": 20,
                           "loss":  {"base": [0.21, ...], "alone": [...], "federated": [...], "pooled": [...]},
-                          "judge": {"base": [0.03, ...], ...}}}}
+                          "judge": {"base": [0.03, ...], ...},
+                          "picture": "base64 of a PNG"}}}
 
 One number a seed, in the order of `seeds`. `loss` is the fixed-noise loss on the site's own held-out photos (less is better);
-`judge`, where there is one, the share of pictures that show what was asked for. `pooled` is there only where data may be pooled.
+`judge`, where there is one, the share of pictures that show what was asked for. `pooled` is there only where data may be pooled,
+`picture` (what each contender draws) only where the site agreed.
 Leaves: `Verdict`s. The functions are pure. Errors: REPORT-04 (a file of another shape).
 """
 
