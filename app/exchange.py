@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.spool import Spool
 
-POLL = 0.5  # seconds between looks for replies
+POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
 LEAST = 60.0  # seconds that a round may always take
 
 
 class Exchange:
     """A run's conversation with its sites."""
 
-    def __init__(self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()) -> None:
+        """admitted: names of the sites that may come, where the hub knows them."""
         self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / "status.json"
+        self.admitted = sorted(admitted)
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
         self.norms: list[float] = []  # lengths of the accepted updates
@@ -78,6 +80,7 @@ class Exchange:
         self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=time.time(), deadline=end, refused=refused)
         self._note_who(replies, [names[node] for node in missing.values()])
         while missing and time.time() < end:
+            look = time.monotonic()
             for message_id, node in list(missing.items()):  # one at a time: a reply that cannot be read spoils no other
                 name = names[node]
                 try:
@@ -94,7 +97,7 @@ class Exchange:
                 del missing[message_id]
                 self._note_who(replies, [names[node] for node in missing.values()])
             if missing:
-                time.sleep(POLL)
+                time.sleep(max(POLL, time.monotonic() - look))
         refused += [self._refuse(names[node], f"HUB-03  No reply within {timeout:.0f} s.") for node in missing.values()]
         self.note(state="working", refused=refused)
         return sorted(replies, key=lambda reply: reply.site), refused
@@ -106,20 +109,23 @@ class Exchange:
         return min(float(self.config.round_timeout), max(LEAST, self.config.round_patience * statistics.median(self.took)))
 
     def wait_for_sites(self) -> list[int]:
-        """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there."""
+        """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there and who is missing."""
         deadline, told = time.time() + self.config.wait_for_sites, False
         while len(nodes := sorted(self._ask(self.grid.get_node_ids))) < self.config.min_sites:
-            here = ", ".join(self.names()[node] for node in nodes) or "none"
+            names = self.names()
+            came = [names[node] for node in nodes]
+            here, missing = ", ".join(came) or "none", [name for name in self.admitted if name not in came]
             if time.time() > deadline:
                 raise HubError(
                     "HUB-01",
-                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s. Here: {here}.",
+                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s. Here: {here}."
+                    + (f" Missing: {', '.join(missing)}." if missing else ""),
                     found=f"{len(nodes)} SuperNodes online: {here}",
                     fix="start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower min-sites",
                 )
             if not told:
                 print(f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here: {here}", flush=True)
-                self.note(state="waiting for sites", since=time.time(), deadline=deadline, replied=[], missing=[])
+                self.note(state="waiting for sites", since=time.time(), deadline=deadline, replied=[], missing=missing)
                 told = True
             time.sleep(1)
         return nodes

@@ -56,8 +56,8 @@ class Run:
             "rounds": [],
             "validation": [],
         }
-        self.admitted = _admitted()
-        self.exchange = Exchange(grid, self.config, fingerprint, self.folder)
+        admitted, self.bounds = _admitted()
+        self.exchange = Exchange(grid, self.config, fingerprint, self.folder, admitted)
         self.began = time.time()
         self.tracker = tracking.start(self.config, self.folder)
 
@@ -152,7 +152,7 @@ class Run:
         start = time.time()
         checkpoint.check_room(self.folder, adapter, self.config.min_sites)
         replies, refused = self.exchange.round(number, adapter)
-        weighed = aggregate.weigh(replies, self.admitted, self.config.largest_share)
+        weighed = aggregate.weigh(replies, self.bounds, self.config.largest_share)
         new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.note_validation(replies)
@@ -220,8 +220,9 @@ def _folder(name: str) -> Path:
     return Path(value)
 
 
-def _admitted() -> dict[str, int]:
-    """Images that a site was admitted with, by name: `<BOUQUET_ADMITTED>/NAME.json`, where the hub's operator wrote one."""
-    folder = os.environ.get("BOUQUET_ADMITTED")
-    files = Path(folder).glob("*.json") if folder else ()
-    return {file.stem: int(json.loads(file.read_text())["images"]) for file in files}
+def _admitted() -> tuple[set[str], dict[str, int]]:
+    """The sites that the hub's operator admitted (`<BOUQUET_ADMITTED>/NAME.pub`), and the images that some were admitted with (NAME.json)."""
+    if not (folder := os.environ.get("BOUQUET_ADMITTED")):
+        return set(), {}
+    names, bounds = ({file.stem: file for file in Path(folder).glob(f"*.{kind}")} for kind in ("pub", "json"))
+    return set(names), {name: int(json.loads(file.read_text())["images"]) for name, file in bounds.items()}

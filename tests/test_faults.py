@@ -6,24 +6,26 @@ One deployment of three sites serves the first half: its output volume is a smal
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import sh
 from safetensors.torch import load_file, save_file
 
 from scripts import _check
 from scripts._faults import __main__ as faults
-from scripts._faults import disk, network, outcome, photos, updates
-from scripts._faults.bench import HOSTILE, Bench, Late
+from scripts._faults import containers, disk, network, outcome, photos, updates
+from scripts._faults.bench import HOSTILE, RUN, Bench
 from scripts._faults.case import Case, differs, judge, lost, play, recovered
+from scripts._faults.hub import Late
 from scripts._faults.outcome import Outcome
 from tests import tiny
 
@@ -117,10 +119,55 @@ def test_recovery_counts_from_the_fault_to_the_next_whole_round(bench: Bench, re
     assert recovered(bench, run, done=9, fault=0) is None
 
 
+@pytest.fixture(scope="module")
+def two_runs(bench: Bench, reference: str) -> list[str]:
+    """Two runs that were started at once and have ended well."""
+    bench.all_online()
+    runs = [bench.start_run(RUN), bench.start_run(RUN)]
+    assert [bench.wait_for_end(run) for run in runs] == ["finished:completed"] * 2
+    return runs
+
+
+def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(bench: Bench, reference: str, two_runs: list[str]) -> None:
+    assert finished(bench) in two_runs
+    for run in two_runs:
+        assert _check.check(bench.evidence(run)) == []
+        assert differs(bench, run, reference, same=True) == []
+
+
+def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench: Bench, two_runs: list[str]) -> None:
+    """Runs that ended well and one that failed lie behind; a message would be a megabyte, what stays of a run is its name and its log."""
+    bench.until(lambda: not kept(bench), 60, "no message left in the database")
+    assert in_use(bench) < 1024 * 1024
+
+
+def kept(bench: Bench) -> int:
+    """Messages and their parts in the SuperLink's database."""
+    with contextlib.closing(sqlite3.connect(bench.home / "state" / "superlink.db", timeout=30)) as database:
+        return sum(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("message_ins", "message_res", "objects"))
+
+
+def in_use(bench: Bench) -> int:
+    """Bytes of the SuperLink's database that are not free for what comes next."""
+    with contextlib.closing(sqlite3.connect(bench.home / "state" / "superlink.db", timeout=30)) as database:
+        pages, free, size = (database.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size"))
+        return (pages - free) * size
+
+
 def _add_one(file: Path) -> None:
     adapter = load_file(file)
     adapter[min(adapter)] += 1
     save_file(adapter, file)
+
+
+@pytest.mark.slow
+def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path, docker: None) -> None:
+    if why := containers.no_docker():
+        pytest.skip(why)
+    [case] = [case for case in containers.CASES if case.name == "SIGKILL of the SuperLink's container"]
+    with containers.Containers(tmp_path) as hub:
+        result = play(case, hub, faults.undisturbed(hub))
+    assert result.survived and result.how == "", result
 
 
 # --- cases without a deployment ---------------------------------------------------------------------------------------------------
@@ -246,6 +293,20 @@ def test_a_slow_line_delays_each_way_and_keeps_its_rate(relay: network.Relay) ->
         assert time.monotonic() - start > 0.2 + 0.2 + 0.4
 
 
+@pytest.mark.skipif(bool(network.no_loss()), reason=network.no_loss())
+def test_lost_packets_are_counted_and_afterwards_none_is_lost(relay: network.Relay) -> None:
+    loss = network.Loss(relay.port, 1.0)
+    loss.begin()
+    try:
+        with pytest.raises(TimeoutError):
+            socket.create_connection(("127.0.0.1", relay.port), 0.5)
+    finally:
+        dropped = loss.end()
+    assert dropped > 0 and loss.port == relay.port
+    test_a_relay_carries_bytes_both_ways(relay)
+    assert f":{relay.port} " not in network.iptables("-nvxL", "INPUT")
+
+
 # --- outcomes and the table -------------------------------------------------------------------------------------------------------
 
 
@@ -294,9 +355,12 @@ def test_the_command_names_its_cases_and_takes_a_pattern() -> None:
     assert faults.chosen([]) == faults.CASES and len({case.name for case in faults.CASES}) == len(faults.CASES)
 
 
-def test_the_page_has_the_table_of_every_case_and_its_commands_exist() -> None:
+def test_the_command_lists_the_cases_that_a_pattern_names() -> None:
+    listed = sh("scripts/faults --only '^docker' --list", tiny.ROOT).stdout.splitlines()
+    assert listed == [f"docker: {case.name}" for case in containers.CASES] and len(listed) == 10
+
+
+def test_the_page_has_a_row_for_every_case() -> None:
     page = (tiny.ROOT / "docs" / "faults.md").read_text()
     for case in (*faults.CASES, *map(lambda name: Case("updates", name), updates.ALL), *map(lambda name: Case("photos", name), photos.FILES)):
         assert case.play or f"| {case.name} |" in page, case.name
-    listed = tiny.ROOT / "scripts" / "faults"
-    assert os.access(listed, os.X_OK) and "scripts/faults --only" in page and json.dumps(0) == "0"

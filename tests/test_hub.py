@@ -78,6 +78,16 @@ def test_too_few_sites_in_time_end_the_run(federation, monkeypatch):
     assert 1 < clock.now < 4 and federation.history()["state"] == "failed"
 
 
+def test_a_site_that_was_admitted_and_does_not_come_is_named(federation, monkeypatch, tmp_path):
+    for name in ("site-1.pub", "site-2.pub", "site-2.json"):
+        (tmp_path / name).write_text('{"images": 5}')
+    monkeypatch.setenv("BOUQUET_ADMITTED", str(tmp_path))
+    federation.grid.sites.popitem()
+    monkeypatch.setattr(exchange, "time", FakeTime())
+    assert str(federation.fails(monkeypatch, "HUB-01")).endswith("Here: site-1. Missing: site-2.")
+    assert json.loads((federation.adapters / "7" / "status.json").read_text())["missing"] == ["site-2"]
+
+
 def test_a_site_that_comes_late_is_waited_for(federation, monkeypatch):
     federation.run_config["wait-for-sites"] = 60
     late = dict([federation.grid.sites.popitem()])

@@ -1,7 +1,7 @@
 """Faults on purpose, and whether anything was lost: `scripts/faults [--only PATTERN …] [--repeats 5] [--json FILE]`
 
-Three sites and a hub as processes on loopback, runs of three rounds, one fault in the middle of the second; then the checker. Prints a
-line a repeat and the table at the end. Exit code 1 when something did not survive. docs/faults.md says what each case is.
+Three sites and a hub, as processes on loopback or as containers; runs of three rounds, one fault in the middle of the second; then the
+checker. Prints a line a repeat and the table at the end. Exit code 1 when something did not survive. docs/faults.md says what each case is.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pathlib import Path
 
 from app import checkpoint, model
 from scripts import _check
-from scripts._faults import disk, kills, network, outcome, photos, updates
-from scripts._faults.bench import RUN, Bench
+from scripts._faults import containers, disk, kills, network, outcome, photos, updates
+from scripts._faults.bench import RUN
 from scripts._faults.case import Case, play
+from scripts._faults.hub import Hub
 from scripts._faults.outcome import Outcome
 
-CASES = [*kills.CASES, *network.CASES, *disk.CASES, *updates.CASES, *photos.CASES]
+CASES = [*kills.CASES, *network.CASES, *disk.CASES, *updates.CASES, *photos.CASES, *containers.CASES]
 Tell = Callable[[Outcome], None]
 
 
-def undisturbed(bench: Bench) -> str:
+def undisturbed(bench: Hub) -> str:
     """Hash of the adapter of a run that nothing happens to, which the checker must find whole."""
     run = bench.start_run(RUN)
     state = bench.wait_for_end(run)

@@ -2,12 +2,10 @@
 
 Enters: an empty folder. Leaves: everything that ran, ended. The base model is models/mini, a site has a dozen pictures of noise, and a
 round takes seconds. Whatever ends is started again at once, as Docker's restart policy does; a process that is being held is not.
-Runs are started and judged over the Control API itself, which costs nothing, where `flwr` would cost a process each time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,21 +13,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from flwr.common.serde import user_config_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, ListRunsRequest, ListRunsResponse, StartRunRequest, StartRunResponse
-from flwr.proto.fab_pb2 import Fab
 from PIL import Image
 
-from scripts import _check
 from scripts._deployment import ROOT, Processes, free_port
-from scripts._hostile import CONTROL, Door
-from scripts._sign import bundle
+from scripts._faults.hub import Hub
+from scripts._hostile import Door
 
 PHOTOS = {"site-1": 12, "site-2": 15, "site-3": 18}
 RUN = {
@@ -37,15 +30,9 @@ RUN = {
     "min-sites": 3, "wait-for-sites": 180, "round-timeout": 100,
 }  # fmt: skip
 HOSTILE = Path(__file__).parent / "hostile"
-LIMIT = 420  # seconds in which a run must have ended, whatever happened to it
-BACK = 150  # seconds in which every site must be online again
 
 
-class Late(Exception):
-    """Something did not happen in its time."""
-
-
-class Bench(Processes):
+class Bench(Hub, Processes):
     """The deployment; its state lies under `home`."""
 
     def __init__(self, home: Path, env: Mapping[str, str] = {}, site_3: Mapping[str, str] = {}, hub_for_site_3: str = "") -> None:
@@ -67,20 +54,14 @@ class Bench(Processes):
 
     # --- up and down ----------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Bench:
-        try:
-            self.start_hub()
-            self.register()
-            for site in self.sites:
-                self.start_site(site, self.hub_for_site_3 if site == "site-3" else "")
-            self.keeper.start()
-            self.all_online()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def up(self) -> None:
+        self.start_hub()
+        self.register()
+        for site in self.sites:
+            self.start_site(site, self.hub_for_site_3 if site == "site-3" else "")
+        self.keeper.start()
 
-    def __exit__(self, *_: object) -> None:
+    def down(self) -> None:
         self.closing.set()
         if self.keeper.is_alive():
             self.keeper.join()
@@ -130,66 +111,6 @@ class Bench(Processes):
         file = self.logs / f"{name}.log"
         return file.read_text(errors="replace") if file.is_file() else ""
 
-    # --- what the hub says ----------------------------------------------------------------------------------------------------
-
-    def until(self, what: Callable[[], object], seconds: float, name: str) -> object:
-        """The first true answer of `what`. Errors: Late."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if found := what():
-                return found
-            time.sleep(0.02)
-        raise Late(f"{name}: not within {seconds:.0f} s")
-
-    def online(self) -> int:
-        """Sites that are online; -1 while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-nodes", ListNodesRequest())
-        if answer.status != 200:
-            return -1
-        return sum(node.status == "online" for node in ListNodesResponse.FromString(answer.body).nodes_info)
-
-    def all_online(self, seconds: float = BACK) -> None:
-        while_waiting = lambda: self.online() == len(self.sites) or time.sleep(0.5)  # noqa: E731
-        self.until(while_waiting, seconds, "every site online")
-
-    def start_run(self, config: Mapping[str, object], app: Path = ROOT) -> str:
-        """What `flwr run` sends; the run's id."""
-        content = bundled(app)
-        fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
-        answer = self.door.call(CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config))))
-        assert answer.status == 200, answer
-        return str(StartRunResponse.FromString(answer.body).run_id)
-
-    def state(self, run: str) -> str:
-        """As `flwr ls` says it; '' while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-runs", ListRunsRequest(run_id=int(run)))
-        if answer.status != 200:
-            return ""
-        status = ListRunsResponse.FromString(answer.body).run_dict[int(run)].status
-        return f"{status.status}:{status.sub_status}".rstrip(":")
-
-    def wait_for_end(self, run: str, seconds: float = LIMIT) -> str:
-        """The state in which a run ended. Errors: Late."""
-        ended = lambda: (state if (state := self.state(run)).startswith("finished") else time.sleep(0.3))  # noqa: E731
-        return str(self.until(ended, seconds, f"run {run}'s end"))
-
-    def said(self, run: str) -> dict:
-        """The run's status.json; {} while there is none."""
-        try:
-            return json.loads((self.adapters / run / "status.json").read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def mid_round(self, run: str, number: int, site: str = "site-3") -> None:
-        """Wait until that site works on round `number`: its ClientApp has read the photos, and trains."""
-        waiting = lambda: (self.said(run).get("round"), self.said(run).get("state")) == (number, "waiting")  # noqa: E731
-        self.until(waiting, 200, f"round {number}")
-        heard = self.log(site).count("usable .png")
-        self.until(lambda: self.log(site).count("usable .png") > heard, 60, f"{site} at work in round {number}")
-
-    def evidence(self, run: str, **other) -> _check.Evidence:
-        return _check.Evidence(self.adapters / run, self.caches, ROOT / "models", **other)
-
 
 def _running(group: int, program: str) -> Iterator[int]:
     """Processes of a group whose command line or name has `program`."""
@@ -199,11 +120,6 @@ def _running(group: int, program: str) -> Iterator[int]:
             names = command + (folder / "comm").read_bytes()  # a forked ClientApp has a name alone
             if command and program.encode() in names and os.getpgid(int(folder.name)) == group:
                 yield int(folder.name)
-
-
-@cache
-def bundled(app: Path) -> bytes:
-    return bundle(app)
 
 
 def certificates(home: Path) -> Path:

@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from app import checkpoint, model
 from scripts import _check
-from scripts._faults.bench import LIMIT, RUN, Bench, Late
+from scripts._faults.bench import RUN, Bench
+from scripts._faults.hub import LIMIT, Hub, Late
 from scripts._faults.outcome import Outcome
 
 AT = 2  # the round in the middle of which the fault comes
-World = Callable[[Path], AbstractContextManager[Bench]]  # a folder -> the deployment in which a case happens
+World = Callable[[Path], AbstractContextManager[Hub]]  # a folder -> the deployment in which a case happens
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Case:
 
     group: str
     name: str
-    fault: Callable[[Bench, str], Callable[[], object] | None] = lambda bench, run: None
+    fault: Callable[[Any, str], Callable[[], object] | None] = lambda bench, run: None
     world: World = Bench
     config: Mapping[str, object] = field(default_factory=dict)
     same: bool = True  # the result must be that of an undisturbed run
@@ -38,7 +40,7 @@ class Case:
     play: Callable[[Case, int], list[Outcome]] | None = None  # a case that needs no deployment plays itself
 
 
-def play(case: Case, bench: Bench, reference: str) -> Outcome:
+def play(case: Case, bench: Hub, reference: str) -> Outcome:
     """One repeat. reference: hash of an undisturbed run's adapter, '' where there is none to compare with."""
     try:
         return _play(case, bench, reference)
@@ -46,7 +48,7 @@ def play(case: Case, bench: Bench, reference: str) -> Outcome:
         return Outcome(case.name, False, problems=[str(late)])
 
 
-def _play(case: Case, bench: Bench, reference: str) -> Outcome:
+def _play(case: Case, bench: Hub, reference: str) -> Outcome:
     before = _check.adapters(bench.adapters)
     bench.all_online()
     start, config = time.monotonic(), RUN | case.config
@@ -73,7 +75,7 @@ def _play(case: Case, bench: Bench, reference: str) -> Outcome:
     return Outcome(case.name, not problems, recovered(bench, whole, done, fault), lost(problems), problems, how)
 
 
-def judge(bench: Bench, run: str, state: str, before: Mapping[str, str], seconds: float, limit: float) -> list[str]:
+def judge(bench: Hub, run: str, state: str, before: Mapping[str, str], seconds: float, limit: float) -> list[str]:
     """The checker's sentences; a run that left no history has only one."""
     evidence = bench.evidence(run, state=state, seconds=seconds, limit=limit, before=before)
     if not (evidence.run / "history.json").is_file():
@@ -81,7 +83,7 @@ def judge(bench: Bench, run: str, state: str, before: Mapping[str, str], seconds
     return _check.check(evidence)
 
 
-def differs(bench: Bench, run: str, reference: str, same: bool) -> list[str]:
+def differs(bench: Hub, run: str, reference: str, same: bool) -> list[str]:
     """Whether the result is another one than an undisturbed run's, where it must not be."""
     final = bench.adapters / run / "final"
     if not same or not reference or model.adapter_hash(checkpoint.read_adapter(final)) == reference:
@@ -89,7 +91,7 @@ def differs(bench: Bench, run: str, reference: str, same: bool) -> list[str]:
     return ["the adapter is not that of an undisturbed run"]
 
 
-def recovered(bench: Bench, run: str, done: int, fault: float) -> float | None:
+def recovered(bench: Hub, run: str, done: int, fault: float) -> float | None:
     """Seconds from the fault to the first whole round after it."""
     folder = bench.adapters / run / f"round-{done + 1:04d}"
     return round(folder.stat().st_mtime - fault, 1) if folder.is_dir() else None

@@ -1,7 +1,8 @@
 """What a network does to a site: cuts, resets in the middle of a push, slow lines. The site's SuperNode reaches the hub through a relay.
 
 Enters: cases that turn the relay's knobs. Leaves: what the relay let through. TLS goes through untouched: the relay sees bytes alone.
-Packet loss needs the kernel's netem, which a TCP relay cannot imitate; it is not tried here.
+Packets are lost by a rule of the kernel's firewall for the relay's own port on loopback, which takes root and iptables; the site's TCP
+then has to send them again.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import queue
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from scripts._faults.bench import Bench
 from scripts._faults.case import Case
+from scripts._faults.hub import Late
 
 ENOUGH = 100_000  # bytes of a push after which it is reset; a site's adapter is several times that
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds: close() sends a reset
@@ -156,7 +160,67 @@ def slow(bench: Bench, run: str) -> Callable[[], None]:
     return mend
 
 
+class Loss:
+    """A share of the packets from and to a port of loopback is dropped, while the rules are there."""
+
+    def __init__(self, port: int, share: float) -> None:
+        chance = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
+        self.port, self.rules = port, [["INPUT", "-i", "lo", "-p", "tcp", way, str(port), *chance] for way in ("--dport", "--sport")]
+
+    def begin(self) -> None:
+        for rule in self.rules:
+            iptables("-I", *rule)
+
+    def end(self) -> int:
+        """Take the rules away; how many packets they dropped."""
+        counters = iptables("-nvxL", "INPUT").splitlines()
+        for rule in self.rules:
+            iptables("-D", *rule)
+        return sum(int(line.split()[0]) for line in counters if f"pt:{self.port} " in line)
+
+
+def iptables(*arguments: str) -> str:
+    """Errors: OSError with iptables' own words."""
+    done = subprocess.run(["iptables", "-w", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+    return done.stdout
+
+
+@cache
+def no_loss() -> str:
+    """Why no packet can be dropped here; '' where it can."""
+    loss = Loss(1, 0.0)  # a port that nobody uses, and no chance
+    try:
+        loss.begin()
+        loss.end()
+    except OSError as error:
+        return f"iptables cannot drop packets here ({error})"
+    return ""
+
+
+def lossy(share: float, delay: float = 0.0, rate: float = 0.0) -> Callable[[Bench, str], Callable[[], None]]:
+    """From now to the run's end. Errors (of what it returns): Late, when not one packet was lost."""
+
+    def fault(bench: Bench, run: str) -> Callable[[], None]:
+        loss = Loss(bench.relay.port, share)
+        bench.relay.delay, bench.relay.rate = delay, rate
+        loss.begin()
+
+        def mend() -> None:
+            bench.relay.delay = bench.relay.rate = 0.0
+            if not (dropped := loss.end()):
+                raise Late("no packet was lost")
+            print(f"faults: {dropped} packets were lost", flush=True)
+
+        return mend
+
+    return fault
+
+
 CASES = [
+    Case("network", "5 % of a site's packets lost", lossy(0.05), relayed, needs=no_loss),
+    Case("network", "5 % of its packets lost, 300 ms each way, 1 Mbit/s", lossy(0.05, 0.3, 1e6), relayed, needs=no_loss),
     Case("network", "a connection reset in the middle of a push", reset, relayed),
     Case("network", "a site's line slow: 300 ms each way, 1 Mbit/s", slow, relayed),
     Case("network", "a site's network cut for 20 s", cut(20), relayed),

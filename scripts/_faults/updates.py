@@ -20,9 +20,10 @@ from app import journal, model
 from app.config import RunConfig
 from scripts import _check
 from scripts._deployment import ROOT
-from scripts._faults.bench import HOSTILE, RUN, Bench, Late
+from scripts._faults.bench import HOSTILE, RUN, Bench
 from scripts._faults.case import Case, judge, lost
 from scripts._faults.hostile import lies
+from scripts._faults.hub import Late
 from scripts._faults.outcome import Outcome
 
 REFUSED = [*lies.LIES, *lies.WIRE, "no GPU memory, nor with half"]  # that round goes on without the site
