@@ -224,5 +224,5 @@ def _admitted() -> tuple[set[str], dict[str, int]]:
     """The sites that the hub's operator admitted (`<BOUQUET_ADMITTED>/NAME.pub`), and the images that some were admitted with (NAME.json)."""
     if not (folder := os.environ.get("BOUQUET_ADMITTED")):
         return set(), {}
-    names, bounds = ({file.stem: file for file in Path(folder).glob(f"*.{kind}")} for kind in ("pub", "json"))
-    return set(names), {name: int(json.loads(file.read_text())["images"]) for name, file in bounds.items()}
+    names = {file.stem for file in Path(folder).glob("*.pub")}
+    return names, {file.stem: int(json.loads(file.read_text())["images"]) for file in Path(folder).glob("*.json")}
