@@ -29,15 +29,31 @@ PASSING = ("changed", "outside", "unreadable")  # may be mended without a change
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows for N photos. latents_NChw: float32, scaled; text_NTD: float32; blank_TD: the empty caption; keys: N hashes."""
+    """N photos with M distinct captions, in the host's memory: on a GPU a row of text a photo would be gigabytes.
+
+    latents_NChw: float32, scaled; texts_MTD: the captions' embeddings; text_N: which of them each photo has; blank_TD: float32,
+    the empty caption; keys: N hashes. `batch` gives the rows of one pass.
+    """
 
     latents_NChw: torch.Tensor
-    text_NTD: torch.Tensor
+    texts_MTD: torch.Tensor
+    text_N: torch.Tensor
     blank_TD: torch.Tensor
     keys: list[str]
 
-    def to(self, device: torch.device) -> Encoded:
-        return Encoded(self.latents_NChw.to(device), self.text_NTD.to(device), self.blank_TD.to(device), self.keys)
+    @classmethod
+    def of(cls, latents_NChw: torch.Tensor, text_NTD: torch.Tensor, blank_TD: torch.Tensor, keys: list[str]) -> Encoded:
+        """Where each photo has a caption of its own."""
+        return cls(latents_NChw, text_NTD, torch.arange(len(keys)), blank_TD, keys)
+
+    @property
+    def text_NTD(self) -> torch.Tensor:
+        """float32, a row a photo."""
+        return self.texts_MTD[self.text_N].float()
+
+    def batch(self, pick_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents_BChw, text_BTD) of these photos, float32."""
+        return self.latents_NChw[pick_B], self.texts_MTD[self.text_N[pick_B]].float()
 
 
 def encode(partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device) -> tuple[Partition, Callable]:
@@ -63,9 +79,11 @@ def encode(partition: Partition, base: Path, sums: dict[str, str], resolution: i
         _write(text_file, {_digest(c): text[_digest(c)] for c in captions}, {})
 
     def rows(photos: tuple[Photo, ...]) -> Encoded:
+        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(p.caption for p in photos))}
         return Encoded(
             torch.stack([latents[p.key] for p in photos]).float(),
-            torch.stack([text[_digest(p.caption)] for p in photos]).float(),
+            torch.stack([text[_digest(caption)] for caption in distinct]),
+            torch.tensor([distinct[p.caption] for p in photos]),
             text[_digest("")].float(),
             [p.key for p in photos],
         )
@@ -110,10 +128,25 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> d
     out = {}
     for start in range(0, len(captions), BATCH):
         part = captions[start : start + BATCH]
-        ids = tokenizer(part, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        ids = tokenizer(part, padding="max_length", max_length=tokens(base), truncation=True, return_tensors="pt")
         hidden = encoder(ids.input_ids.to(device)).last_hidden_state.half().cpu()
         out |= {_digest(c): row for c, row in zip(part, hidden, strict=True)}
     return out
+
+
+def tokens(base: Path) -> int:
+    """Of a caption, padded or cut: the tokenizer's `model_max_length`, and at most as many as the text encoder has positions for.
+
+    Many published tokenizers leave it unset, which is 1e30. A text encoder that names no `max_position_embeddings` has CLIP's 77.
+    """
+    encoder = json.loads((base / "text_encoder" / "config.json").read_text())
+    positions = _length(encoder.get("text_config", encoder).get("max_position_embeddings")) or 77
+    return min(positions, _length(json.loads((base / "tokenizer" / "tokenizer_config.json").read_text()).get("model_max_length")) or positions)
+
+
+def _length(value: object) -> int:
+    """0 for what is no number of tokens."""
+    return int(value) if type(value) in (int, float) and 1 <= value < float("inf") else 0
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,15 +1,20 @@
 """The ClientApp: translates Flower's records to a site's work and back; one message a round.
 
 `train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
+Where one process takes all messages of a run (BOUQUET_KEEP, set by superexec.py), the base model stays on the device and the encoded
+photos in memory from a round to the next. Nothing that a round has learned does: the adapter that arrives replaces all of it.
 What may leave: the adapter, numbers, the site's and its GPU's name, an error's public sentence. Nothing else does.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,7 +23,11 @@ from app import limits
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError
 
+if TYPE_CHECKING:
+    from app.train import Site
+
 app = ClientApp()
+kept: dict[tuple, Site] = {}  # at most one: the site that took the last round, by all that it was made from
 KEYS = ("site-name", "data-path", "models-path", "cache-path")  # of a SuperNode's node config
 FOLDERS = ("BOUQUET_DATA", "BOUQUET_MODELS", "BOUQUET_CACHE")  # of a simulation's environment
 ERROR = 100  # our error code in Flower's replies; the reason has our own code
@@ -59,10 +68,13 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
 
     config, order = RunConfig.read(context.run_config), message.content["config"]
     limits.check(config, str(context.node_config.get("limits", "")))
+    if limits.wants_checkpointing(os.environ):
+        config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached = places(context)
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
-        site = train.Site(config, models, folder, cached, str(order["base-fingerprint"]))
+        made_from = (context.run_id, config, models, folder, cached)
+        site = take_up(made_from, str(order["base-fingerprint"]))
         print(f"bouquet: {name}: {site.partition.report()}", flush=True)
         applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
         metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
@@ -77,8 +89,23 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": order["round"], "images": metrics["num-examples"], "applied": applied}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
+    if training and os.environ.get("BOUQUET_KEEP"):
+        kept[made_from] = site
     print(f"bouquet: {name}: round {order['round']}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
     return reply
+
+
+def take_up(made_from: tuple, base_fingerprint: str) -> Site:
+    """The site of the round before when all that it was made from is the same, else a new one; a message that fails keeps none."""
+    from app import train
+
+    began = float(os.environ.get("BOUQUET_BEGAN") or time.monotonic())
+    site = kept.pop(made_from, None)
+    kept.clear()
+    if site is None:
+        return train.Site(*made_from[1:], base_fingerprint, began)
+    site.get_ready(base_fingerprint, began)
+    return site
 
 
 def places(context: Context) -> tuple[str, Path, Path, Path]:

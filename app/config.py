@@ -21,6 +21,7 @@ RESNET = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_pr
 LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
+EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
 PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
 
 
@@ -38,6 +39,7 @@ class RunConfig:
     local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
     batch_size: int = _key(16, "images", "images in one forward pass", low=1, high=4096)
     gradient_accumulation: int = _key(1, "passes", "forward passes in one optimiser step", low=1, high=1024)
+    gradient_checkpointing: bool = _key(False, "", "compute activations again on the way back instead of keeping them: a third more time, a fraction of the memory")
     learning_rate: float = _key(3e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
     lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
     lora_targets: str = _key("attention+resnet", "", "which layers get an adapter", choices=tuple(LORA_TARGETS))
@@ -112,7 +114,7 @@ def _checked(name: str, spec: Any, value: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise _wrong(name, value, f"a finite {kind.__name__}" if kind is float else f"a value of type {kind.__name__}")
+        raise _wrong(name, value, EXPECTED[kind])
     if choices and value not in choices:
         raise _wrong(name, value, "one of " + ", ".join(choices))
     if low is not None and not low <= value <= high:
@@ -127,5 +129,7 @@ def table() -> str:
         meta = f.metadata
         span = ", ".join(meta["choices"]) or ("" if meta["low"] is None else _span(meta["low"], meta["high"]))
         shown = "four drawn flowers" if f.name == "sample_prompts" else f"`{f.default}`"
+        if type(f.default) is bool:
+            span, shown = "true, false", shown.lower()
         rows.append(f"| `{f.name.replace('_', '-')}` | {shown} | {meta['unit']} | {span} | {meta['meaning']} |")
     return "\n".join(rows)

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from app.errors import ConfigError
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From the host's memory without waiting for the GPU: it copies from pinned memory while the host prepares the next pass."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def noise_loss(unet, scheduler, latents_BChw, text_BTD, generator: torch.Generator, *, min_snr_gamma: float = 0.0) -> torch.Tensor:
     """Mean squared error of the prediction, one random timestep an image.
 
@@ -21,8 +26,8 @@ def noise_loss(unet, scheduler, latents_BChw, text_BTD, generator: torch.Generat
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 14; weights by Hang et al. 2023, arXiv:2303.09556, eq. 8.
     """
     device = latents_BChw.device
-    noise = torch.randn(latents_BChw.shape, generator=generator).to(device)
-    t_B = torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator).to(device)
+    noise = to_device(torch.randn(latents_BChw.shape, generator=generator), device)
+    t_B = to_device(torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator), device)
     loss_B = losses(unet, scheduler, latents_BChw, text_BTD, noise, t_B)
     if min_snr_gamma:
         loss_B = loss_B * min_snr_weight(scheduler, t_B, min_snr_gamma)
@@ -60,19 +65,18 @@ def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(unet, scheduler, latents_NChw, text_NTD, keys: list[str], *, timesteps: int, batch_size: int) -> float:
-    """Mean loss over fixed noise and stratified timesteps, the same for an image in every round of every run.
+def validation_loss(unet, scheduler, photos, device: torch.device, *, timesteps: int, batch_size: int) -> float:
+    """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in every round of every run.
 
     Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
     """
-    noise, t = zip(*(_fixed_noise(key, latents_NChw.shape[1:], timesteps, scheduler.config.num_train_timesteps) for key in keys), strict=True)
-    noise, t = torch.cat(noise), torch.cat(t)
-    image = torch.arange(len(keys)).repeat_interleave(timesteps)
-    device, total = latents_NChw.device, 0.0
+    shape, steps = photos.latents_NChw.shape[1:], scheduler.config.num_train_timesteps
+    noise, t = (torch.cat(part) for part in zip(*(_fixed_noise(key, shape, timesteps, steps) for key in photos.keys), strict=True))
+    image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
     for part in torch.arange(len(image)).split(batch_size):
-        pick = image[part].to(device)
-        total += losses(unet, scheduler, latents_NChw[pick], text_NTD[pick], noise[part].to(device), t[part].to(device)).sum().item()
-    return total / len(image)
+        latents, text = (to_device(rows, device) for rows in photos.batch(image[part]))
+        totals.append(losses(unet, scheduler, latents, text, to_device(noise[part], device), to_device(t[part], device)).sum())
+    return sum(torch.stack(totals).tolist()) / len(image)
 
 
 def _fixed_noise(key: str, shape: torch.Size, strata: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:

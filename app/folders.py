@@ -50,6 +50,15 @@ def entries(root: Path) -> Iterator[Entry]:
             yield entry
 
 
+def statuses(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Name and status of every file and closed folder below `root`, in a stable order; None where it cannot be asked."""
+    for name in (name for names in _walk(root) for name in names):
+        try:
+            yield name, os.stat(root / name)
+        except OSError:
+            yield name, None
+
+
 def read_inside(root: Path, name: str) -> bytes:
     """The bytes of `name` below `root`. Errors: BadImage "outside", "unreadable" or "too-large"."""
     try:

@@ -8,6 +8,7 @@ MIG slices are not told apart: NVML counts whole GPUs.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +21,12 @@ import pynvml
 from app.errors import BouquetError
 
 NO_GPU = "no GPU"
+PIN = re.compile(r"\d+|(GPU|MIG)-[\w/-]+|all|")  # an index, a UUID, or what NVIDIA's own images say (NVIDIA_VISIBLE_DEVICES=all)
 MIB = 2**20
 
 
 class GpuError(BouquetError):
-    """The GPU is not the pinned one, its driver is too old, or its memory too small (GPU-..)."""
+    """The GPU is not the pinned one or not one, its driver is too old, or its memory too small (GPU-..)."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,22 @@ def _or_none(read: Callable[[Any], Any], handle: Any) -> Any:
         return None
 
 
+def check_pin(pin: str) -> None:
+    """A pin names one GPU: several would take a process group in a worker that must survive a kill, halve its batch when the memory is
+    too small and resume bit for bit, for what one site a GPU has without it. Errors: GPU-06."""
+    if re.search(r"[,;\s]", pin.strip()):
+        raise GpuError(
+            "GPU-06",
+            "A site trains on one GPU.",
+            found=f"SITE_GPU={pin}",
+            fix="one SuperNode a GPU: at the hub's host scripts/add-site, with a kit one invitation and one folder of photos for each",
+        )
+
+
 def pinned(pin: str, found: list[Device]) -> Device:
     """The one GPU that is visible, when it is the one that the site pinned (an index or a UUID). Errors: GPU-02, GPU-03."""
     shown = ", ".join(f"{device.name} {device.uuid}" for device in found) or "none"
-    if not found or (pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found)):
+    if not found or not PIN.fullmatch(pin.strip()) or (pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found)):
         raise GpuError(
             "GPU-02",
             "The pinned GPU is not visible here.",

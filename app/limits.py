@@ -9,6 +9,7 @@ Errors: TRUST-03 (a run asks for more), TRUST-04 (a limit that cannot be read li
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 
 from app.config import RunConfig
@@ -37,6 +38,20 @@ def check(config: RunConfig, limits: str) -> None:
                 found=f"{name} = {asked!r}, and the site's limit is {limit}",
                 fix="agree on a run that fits, or change SITE_LIMITS and start the SuperNode again",
             )
+
+
+def wants_checkpointing(env: Mapping[str, str]) -> bool:
+    """Whether the site trains with gradient checkpointing whatever a run says (SITE_CHECKPOINTING). Errors: CHECK-09."""
+    if (value := env.get("SITE_CHECKPOINTING", "").lower()) in ("1", "true"):
+        return True
+    if value in ("", "0", "false"):
+        return False
+    raise SiteError(
+        "CHECK-09",
+        "A setting of the join kit is missing or wrong.",
+        found=f"SITE_CHECKPOINTING={env['SITE_CHECKPOINTING']}",
+        fix="set SITE_CHECKPOINTING to 1, or leave it out",
+    )
 
 
 def _unreadable(limit: str, key: str) -> SiteError:

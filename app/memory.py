@@ -1,99 +1,201 @@
-"""How much memory a training step takes, counted before any of it is taken.
+"""How much memory a round takes, counted before any of it is taken.
 
-Enters: a base model's folder and a run's config. Leaves: `Estimate`, in bytes. The UNet is built on torch's "meta" device,
-where tensors have shapes and no contents, and goes forward once; what autograd keeps for the way back is counted to the
-byte (on the CPU it is what a real step keeps, see tests/test_preflight.py). No GPU is needed, and it takes a second.
+Enters: a base model's folder and a run's config. Leaves: `Estimate`, in bytes. A training step, an evaluation and the encoding of a
+photo are taken on torch's "meta" device, where tensors have a shape, a type and no contents: forward, backward and what gradient
+checkpointing computes again, in the types that autocast gives on a GPU. What is alive at once is counted, storage by storage, so
+the peak is derived and not guessed. No GPU is needed, and it takes seconds whatever the batch.
+
+Held against torch.cuda.max_memory_allocated on an H200 (Stable Diffusion 1.5's UNet of 859.5 M parameters, rank 8 on attention, 512
+pixels, bf16): 8 images a pass 10.3 GiB counted, 10.4 measured; 64 images 71.0 counted, 71 measured (tests/test_memory_estimate.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from app import model
 from app.config import RunConfig
 
 GIB = 2**30
-ROOM = 1.0 * GIB  # Python, torch and CUDA's context and work space: an allowance, not a measurement
-PASSING = 1.1  # times the kept activations: what comes and goes beside them, as measured on a CPU (mini, 64 images of 128²: 3.9 GiB, 1.86 kept)
-ENCODER = 1.0 * GIB  # the autoencoder's activations for 512² pixels, which is what cache.py encodes at a time
+BLOCK = 512  # bytes to which torch's allocators round up
+ROOM = 1.0 * GIB  # Python, torch, and CUDA's context of half a gibibyte to one, which no allocator of torch sees
+
+# What comes and goes beside the counted peak, in times of it: the two numbers here that are measured and not derived.
+ON_GPU = 1.05  # blocks that fit badly, kernels' own work space: one per cent with 8 images, see above
+ON_CPU = 2.0  # glibc keeps and splits what is freed: mini, 64 images of 128²: 2.0 GiB counted, 3.5 taken (2.0 with MALLOC_MMAP_THRESHOLD_=131072)
+
+# What torch.autocast("cuda", torch.bfloat16) computes in bfloat16 and what in float32, as far as diffusers' nets use it; all else keeps the
+# types that come. Source: torch 2.13, ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE.
+LOWER = frozenset("conv1d conv2d conv3d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm einsum scaled_dot_product_attention".split())
+WHOLE = frozenset("group_norm layer_norm rms_norm interpolate softmax log_softmax sum norm exp log pow __pow__ rsqrt reciprocal mse_loss".split())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`floor` is kept for certain: weights, adapter with gradients and AdamW's moments, activations, encoded photos.
-    `need` adds the room for what comes and goes."""
+    """Bytes. `floor`: alive for certain when a forward pass ends. `peak`: expected of torch's allocator, the most that it holds at once in
+    a round (torch.cuda.max_memory_allocated). `need`: what should be free, with CUDA's context and whatever torch does not count."""
 
     floor: int
+    peak: int
     need: int
 
 
-def estimate(base: Path, config: RunConfig, photos: int, half: bool) -> Estimate:
-    """For `photos` encoded photos on the device; `half`: the base and the activations in bf16.
+def estimate(base: Path, config: RunConfig, *, tokens: int, half: bool, on_gpu: bool, evaluated: int = 1, encoded: int = 1, photos: int = 0) -> Estimate:
+    """tokens: of a caption (cache.tokens). half: the base in bf16 under autocast (train.halved); bf16 on a CPU is counted as float32.
+    evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder; photos: those kept encoded, in RAM.
 
-    floor = UNet·(4 or 2 bytes) + adapter·16 + activations·(1 or ½) + photos·4·(C·h·w + T·D)
-    need  = max(floor + 1.1·activations, autoencoder + 1 GiB a 512² block) + 1 GiB
+    own   = UNet·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with proximal-mu
+            + photos·(4·C·h·w + 2·T·D) on a CPU, where the site's memory is the device's
+    floor = own + what a forward pass leaves alive
+    peak  = max(own + a step's most, UNet + the most of an evaluation, UNet + autoencoder + the most of an encoding)
+    need  = 1.05·peak + 1 GiB on a GPU, 2·peak + 1 GiB on a CPU
     """
-    frozen, adapter, activations, numbers = _count(base, config)
-    kept = activations // (2 if half else 1)
-    floor = frozen * (2 if half else 4) + adapter * 16 + kept + photos * 4 * numbers
-    encoding = _bytes(base / "vae") + ENCODER * max(1.0, config.resolution**2 / 512**2)
-    return Estimate(int(floor), int(max(floor + PASSING * kept, encoding) + ROOM))
+    unet = _unet(base, config, half)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    channels, width, side = unet.config.in_channels, unet.config.cross_attention_dim, config.resolution >> _halvings(base)
+    stored = 0 if on_gpu else photos * (4 * channels * side**2 + 2 * tokens * width)
+    weights, adapter = _bytes(unet.parameters()) + stored, _bytes(trained)
+    own = weights + adapter * (4 if config.proximal_mu else 3)
+    kept, step = step_of(unet, *_inputs(config.batch_size, channels, side, tokens, width), half=half)
+    evaluation = forward_of(unet.eval(), *_inputs(evaluated, channels, side, tokens, width), half=half)
+    peak = max(own + step, weights + evaluation, weights + encoding_of(base, config.resolution, encoded))
+    return Estimate(own + kept, peak, int((ON_GPU if on_gpu else ON_CPU) * peak + ROOM))
 
 
-def _count(base: Path, config: RunConfig) -> tuple[int, int, int, int]:
-    """(frozen parameters, adapter's parameters, bytes of float32 activations that one batch keeps, numbers of one encoded photo)."""
+def _unet(base: Path, config: RunConfig, half: bool) -> torch.nn.Module:
+    """As train.load makes it, without contents."""
     from diffusers import UNet2DConditionModel
 
     settings = UNet2DConditionModel.load_config(base, subfolder="unet", local_files_only=True)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(settings)
-        model.add_adapter(unet.requires_grad_(False), config)
-    tokens = _settings(base / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
-    halvings = len(_settings(base / "vae" / "config.json")["block_out_channels"]) - 1  # of a picture's side on its way to latents
-    batch, width, channels, size = config.batch_size, unet.config.cross_attention_dim, unet.config.in_channels, config.resolution >> halvings
-    inputs = [torch.zeros(shape, device="meta") for shape in ((batch, channels, size, size), (batch,), (batch, tokens, width))]
-    frozen, adapter = (sum(p.numel() for p in unet.parameters() if p.requires_grad == trained) for trained in (False, True))
-    return frozen, adapter, kept_bytes(unet, *inputs), channels * size**2 + tokens * width
+        unet = UNet2DConditionModel.from_config(settings).requires_grad_(False)
+        for parameter in unet.parameters() if half else ():
+            parameter.data = parameter.data.bfloat16()
+        model.add_adapter(unet, config)
+    if config.gradient_checkpointing:  # in diffusers' own way, but that the second time has OnGpu's types again
+        types = lambda: (nullcontext(), OnGpu(half))  # noqa: E731
+        unet.enable_gradient_checkpointing(
+            lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=types)
+        )
+    for parameter in unet.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None  # as in every pass but a step's first
+    return unet.train()
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+def _halvings(base: Path) -> int:
+    """Of a picture's side on its way to latents."""
+    return len(json.loads((base / "vae" / "config.json").read_text())["block_out_channels"]) - 1
 
 
-def kept_bytes(unet: torch.nn.Module, *inputs: torch.Tensor) -> int:
-    """Bytes that autograd keeps of one forward pass, the parameters aside."""
-    own = {p.untyped_storage()._cdata for p in unet.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FlashAttention():
-        unet(*inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+def _inputs(batch: int, channels: int, side: int, tokens: int, width: int) -> list[torch.Tensor]:
+    """Of the UNet: noisy latents [B, C, h, w], timesteps [B], text [B, T, D]."""
+    return [torch.empty(shape, device="meta") for shape in ((batch, channels, side, side), (batch,), (batch, tokens, width))]
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention as a CPU and a GPU do it, in tiles; torch would write out the whole matrix on the meta device."""
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def step_of(unet: torch.nn.Module, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool) -> tuple[int, int]:
+    """(bytes alive when a step's forward pass ends, at most in the whole step), aside from parameters, their gradients and the inputs."""
+    alive = Alive([*unet.parameters(), *(p.grad for p in unet.parameters() if p.grad is not None), latents_BChw, text_BTD])
+    with alive:
+        with OnGpu(half):
+            predicted = unet(latents_BChw.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
+            loss = F.mse_loss(predicted.float(), torch.empty_like(latents_BChw))
+        kept = alive.now
+        loss.backward()  # gradient checkpointing computes its blocks again in here
+    return kept, alive.most
+
+
+@torch.no_grad()
+def forward_of(net: torch.nn.Module, *inputs: torch.Tensor, half: bool) -> int:
+    """Bytes alive at most in a forward pass without gradients, aside from parameters."""
+    with Alive(net.parameters()) as alive, OnGpu(half):
+        net(*(x.to(net.dtype) if x.dim() > 1 else x for x in inputs))
+    return alive.most
+
+
+@torch.no_grad()
+def encoding_of(base: Path, resolution: int, count: int) -> int:
+    """Bytes of the autoencoder (float32, as cache.py loads it) and of its encoding `count` photos."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae", local_files_only=True))
+    photos = torch.empty(count, 3, resolution, resolution, device="meta")
+    with Alive(vae.parameters()) as alive, OnGpu(half=False):
+        vae.encode(photos)
+    return _bytes(vae.parameters()) + _bytes([photos]) + alive.most
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made while it is entered that are still alive, `now` and at `most`; views and `known` tensors take none."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        if key not in self.known and key not in self.storages:
+            self.now += size
+            self.storages[key] = weakref.ref(storage, lambda _: self._end(key, size))
+
+    def _end(self, key: int, size: int) -> None:
+        del self.storages[key]
+        self.now -= size
+
+
+class OnGpu(TorchFunctionMode):
+    """The forward pass as a GPU does it: with autocast's types where the base is kept in `half`, and attention in tiles.
+
+    torch's own autocast passes the meta device over, and there its attention would write out the whole matrix.
+    """
+
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.half = half
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        return function(*args, **(kwargs or {}))
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if self.half and name in LOWER | WHOLE:
+            to = torch.bfloat16 if name in LOWER else torch.float32
+            cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+            args, kwargs = tree_map(cast, (args, kwargs))
+        if function is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not query.is_meta:
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
 
 
 def free_ram() -> int:

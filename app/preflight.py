@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app import data, folders, gpu, reach
+from app import data, folders, gpu, limits, reach
 from app.config import RunConfig
 from app.errors import BouquetError
 from app.images import BadImage
@@ -46,16 +46,18 @@ class Settings:
     key: Path  # SITE_KEY, /run/secrets/site.key
     gpu: str  # SITE_GPU: an index, a UUID, or none; else NVIDIA_VISIBLE_DEVICES
     fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
-    config: RunConfig  # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`
+    config: RunConfig  # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
 
     @classmethod
     def read(cls, env: Mapping[str, str], run_config: str = "") -> Settings:
-        """Errors: CONFIG-01, CONFIG-02."""
+        """Errors: CONFIG-01, CONFIG-02, CHECK-09."""
         from flwr.common.config import parse_config_args
 
         values = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
         if text := run_config or env.get("RUN_CONFIG"):
             values |= parse_config_args([text])
+        if limits.wants_checkpointing(env):
+            values["gradient-checkpointing"] = True
         paths = {"data": "BOUQUET_DATA", "models": "BOUQUET_MODELS", "cache": "BOUQUET_CACHE", "ca": "CA", "key": "SITE_KEY"}
         usual = {"ca": "/ca.crt", "key": "/run/secrets/site.key"}
         pin = env.get("SITE_GPU") or env.get("NVIDIA_VISIBLE_DEVICES", "")
@@ -151,6 +153,7 @@ class Preflight:
             if torch.cuda.is_available():
                 raise Warn("SITE_GPU is not set, and the training will take the first GPU it sees", "set SITE_GPU; for the CPU: CUDA_VISIBLE_DEVICES='' as well")
             return f"{gpu.NO_GPU}: this site trains on the CPU (SITE_GPU is not set)"
+        gpu.check_pin(self.own.gpu)
         self.driver_found, found = gpu.devices()
         self.device = gpu.pinned(self.own.gpu, found)
         return f"{self.device.name} {self.device.uuid}, the only one visible"
@@ -242,18 +245,45 @@ class Preflight:
     # --- training --------------------------------------------------------------------------------------------------------
 
     def check_memory(self) -> str:
-        from app import memory, train
-
-        guess = memory.estimate(self.base, self.own.config, self.photos, train.halved(train.accelerator(self.own.config)))
-        free, what = (self.device.free, "GPU memory") if self.device else (memory.free_ram(), "RAM")
-        config = self.own.config
+        config, (free, what) = self.own.config, self._free()
+        try:
+            guess = self._estimate()
+        except Exception as error:  # an estimate is not worth a site's round
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Warn(f"what a round takes cannot be estimated ({why}); {free / GIB:.1f} GiB of {what} free", "the training step of the whole check says for certain") from None
         text = f"{config.base_model} at {config.resolution}², {config.batch_size} images a step: about {guess.need / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB free"
-        fix = "ask the hub for a smaller batch-size (with gradient-accumulation) or resolution, or give this site more memory"
         if free < guess.floor:
-            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=text, fix=fix)
+            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=text, fix=self._take_less())
         if free < guess.need:
-            raise Warn(text, f"tight, and an estimate: the training step says for certain. If it fails: {fix}")
+            raise Warn(text, f"tight, and an estimate: the training step says for certain. If it fails: {self._take_less()}")
         return text
+
+    def _take_less(self) -> str:
+        """What helps where the memory is too small."""
+        own = "" if self.own.config.gradient_checkpointing else "set SITE_CHECKPOINTING=1 (a third slower, a fraction of the memory), "
+        return f"{own}ask the hub for a smaller batch-size (with gradient-accumulation) or resolution, or give this site more memory"
+
+    def _free(self) -> tuple[int, str]:
+        """Bytes, and of what."""
+        from app import memory
+
+        return (self.device.free, "GPU memory") if self.device else (memory.free_ram(), "RAM")
+
+    def _estimate(self) -> Any:
+        """memory.Estimate of a round as train.py and cache.py go about it."""
+        from app import cache, memory, train
+
+        config = self.own.config
+        return memory.estimate(
+            self.base,
+            config,
+            tokens=cache.tokens(self.base),
+            half=train.halved(train.accelerator(config)),
+            on_gpu=self.device is not None,
+            evaluated=min(train.WIDER * config.batch_size, self.photos * config.validation_timesteps),
+            encoded=max(1, cache.PIXELS // config.resolution**2),
+            photos=self.photos,
+        )
 
     def check_step(self) -> str:
         """A real step on real photos: encoded afresh in a folder of its own, so that the site's cache stays as it is."""
@@ -270,14 +300,14 @@ class Preflight:
             with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder:
                 sums = model.fingerprint(self.base, self.own.cache)
                 some, rows = cache.encode(some, self.base, sums, config.resolution, Path(folder), accelerator.device)
-                encoded = rows(some.photos).to(accelerator.device)
+                encoded = rows(some.photos)
             scheduler, unet = train.load(self.base, config, accelerator)
             seconds = self._seconds(unet, scheduler, encoded, accelerator, 1)
             if seconds * TIMED < PATIENCE:  # the first step has things to set up
                 seconds = self._seconds(unet, scheduler, encoded, accelerator, TIMED)
         except torch.OutOfMemoryError as error:
-            found, fix = str(error).splitlines()[0], "ask the hub for a smaller batch-size (with gradient-accumulation) or resolution"
-            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=found, fix=fix) from None
+            found = str(error).splitlines()[0]
+            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=found, fix=self._take_less()) from None
         peak = torch.cuda.max_memory_allocated() if cuda else memory.page_peak()
         return f"{seconds:.2f} s a step on the {'GPU' if cuda else 'CPU'}, {config.batch_size} images each; peak memory {peak / GIB:.2f} GiB"
 

@@ -49,6 +49,8 @@ def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple:
     """(noise schedule, UNet with a fresh adapter on the accelerator's device)."""
     unet = model.load_unet(base, torch.bfloat16 if halved(accelerator) else torch.float32)
     model.add_adapter(unet, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return model.load_scheduler(base), unet.to(accelerator.device)
 
 
@@ -58,35 +60,48 @@ def seed_of(*parts: object) -> int:
 
 
 class Site:
-    """One site's model and encoded photos, ready to take a round."""
+    """One site's model and encoded photos, ready to take a round, and another one."""
 
-    def __init__(self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str) -> None:
-        """Errors: MODEL-01..04, SITE-01..07. `base_fingerprint` is the hub's; '' skips the comparison."""
-        self.config, self.clock = config, Clock()
+    def __init__(self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str, began: float | None = None) -> None:
+        """As `get_ready`, for the first time."""
+        self.config, self.models, self.folder, self.cached = config, models, folder, cached
+        self.fits = config  # the images a pass that fit into the GPU's memory
         self.accelerator = accelerator(config)
-        base = model.locate(config.base_model, models)
-        sums = model.fingerprint(base, cached)
-        check_base(config.base_model, base, sums["base"], base_fingerprint)
-        device = self.accelerator.device
-        partition, rows = cache.encode(data.scan(folder), base, sums, config.resolution, cached, device)
-        train, held_out = data.split(partition.photos, config.validation_fraction, config.seed)
-        self.partition, self.train, self.held_out = partition, rows(train).to(device), rows(held_out).to(device)
+        self.encoded_from: tuple = ()  # what the encoded photos, and the UNet, were made from
+        self.loaded_from: tuple = ()
+        self.get_ready(base_fingerprint, began)
+
+    def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
+        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, SITE-01..07.
+
+        base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
+        """
+        self.clock = Clock(self.accelerator.device, began)
+        self.clock.lap("start")
+        base = model.locate(self.config.base_model, self.models)
+        sums = model.fingerprint(base, self.cached)
+        check_base(self.config.base_model, base, sums["base"], base_fingerprint)
+        if (now := (sums["vae"], sums["text_encoder"], sums["tokenizer"], data.stamp(self.folder))) != self.encoded_from:
+            self._encode(base, sums)
+            self.encoded_from = now
         self.clock.lap("encode")
-        self.scheduler, self.unet = load(base, config, self.accelerator)
+        if (now := (sums["unet"], sums["scheduler"])) != self.loaded_from:
+            self.scheduler, self.unet = load(base, self.config, self.accelerator)
+            self.loaded_from = now
         self.clock.lap("load")
+
+    def _encode(self, base: Path, sums: dict[str, str]) -> None:
+        partition, rows = cache.encode(data.scan(self.folder), base, sums, self.config.resolution, self.cached, self.accelerator.device)
+        train, held_out = data.split(partition.photos, self.config.validation_fraction, self.config.seed)
+        self.partition, self.train, self.held_out = partition, rows(train), rows(held_out)
 
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""
+        timesteps, size = self.config.validation_timesteps, WIDER * self.config.batch_size
         self.unet.eval()
         with self.accelerator.autocast():
             loss = diffusion.validation_loss(
-                self.unet,
-                self.scheduler,
-                self.held_out.latents_NChw,
-                self.held_out.text_NTD,
-                self.held_out.keys,
-                timesteps=self.config.validation_timesteps,
-                batch_size=WIDER * self.config.batch_size,
+                self.unet, self.scheduler, self.held_out, self.accelerator.device, timesteps=timesteps, batch_size=size
             )
         self.clock.lap("evaluate")
         return loss
@@ -97,27 +112,27 @@ class Site:
         Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then SITE-13.
         """
         start = model.adapter_of(self.unet)
-        try:
-            loss = fit(self.unet, self.scheduler, self.train, self.config, self.accelerator, seed)
-        except torch.OutOfMemoryError:
-            if self.config.batch_size < 2:
-                raise self._out_of_memory() from None
-            loss = self._fit_in_halves(start, seed)
+        loss = self._try_to_fit(seed)
+        if loss is None and self.fits is self.config and self.config.batch_size > 1:
+            self.fits = replace(
+                self.config, batch_size=self.config.batch_size // 2, gradient_accumulation=2 * self.config.gradient_accumulation
+            )
+            print(f"bouquet: out of GPU memory; once more with {self.fits.batch_size} images a pass", flush=True)
+            self.unet.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            model.apply_adapter(self.unet, start)
+            loss = self._try_to_fit(seed)
+        if loss is None:
+            raise self._out_of_memory()
         self.clock.lap("train")
         return loss
 
-    def _fit_in_halves(self, start: model.Adapter, seed: int) -> float:
-        config = replace(
-            self.config, batch_size=self.config.batch_size // 2, gradient_accumulation=2 * self.config.gradient_accumulation
-        )
-        print(f"bouquet: out of GPU memory; once more with {config.batch_size} images a pass", flush=True)
-        self.unet.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        model.apply_adapter(self.unet, start)
+    def _try_to_fit(self, seed: int) -> float | None:
+        """The mean loss, or None when the GPU's memory is too small: by then its error is gone, whose traceback held what had filled it."""
         try:
-            return fit(self.unet, self.scheduler, self.train, config, accelerator(config), seed)
+            return fit(self.unet, self.scheduler, self.train, self.fits, accelerator(self.fits), seed)
         except torch.OutOfMemoryError:
-            raise self._out_of_memory() from None
+            return None
 
     def _out_of_memory(self) -> SiteError:
         return SiteError(
@@ -131,29 +146,29 @@ class Site:
 def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
     """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
 
+    Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is read at the end.
     proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020, arXiv:1812.06127, eq. 2.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), accelerator.device
     trained = [p for p in unet.parameters() if p.requires_grad]
     arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
-    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    model_, optimiser_ = accelerator.prepare(unet, optimiser)
-    batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=accelerator.device)
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None)
+    optimiser_ = accelerator.prepare(optimiser)  # the UNet stays as it is: its precision is autocast's, and another round may come
+    batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
     unet.train()
     passes = config.local_steps * config.gradient_accumulation
     for _ in range(passes):
         pick = next(batches)
         blank = torch.rand(len(pick), 1, 1, generator=generator) < config.caption_dropout
-        text = torch.where(blank.to(accelerator.device), encoded.blank_TD, encoded.text_NTD[pick])
-        with accelerator.accumulate(model_), accelerator.autocast():
-            loss = diffusion.noise_loss(
-                unet, scheduler, encoded.latents_NChw[pick], text, generator, min_snr_gamma=config.min_snr_gamma
-            )
+        latents, text = encoded.batch(pick)
+        latents, text = (diffusion.to_device(rows, device) for rows in (latents, torch.where(blank, encoded.blank_TD, text)))
+        with accelerator.accumulate(unet), accelerator.autocast():
+            loss = diffusion.noise_loss(unet, scheduler, latents, text, generator, min_snr_gamma=config.min_snr_gamma)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter, anchor in zip(trained, arrived, strict=False):
                     parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
-                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                accelerator.clip_grad_norm_(trained, 1.0)
             optimiser_.step()
             optimiser_.zero_grad()
         total += loss.detach()
@@ -171,13 +186,17 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[torc
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase; each ends when the GPU has done its part of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None, began: float | None = None) -> None:
+        """began: time.monotonic() of the first phase's beginning; now, where it is not given."""
+        self.gpu = device is not None and device.type == "cuda"
         self.seconds: dict[str, float] = {}
-        self.last = time.monotonic()
+        self.last = time.monotonic() if began is None else began
 
     def lap(self, phase: str) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now

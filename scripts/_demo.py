@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -73,8 +73,15 @@ def engine(name: str) -> Compose | Processes:
     if name == "docker":
         return Compose()
     env = dict(line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if "=" in line) | os.environ
-    sites = {f"site-{found[1]}": ROOT / env[key] for key in env if (found := re.fullmatch(r"SITE_(\d+)_DATA", key))}
-    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites, trusted=ROOT / "certs" / "trusted.yaml")
+    sites = {site: ROOT / folder for site, folder in settings_of_sites("DATA", env).items()}
+    gpus = settings_of_sites("GPU", env)
+    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus)
+
+
+def settings_of_sites(setting: str, env: Mapping[str, str]) -> dict[str, str]:
+    """site-N -> SITE_N_<setting>, where it is set; without the quotation marks that .env may have."""
+    found = {f"site-{of[1]}": env[key].strip("\"'") for key in env if (of := re.fullmatch(rf"SITE_(\d+)_{setting}", key))}
+    return {site: value for site, value in found.items() if value}
 
 
 def report(result: Path, args: argparse.Namespace) -> None:

@@ -68,9 +68,10 @@ class Processes:
 
     def __init__(
         self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None,
-        models: Path = ROOT / "models",
+        models: Path = ROOT / "models", gpus: Mapping[str, str] = {},
     ) -> None:  # fmt: skip
-        """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the sites pin."""
+        """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the sites pin.
+        gpus: site -> the one GPU that it sees, by nvidia-smi's index or UUID, or none; a site that is not in it sees them all."""
         self.models = models
         self.home, self.certs, self.port, self.sites, self.trusted = home, certs, port, dict(sites), trusted
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
@@ -83,6 +84,7 @@ class Processes:
             "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads}
+        self.pins = {site: pin(gpu) for site, gpu in gpus.items()}
         self.running: dict[str, subprocess.Popen] = {}
 
     @property
@@ -133,7 +135,7 @@ class Processes:
             f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
             "--node-config=" + " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items()),
             *([f"--trusted-entities={self.trusted}"] if self.trusted else []),
-        ], self.site_env)  # fmt: skip
+        ], self.site_env | self.pins.get(name, {}))  # fmt: skip
 
     def wait_until_online(self, count: int, timeout: float = 90) -> None:
         """Wait for `count` sites. A site that was killed may come back only after 66 s, when its old session has ended."""
@@ -193,6 +195,11 @@ class Processes:
 
     def _error(self, code: str, headline: str, found: str) -> BouquetError:
         return BouquetError(code, headline, found=" ".join(found.split()), fix=f"see {self.logs}; scripts/certs check")
+
+
+def pin(gpu: str) -> dict[str, str]:
+    """The environment of a process that sees this GPU alone; CUDA numbers them as nvidia-smi does, where it would by speed."""
+    return {"SITE_GPU": gpu, "CUDA_VISIBLE_DEVICES": "" if gpu == "none" else gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def clone(to: Path) -> Path:

@@ -35,7 +35,7 @@ def latents(pipe, images: Sequence[Image.Image]) -> torch.Tensor:
 
     pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
     rows = [pipe.vae.encode(one[None].to(pipe.device)).latent_dist.mean * pipe.vae.config.scaling_factor for one in pixels]
-    return torch.cat(rows).flatten(1).cpu()
+    return torch.cat(rows).flatten(1)
 
 
 def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: int) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))
     pipe = sample.pipeline(model.locate(config.base_model, models), config)
     drawn = sample.render(pipe, adapter, [photo.caption for photo in chosen], replace(config, sample_prompts=""))
-    known = site.train.latents_NChw.flatten(1).cpu()
+    known = site.train.latents_NChw.flatten(1)
     return {
         "site": name,
         "run": run.resolve().name,
@@ -56,6 +56,6 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
         "space": SPACE,
         "seed": config.seed,
         "photos": len(photos),
-        "held_out": sorted(round(value, 5) for value in numbers(site.held_out.latents_NChw.flatten(1).cpu(), known)),
+        "held_out": sorted(round(value, 5) for value in numbers(site.held_out.latents_NChw.flatten(1), known)),
         "samples": sorted(round(value, 5) for value in numbers(latents(pipe, drawn), known)),
     }

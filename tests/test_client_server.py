@@ -215,7 +215,7 @@ def test_an_empty_site_says_so_without_its_path_and_with_it_in_its_own_log(feder
 
 def test_nothing_that_a_site_sends_names_a_file_a_caption_or_a_path(finished):
     federation, _ = finished
-    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(encode|load|evaluate|train)|gpu-(peak-mib|utilisation|joules)")
+    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(start|encode|load|evaluate|train)|gpu-(peak-mib|utilisation|joules)")
     for site, _, reply in federation.grid.came:
         assert set(reply.content) <= {"arrays", "metrics", "info"}
         assert all(allowed.fullmatch(name) for name in reply.content["metrics"])

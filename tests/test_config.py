@@ -6,6 +6,7 @@ import math
 from dataclasses import FrozenInstanceError
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from app.config import ATTENTION, LORA_TARGETS, RunConfig, table
 from app.errors import ConfigError
@@ -69,6 +70,19 @@ def test_a_value_of_another_type_is_refused(name, value):
     assert repr(value) in refused("CONFIG-02", **{name: value}).found
 
 
+@pytest.mark.parametrize("value", ["yes", "true", 1, 0, 1.0, None])
+def test_a_switch_is_true_or_false_and_nothing_else(value):
+    error = refused("CONFIG-02", gradient_checkpointing=value)
+    assert error.found == f"gradient-checkpointing = {value!r}" and error.fix.startswith("give true or false, ")
+
+
+@pytest.mark.parametrize(("word", "expected"), [("true", True), ("false", False)])
+def test_a_switch_reads_as_flwr_writes_it(word, expected):
+    given = parse_config_args([f"gradient-checkpointing={word} rounds=3"])
+    assert RunConfig.read(given).gradient_checkpointing is expected
+    assert RunConfig.read({}).gradient_checkpointing is False
+
+
 def test_a_whole_number_is_taken_where_a_fraction_is_meant():
     learning_rate = RunConfig.read({"learning-rate": 1}).learning_rate
     assert learning_rate == 1.0 and type(learning_rate) is float
@@ -121,4 +135,5 @@ def test_the_table_has_a_row_for_every_key_with_default_unit_range_and_meaning()
     lines = table().splitlines()
     assert len(lines) == 2 + len(RunConfig.__dataclass_fields__)
     assert "| `round-timeout` | `3600` | seconds | 10 to 604800 | longest wait for a round's replies |" in lines
+    assert any(line.startswith("| `gradient-checkpointing` | `false` |  | true, false | compute activations again") for line in lines)
     assert all(line.count("|") == 6 for line in lines)

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from app import diffusion, model
+from app.cache import Encoded
 from app.errors import ConfigError
 from tests import tiny
 
@@ -119,7 +120,8 @@ def test_a_bf16_unet_is_asked_in_bf16_and_answers_a_float32_loss():
 
 def validate(unet, keys=KEYS, pick=slice(None), batch_size=4, timesteps=3) -> float:
     latents, text = tiny.batch(len(KEYS))
-    return diffusion.validation_loss(unet, schedule(), latents[pick], text[pick], keys[pick], timesteps=timesteps, batch_size=batch_size)
+    photos = Encoded.of(latents[pick], text[pick], text[0], keys[pick])
+    return diffusion.validation_loss(unet, schedule(), photos, torch.device("cpu"), timesteps=timesteps, batch_size=batch_size)
 
 
 def test_validation_repeats_bit_for_bit_whatever_else_drew_random_numbers():

@@ -22,6 +22,8 @@ import pytest
 from conftest import ROOT, copy_project, sh
 
 from app.errors import BouquetError
+from scripts._bench.contenders import sessions
+from scripts._bench.watch import MESSAGE, Watch, processes
 from scripts._deployment import Processes, free_port, is_alive
 from scripts._flower import connect, flwr, follow, nodes_online, start_run
 
@@ -84,6 +86,23 @@ def test_both_sites_take_part_in_every_round(finished: tuple[Path, list[str]]) -
 def test_a_person_sees_one_line_a_round(finished: tuple[Path, list[str]]) -> None:
     _, lines = finished
     assert [line.split("  ")[0] for line in lines if " round " in f" {line}"][:2] == ["bouquet: round 1/2", "bouquet: round 2/2"]
+
+
+def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(federation: Processes) -> None:
+    seen = []
+    for _ in range(2):
+        watch = Watch(sessions(federation))
+        watch.start()
+        state, details = follow(start_run(SMALL), lambda line: None, timeout=600)
+        watch.stop()
+        assert state == "finished:completed", details
+        seen.append({site: set(watch.began.get(site, {})) for site in federation.sites})
+    assert all(len(pids) == 1 for run in seen for pids in run.values()), seen
+    assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen  # a run's process never serves another run
+    end = time.monotonic() + 30
+    while left := [process.pid for _, process in processes(sessions(federation)) if process.name == MESSAGE]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Processes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.gpu import NO_GPU, Driver, GpuError, Meter, check_driver, devices, pinned, visible
+from app.gpu import NO_GPU, Driver, GpuError, Meter, check_driver, check_pin, devices, pinned, visible
 from tests.memory import Federation
 from tests.nvml import A10, T4, StandIn, gpu, library
 
@@ -67,6 +67,26 @@ def test_a_wrong_uuid_is_refused_and_the_right_ones_are_shown(nvml: StandIn) -> 
         pinned("GPU-cccc3333", devices()[1])
     assert caught.value.found == "SITE_GPU=GPU-cccc3333; visible: NVIDIA A10 GPU-aaaa1111-0000-0000-0000-000000000001"
     assert "aaaa1111" not in str(caught.value)  # the public sentence names no device
+
+
+@pytest.mark.parametrize("pin", ["0,1", "0, 1", "0 1", "0;1", "GPU-aaaa1111,GPU-bbbb2222", "0,", "all,0"])
+def test_a_pin_of_several_gpus_is_refused_and_says_what_to_do_instead(pin: str) -> None:
+    with pytest.raises(GpuError, match="GPU-06  A site trains on one GPU.") as caught:
+        check_pin(pin)
+    assert caught.value.found == f"SITE_GPU={pin}" and "scripts/add-site" in caught.value.fix and "invitation" in caught.value.fix
+
+
+@pytest.mark.parametrize("pin", ["", "0", "17", " 1 ", "all", "GPU-aaaa1111-0000-0000-0000-000000000001", "MIG-aaaa1111-0000-0000-0000-000000000001", "MIG-GPU-aaaa1111/7/0"])
+def test_a_pin_of_one_gpu_is_taken(pin: str) -> None:
+    check_pin(pin)
+
+
+@pytest.mark.parametrize("pin", ["nonsense", "gpu0", "-1", "GPU-"])
+def test_a_pin_that_is_none_is_refused_though_one_gpu_is_visible(nvml: StandIn, pin: str) -> None:
+    nvml.state(A10)
+    with pytest.raises(GpuError, match="GPU-02") as caught:
+        pinned(pin, devices()[1])
+    assert caught.value.found.startswith(f"SITE_GPU={pin}; visible: NVIDIA A10 GPU-aaaa1111")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_every_numeric_key_of_a_run_can_be_limited():
     assert set(NUMBERS) == {f"max-{name.replace('_', '-')}" for name, value in vars(RUN).items() if type(value) in (int, float)}
 
 
+def test_a_switch_has_no_most():
+    """bool is a kind of int in Python; a site that wants gradient-checkpointing sets SITE_CHECKPOINTING."""
+    assert "max-gradient-checkpointing" not in NUMBERS
+    with pytest.raises(SiteError, match="TRUST-04"):
+        check(RUN, "max-gradient-checkpointing=0")
+
+
 @pytest.mark.parametrize("key", ["data-path", "models-path", "cache-path", "site-name", "limits", MODELS, *NUMBERS])
 def test_a_runs_config_cannot_name_a_path_or_a_sites_limit(key):
     with pytest.raises(ConfigError, match="CONFIG-01"):

@@ -9,6 +9,7 @@ import datetime
 import http.server
 import ipaddress
 import json
+import shutil
 import socket
 import ssl
 import subprocess
@@ -26,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
-from app import memory, model, preflight, reach
+from app import model, preflight, reach, train
 from app.errors import BouquetError
 from app.preflight import Preflight, Settings
 from scripts._deployment import Processes, free_port
@@ -237,45 +238,6 @@ def test_a_signature_that_the_hub_takes_for_stale_is_told_from_an_unknown_key(fe
     assert found.endswith("refuses the signature")
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("batch", "resolution"), [(1, 16), (4, 16), (4, 32)])
-def test_the_activations_counted_without_memory_are_those_that_a_real_step_keeps(batch: int, resolution: int) -> None:
-    config = tiny.config(batch_size=batch, resolution=resolution)
-    size = resolution // 2  # tiny's autoencoder halves once
-    inputs = torch.randn(batch, 4, size, size), torch.zeros(batch), torch.randn(batch, 24, 16)
-    assert memory._count(tiny.base(), config)[2] == memory.kept_bytes(tiny.unet(config).train(), *inputs) > 0
-
-
-def test_the_estimate_is_the_sum_of_its_parts() -> None:
-    net, config = tiny.unet(), tiny.CONFIG
-    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    adapter = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    kept = memory._count(tiny.base(), config)[2]
-    whole, half = (memory.estimate(tiny.base(), config, 10, half) for half in (False, True))
-    photos = 10 * 4 * (4 * 8 * 8 + 24 * 16)  # latents of 16² pixels, and a caption of 24 tokens
-    assert whole.floor == 4 * frozen + 16 * adapter + kept + photos
-    assert half.floor == 2 * frozen + 16 * adapter + kept // 2 + photos
-    vae = (tiny.base() / "vae/diffusion_pytorch_model.safetensors").stat().st_size
-    assert whole.need == vae + 2 * 2**30  # so small a UNet takes less than the autoencoder
-
-
-def test_stable_diffusion_at_512_takes_gigabytes_and_each_image_its_share(tmp_path: Path) -> None:
-    """SD 1.5's UNet by its published shape: 859,520,964 parameters."""
-    shape = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-    for part in ("unet", "vae", "tokenizer"):
-        (tmp_path / part).mkdir()
-    (tmp_path / "vae/config.json").write_text('{"block_out_channels": [128, 256, 512, 512]}')
-    (tmp_path / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **shape}))
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"model_max_length": 77}')
-    config = replace(tiny.CONFIG, resolution=512, batch_size=1, lora_rank=8, lora_targets="attention")
-    frozen, adapter, one, numbers = memory._count(tmp_path, config)
-    assert (frozen, adapter, numbers) == (859_520_964, 1_594_368, 4 * 64 * 64 + 77 * 768)
-    assert memory._count(tmp_path, replace(config, batch_size=3))[2] == 3 * one
-    assert one > 2**30
-
-
 # --- all of it -----------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +338,60 @@ def test_a_key_that_others_may_read_is_admitted_with_a_warning(federation: Proce
     assert line.state == "warn" and line.fix == f"chmod 600 {key}"
 
 
+def test_an_estimate_that_fails_warns_and_leaves_the_answer_to_the_step(site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("app.memory.estimate", fail)
+    shown = lines(site, "step")
+    assert shown["memory"].state == "warn" and "cannot be estimated (IndexError: tuple index out of range)" in shown["memory"].text
+    assert "GiB of RAM free" in shown["memory"].text and "training step" in shown["memory"].fix
+    assert shown["step"].state == "pass"
+
+
+def test_a_base_model_whose_configs_are_odd_is_no_reason_to_fail(site: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(tiny.base(), tmp_path / "models/tiny")
+    (tmp_path / "models/tiny/vae/config.json").write_text("{}")
+    assert lines(site, "memory", BOUQUET_MODELS=str(tmp_path / "models"), BASE_FINGERPRINT="")["memory"].state == "warn"
+
+
+def test_a_tokenizer_without_a_length_passes_the_estimate_and_the_step(site: dict[str, str], tmp_path: Path) -> None:
+    file = Path(shutil.copytree(tiny.base(), tmp_path / "models/tiny")) / "tokenizer/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 10**30}))
+    shown = lines(site, "step", BOUQUET_MODELS=str(tmp_path / "models"), BASE_FINGERPRINT="")
+    assert (shown["memory"].state, shown["step"].state) == ("pass", "pass")
+
+
+# --- gradient checkpointing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("True", True), ("", False), ("0", False), ("false", False), (None, False)])
+def test_a_site_may_force_gradient_checkpointing_and_never_forbids_it(site: dict[str, str], value: str | None, on: bool) -> None:
+    env = site | ({} if value is None else {"SITE_CHECKPOINTING": value})
+    assert Settings.read(env).config.gradient_checkpointing is on
+    assert Settings.read(env | {"RUN_CONFIG": f"{RUN} gradient-checkpointing=true"}).config.gradient_checkpointing is True
+
+
+def test_a_switch_that_is_neither_on_nor_off_ends_the_preflight_with_its_name(
+    site: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SITE_CHECKPOINTING", "yes")
+    assert preflight.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "CHECK-09" in shown and "SITE_CHECKPOINTING=yes" in shown
+
+
+def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_step(site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointed, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda unet, *rest: checkpointed.append(unet.is_gradient_checkpointing) or fit(unet, *rest))
+    both = [Preflight(Settings.read(site | {"SITE_CHECKPOINTING": value})) for value in ("", "1")]
+    for checks in both:
+        checks.check_model(), checks.check_data()
+    without, forced = (checks._estimate() for checks in both)
+    assert forced.floor < without.floor
+    assert lines(site, "step", SITE_CHECKPOINTING="1")["step"].state == "pass" and set(checkpointed) == {True}
+
+
 # --- the GPU -------------------------------------------------------------------------------------------------------------
 
 
@@ -396,6 +412,12 @@ def test_a_wrong_uuid_stops_what_would_use_the_gpu_and_nothing_else(nvml: StandI
     shown = lines(site, "step", "others", SITE_GPU="GPU-cccc3333")
     assert {name for name, line in shown.items() if line.state in ("fail", "skip")} == {"gpu", "driver", "others", "memory", "step"}
     assert shown["gpu"].text.startswith("GPU-02")
+
+
+def test_a_pin_of_several_gpus_is_refused_before_the_driver_is_asked(site: dict[str, str]) -> None:
+    line = lines(site, "gpu", SITE_GPU="0,1")["gpu"]
+    assert line.text.splitlines() == ["GPU-06  A site trains on one GPU.", "SITE_GPU=0,1"]
+    assert "scripts/add-site" in line.fix and "invitation" in line.fix
 
 
 def test_dockers_pin_counts_where_the_site_gives_none(nvml: StandIn, site: dict[str, str]) -> None:

@@ -39,7 +39,7 @@ def photos() -> cache.Encoded:
     """Two 64-pixel photos, as SD 1.5's autoencoder (8×, 4 channels) and text encoder (77 tokens, 768 features) shape them."""
     draw = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 768, generator=draw)
-    return cache.Encoded(latents, text, torch.zeros(77, 768), ["rose", "lily"])
+    return cache.Encoded.of(latents, text, torch.zeros(77, 768), ["rose", "lily"])
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,8 @@ def test_the_steps_adapter_changes_the_validation(unet, scheduler, photos, train
     loss = {}
     for name, adapter in (("before", before), ("after", after)):
         assert model.apply_adapter(unet, adapter) == model.adapter_hash(adapter)
-        loss[name] = diffusion.validation_loss(
-            unet, scheduler, photos.latents_NChw[:1], photos.text_NTD[:1], photos.keys[:1], timesteps=1, batch_size=1
-        )
+        first = cache.Encoded.of(photos.latents_NChw[:1], photos.text_NTD[:1], photos.blank_TD, photos.keys[:1])
+        loss[name] = diffusion.validation_loss(unet, scheduler, first, torch.device("cpu"), timesteps=1, batch_size=1)
     assert loss["before"] != loss["after"] and all(map(math.isfinite, loss.values()))
 
 

@@ -1,10 +1,11 @@
-"""The fork server from which a SuperNode's messages start: what it holds, what it must never do, and that messages keep apart."""
+"""The fork server and the workers of a SuperNode: what they hold, what they must never do, and that runs and messages keep apart."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -14,16 +15,16 @@ PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT / 'docker')!r}); import sup
 
 def run(code: str) -> list:
     """What a fresh Python says, as JSON, a line each; it ends with 0."""
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
 def messages() -> list:
-    """Three messages one after another from one server: the first leaves a mark, the second is killed; and the server's threads."""
+    """Three processes one after another from one server: the first leaves a mark, the second is killed; and the server's threads."""
     child = "import builtins, json, os, sys; print(json.dumps([os.getpid(), sorted({'torch', 'peft', 'diffusers', 'app'} & sys.modules.keys()), hasattr(builtins, 'mark')]), flush=True); "
-    return run(f"""
+    return run(f"""{PRELUDE}
 import multiprocessing.forkserver as forkserver, os
 fork = superexec.server()
 for what in ("builtins.mark = 1", "os.kill(os.getpid(), 9)", ""):
@@ -34,16 +35,16 @@ print(json.dumps(len(os.listdir(f"/proc/{{forkserver._forkserver._forkserver_pid
 """)
 
 
-def test_a_message_starts_with_the_libraries_in_memory_and_without_the_app(messages):
+def test_a_worker_starts_with_the_libraries_in_memory_and_without_the_app(messages):
     assert [loaded for _, loaded, _ in messages[:3]] == [["diffusers", "peft", "torch"]] * 3
 
 
-def test_a_message_sees_nothing_of_the_one_before(messages):
+def test_a_worker_sees_nothing_of_another(messages):
     assert len({pid for pid, _, _ in messages[:3]}) == 3
     assert [mark for _, _, mark in messages[:3]] == [False] * 3
 
 
-def test_a_message_that_was_killed_takes_neither_the_server_nor_the_next_one_along(messages):
+def test_a_worker_that_was_killed_takes_neither_the_server_nor_the_next_one_along(messages):
     assert len(messages) == 4  # the second was killed, the third answered
 
 
@@ -51,15 +52,158 @@ def test_the_server_has_one_thread_so_that_forking_it_is_safe(messages):
     assert messages[3] == 1
 
 
-def test_importing_the_libraries_does_not_touch_the_gpu():
-    """A process forked from one that has used CUDA cannot use it."""
-    [[asked, initialized]] = run("""
-import importlib, torch
+# --- a GPU in a forked process -----------------------------------------------------------------------------------------
+# torch's CPU build cannot poison a fork. Here it says what a CUDA build says, and keeps who asked CUDA itself: each of these calls marks
+# the processes that are forked afterwards. tests/test_cuda.py does the same with the CUDA build.
+
+AS_CUDA = """
+import torch
 asked = []
-for name in ("is_available", "device_count", "_lazy_init", "current_device"):
-    setattr(torch.cuda, name, lambda *a, name=name, **k: asked.append(name) or 0)
-for name in superexec.LIBRARIES:
-    importlib.import_module(name)
-print(json.dumps([asked, torch.cuda.is_initialized()]))
+for name in ("_cuda_getDeviceCount", "_cuda_init", "_cuda_getDevice", "_cuda_getArchFlags"):
+    setattr(torch._C, name, lambda *a, name=name: asked.append(name) or 0)
+torch._C._cuda_getCurrentRawStream = None  # a CUDA build has it; the compiler's modules import it
+torch.cuda._is_compiled = lambda: True
+torch._C._accelerator_getAccelerator = lambda *a, **k: torch.device("cuda")
+"""
+
+
+def test_importing_the_libraries_never_asks_cuda_whatever_the_user_set():
+    [[asked, after]] = run(f"""{PRELUDE}
+import os
+os.environ |= {{"PYTORCH_NVML_BASED_CUDA_CHECK": "0", "CUDA_VISIBLE_DEVICES": "0"}}
+{AS_CUDA}
+import libraries
+before = list(asked)
+torch.cuda.is_available()
+print(json.dumps([before, asked]))
 """)
-    assert asked == [] and not initialized
+    assert asked == []
+    assert after == ["_cuda_getDeviceCount"]  # from now on it is CUDA that answers
+
+
+def test_the_libraries_do_ask_cuda_where_nvml_does_not_answer_for_it():
+    [asked] = run(f"""{PRELUDE}
+{AS_CUDA}
+import diffusers.models.unets.unet_2d_condition
+print(json.dumps(asked))
+""")
+    assert "_cuda_getDeviceCount" in asked  # else the guard is no longer needed, and the test above shows nothing
+
+
+def test_a_server_whose_children_could_not_use_the_gpu_does_not_start():
+    [said] = run(f"""{PRELUDE}
+import torch
+torch._C._cuda_isInBadFork = lambda: True
+try:
+    import libraries
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+""")
+    assert said == "a library asked CUDA while it was imported: no process forked from this one could use the GPU"
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 2)])
+def test_the_number_of_gpus_is_nvmls_unless_cuda_was_told_to_see_none(visible, gpus, monkeypatch, tmp_path):
+    from tests.nvml import A10, T4, StandIn
+
+    monkeypatch.syspath_prepend(str(ROOT / "docker"))
+    import libraries
+
+    StandIn(tmp_path, monkeypatch).state(A10, T4)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert libraries.gpus_by_nvml() == gpus
+
+
+# --- which worker takes a message --------------------------------------------------------------------------------------
+
+DRIVER = """
+import json, os, sys, time
+sys.path.insert(0, {docker!r})
+import superexec
+
+def work(orders, keep):
+    '''In place of the app: says who took which message, and keeps something unless it is told not to.'''
+    while True:
+        try:
+            (what, *_), began = orders.recv()
+        except EOFError:
+            return
+        assert 0 <= time.monotonic() - began < 60
+        if what == "dies":
+            os._exit(9)
+        time.sleep(0.5 if what == "slow" else 0)
+        with open({out!r}, "a") as file:
+            file.write(f"{{what}} {{os.getpid()}}\\n")
+        orders.send(keep and what != "last")
+
+def after(workers, seconds=20.0):
+    '''Until none is busy.'''
+    end = time.monotonic() + seconds
+    while workers.tidy() or any(worker.busy for worker in workers.alive):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    superexec.work = work
+    workers = superexec.Workers(superexec.server(), keep=float(sys.argv[1]))
+    for order in sys.argv[2:]:
+        if order == "wait":
+            after(workers)
+        elif order == "later":
+            time.sleep(1.2); workers.tidy()
+        elif order == "alive":
+            with open({out!r}, "a") as file:
+                file.write(f"alive {{sum(worker.process.is_alive() for worker in workers.alive)}}\\n")
+        else:
+            workers.run, _, what = order.partition(":")
+            workers.start([what])
+    after(workers)
+"""
+
+
+def took(tmp_path: Path, *orders: str, keep: float = 300) -> list[tuple[str, int]]:
+    """(message, a number that stands for the process that took it) in the order in which they ended; or (alive, how many wait)."""
+    out, driver = tmp_path / "out", tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(docker=str(ROOT / "docker"), out=str(out)))
+    subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=120)
+    pids: dict[str, int] = {}
+    lines = [line.split() for line in out.read_text().splitlines()]
+    return [(what, int(who) if what == "alive" else pids.setdefault(who, len(pids) + 1)) for what, who in lines]
+
+
+def test_the_messages_of_a_run_go_to_one_process(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "7:b", "wait", "7:c") == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_another_run_gets_a_process_of_its_own_and_ends_the_idle_one(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "8:b", "wait", "alive", "7:c") == [("a", 1), ("b", 2), ("alive", 1), ("c", 3)]
+
+
+def test_a_busy_worker_of_another_run_finishes_its_message(tmp_path):
+    assert took(tmp_path, "7:slow", "8:b", "wait") == [("b", 1), ("slow", 2)]
+
+
+def test_a_worker_that_keeps_nothing_ends(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "7:last", "wait", "alive", "7:b") == [("a", 1), ("last", 1), ("alive", 0), ("b", 2)]
+
+
+def test_a_worker_that_died_is_followed_by_a_fresh_one(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "7:dies", "wait", "7:b") == [("a", 1), ("b", 2)]
+
+
+def test_a_worker_that_waited_too_long_ends(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "alive", "later", "alive", "7:b", keep=1) == [("a", 1), ("alive", 1), ("alive", 0), ("b", 2)]
+
+
+def test_with_nothing_to_keep_every_message_has_a_process_of_its_own(tmp_path):
+    assert took(tmp_path, "7:a", "wait", "7:b", keep=0) == [("a", 1), ("b", 2)]
+
+
+def test_a_process_that_has_a_parent_to_watch_watches_it_once():
+    [rest] = run(PRELUDE + "print(json.dumps(superexec.watched_already(['--token', 'x', '--parent-pid', '7', '--insecure'])))")
+    assert rest == ["--token", "x", "--insecure"]
+
+
+def test_every_place_in_flower_where_the_workers_are_put_is_there():
+    run(PRELUDE + "superexec.adopt(superexec.Workers(None, 1.0))")

@@ -20,7 +20,7 @@ from tests import tiny
 
 def encoded(count: int = 6) -> cache.Encoded:
     latents, text = tiny.batch(count)
-    return cache.Encoded(latents, text, torch.full((24, 16), 9.0), [f"photo {n}" for n in range(count)])
+    return cache.Encoded.of(latents, text, torch.full((24, 16), 9.0), [f"photo {n}" for n in range(count)])
 
 
 def trained(config=tiny.CONFIG, seed: int = 1, count: int = 6, start: model.Adapter | None = None) -> tuple[model.Adapter, float]:
@@ -133,7 +133,7 @@ def test_enough_steps_learn_the_photos():
     config = tiny.config(local_steps=60, caption_dropout=0.0)
     unet, photos, scheduler = tiny.unet(config), encoded(4), model.load_scheduler(tiny.base())
     measure = lambda: diffusion.validation_loss(  # noqa: E731
-        unet, scheduler, photos.latents_NChw, photos.text_NTD, photos.keys, timesteps=8, batch_size=32
+        unet, scheduler, photos, torch.device("cpu"), timesteps=8, batch_size=32
     )
     before = measure()
     train.fit(unet, scheduler, photos, config, train.accelerator(config), seed=1)
@@ -227,7 +227,7 @@ def test_two_photos_are_enough(tmp_path):
 def test_seconds_are_told_by_phase(folder):
     here = site(folder)
     here.evaluate(), here.fit(1)
-    assert list(here.clock.seconds) == ["encode", "load", "evaluate", "train"]
+    assert list(here.clock.seconds) == ["start", "encode", "load", "evaluate", "train"]
     assert all(seconds > 0 for seconds in here.clock.seconds.values())
 
 

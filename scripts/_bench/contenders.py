@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app import journal
 from scripts._bench.watch import Watch, idle_cpu
 from scripts._deployment import BIN, ROOT, Processes, free_port
 from scripts._flower import CONNECTION, connect, flwr, follow, start_run
@@ -137,15 +136,9 @@ def ours(task: Task, show: Show, idle: float = 0, kind: type[Processes] = Proces
         facts["run"] = time.time() - start
         folder = running.fetch(run)
         history = json.loads((folder / "history.json").read_text())
-        done = {(name, line["round"]): line["time"] for name in task.sites for line in journal.read(running.home / "cache" / name) if line["run"] == run}
         rounds = []
         for entry in history["rounds"]:
-            sites = []
-            for name, metrics in entry["sites"].items():
-                worked = phases(metrics)
-                end = done[name, entry["round"]]
-                sites.append(worked | {"start": max(0.0, end - watch.started(name, end) - sum(worked.values()))})
-            rounds.append(by_phase(entry["seconds"], sites, entry.get("transfer", 0.0)))
+            rounds.append(by_phase(entry["seconds"], [phases(metrics) for metrics in entry["sites"].values()], entry.get("transfer", 0.0)))
         first = next(at for at, line in told if line.startswith("bouquet: round 1/"))
         facts["first-step"] = up + first - start - rounds[0]["train"]  # what is left of round 1 after its training is too short to see
         facts["adapter-mb"] = (folder / "final" / "adapter_model.safetensors").stat().st_size / 1e6

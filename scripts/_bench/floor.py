@@ -27,13 +27,13 @@ def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     unet.train()
-    order = torch.empty(0, dtype=torch.long)
+    order, rows = torch.empty(0, dtype=torch.long), photos.text_NTD
     for _ in range(config.local_steps):
         while len(order) < config.batch_size:
             order = torch.cat([order, torch.randperm(len(photos.keys), generator=generator)])
         pick, order = order[: config.batch_size], order[config.batch_size :]
         blank = torch.rand(len(pick), 1, 1, generator=generator) < config.caption_dropout
-        text = torch.where(blank, photos.blank_TD, photos.text_NTD[pick])
+        text = torch.where(blank, photos.blank_TD, rows[pick])
         clean = photos.latents_NChw[pick]
         noise = torch.randn(clean.shape, generator=generator)
         t = torch.randint(scheduler.config.num_train_timesteps, (len(pick),), generator=generator)
@@ -48,8 +48,8 @@ def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float
 
 def evaluate(unet, scheduler, photos: Encoded, config: RunConfig) -> float:
     unet.eval()
-    rows = (photos.latents_NChw, photos.text_NTD, photos.keys)
-    return diffusion.validation_loss(unet, scheduler, *rows, timesteps=config.validation_timesteps, batch_size=train.WIDER * config.batch_size)
+    size = train.WIDER * config.batch_size
+    return diffusion.validation_loss(unet, scheduler, photos, torch.device("cpu"), timesteps=config.validation_timesteps, batch_size=size)
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def build_encoders(shape: Shape, device: str) -> tuple[torch.nn.Module, torch.nn
 def random_photos(shape: Shape, count: int) -> Encoded:
     draw = torch.Generator().manual_seed(1)
     text = torch.randn(count, shape.tokens, shape.text, generator=draw)
-    return Encoded(torch.randn(count, 4, shape.side, shape.side, generator=draw), text, text[0], [str(n) for n in range(count)])
+    return Encoded.of(torch.randn(count, 4, shape.side, shape.side, generator=draw), text, text[0], [str(n) for n in range(count)])
 
 
 def random_files(shape: Shape, count: int) -> list[bytes]:
@@ -202,7 +202,7 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
     config = RunConfig.read(settings | {"local-steps": steps, "precision": "bf16" if device == "cuda" else "fp32"})
     accelerator, scheduler, unet = train.accelerator(config), schedule(), build_unet(shape, config, device)
     vae, text_encoder = build_encoders(shape, device)
-    photos, files = random_photos(shape, 64).to(torch.device(device)), random_files(shape, 16)
+    photos, files = random_photos(shape, 64), random_files(shape, 16)
 
     def ours(size: int, steps: int) -> Callable[[], object]:
         return lambda: train.fit(unet, scheduler, photos, replace(config, batch_size=size, local_steps=steps), accelerator, 1)
@@ -232,11 +232,15 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
     return found, matmul_rate(device, 8192 if device == "cuda" else 256)
 
 
+def no_gpu(command: str) -> int:
+    print(f"bench {command}: no GPU: torch {torch.__version__} finds no CUDA device here, so nothing was measured.", file=sys.stderr)
+    print(f"  fix    run it where nvidia-smi shows a GPU; scripts/bench {command} --device cpu --tiny shows that it runs", file=sys.stderr)
+    return 2
+
+
 def main(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
-        print(f"bench gpu: no GPU: torch {torch.__version__} finds no CUDA device here, so nothing was measured.", file=sys.stderr)
-        print("  fix    run it where nvidia-smi shows a GPU; scripts/bench gpu --device cpu --tiny shows that it runs", file=sys.stderr)
-        return 2
+        return no_gpu("gpu")
     shape = TINY if args.tiny else Shape()
     found, rate = compare(args.device, shape, *((2, 1, 16) if args.tiny else (20, 3, 256)))
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, tiny shapes: no measurement"

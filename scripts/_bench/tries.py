@@ -30,13 +30,14 @@ from scripts._bench.contenders import TASK, Stock, Task, ours
 from scripts._deployment import Processes
 
 Work = Callable[[], object]
+CPU = torch.device("cpu")
 
 
 def random_photos(count: int, side: int = 8, tokens: int = 24, width: int = 128) -> Encoded:
     """`count` encoded photos that are noise."""
     draw = torch.Generator().manual_seed(1)
     text = torch.randn(count, tokens, width, generator=draw)
-    return Encoded(torch.randn(count, 4, side, side, generator=draw), text, text[0], [f"{n:064x}" for n in range(count)])
+    return Encoded.of(torch.randn(count, 4, side, side, generator=draw), text, text[0], [f"{n:064x}" for n in range(count)])
 
 
 def take_turns(variants: dict[str, Work], turns: int) -> dict[str, float]:
@@ -99,12 +100,11 @@ def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Wo
     for part in merged.modules():
         if hasattr(part, "merge") and hasattr(part, "lora_A"):
             part.merge()
-    rows = (photos.latents_NChw, photos.text_NTD, photos.keys)
 
     def at(size: int, unet=net, mode: Callable = contextlib.nullcontext) -> Work:
         def work() -> float:
             with mode():
-                return diffusion.validation_loss(unet.eval(), scheduler, *rows, timesteps=config.validation_timesteps, batch_size=size)
+                return diffusion.validation_loss(unet.eval(), scheduler, photos, CPU, timesteps=config.validation_timesteps, batch_size=size)
 
         return work
 

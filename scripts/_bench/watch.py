@@ -80,10 +80,6 @@ class Watch(threading.Thread):
         self.ended.set()
         self.join()
 
-    def started(self, name: str, before: float) -> float:
-        """When the process began that worked for `name` at time `before`; `before` where none was seen."""
-        return max((began for began in self.began.get(name, {}).values() if began < before), default=before)
-
 
 def idle_cpu(sessions: Mapping[int, str], seconds: float) -> dict[str, float]:
     """CPU use by name over `seconds`, in percent of one core."""

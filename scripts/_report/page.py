@@ -20,7 +20,7 @@ from scripts._report import charts, findings, memory, pictures, worth
 from scripts._report.reading import Run
 
 HERE = Path(__file__).parent
-PHASES = {"encode": "encode photos", "load": "load the model", "evaluate": "validate", "train": "train"}
+PHASES = {"start": "start", "encode": "encode photos", "load": "load the model", "evaluate": "validate", "train": "train"}
 REST = "start, travel, wait"
 
 

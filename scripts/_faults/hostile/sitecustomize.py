@@ -27,7 +27,7 @@ def lying_client() -> None:
     def spoiled(self, message, context):
         config = message.content["config"]
         name = wrong(config.get("round", config.get("server-round")))
-        sent = message.content
+        sent, Array.deflate = message.content, deflate  # one process takes all messages of a run
         if name.startswith("no GPU memory"):
             no_memory(also_with_half=name.endswith("half"))
         reply = answer(self, message, context)

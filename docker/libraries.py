@@ -1,0 +1,69 @@
+"""What every message of a site needs, imported once by the fork server (superexec.py) from which the processes of all runs begin.
+
+Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question to CUDA, after
+which no process forked from this one could use the GPU.
+Errors: RuntimeError when it could not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LIBRARIES = ["accelerate", "peft", "diffusers.models.unets.unet_2d_condition", "diffusers.schedulers.scheduling_ddpm", "flwr.supernode.cli.flwr_clientapp"]
+
+
+@contextmanager
+def gpu_asked_by_nvml() -> Iterator[None]:
+    """While a library is imported, torch answers whether there is a GPU by NVML instead of by CUDA.
+
+    diffusers asks it at import, and CUDA's own answer marks every process that is forked afterwards as one that cannot use the GPU
+    (torch's "bad fork"). Everything that torch knows of the number of GPUs comes from this one function.
+    """
+    import torch
+
+    real = getattr(torch._C, "_cuda_getDeviceCount", None)
+    if real is None:  # torch's CPU build
+        yield
+        return
+    torch._C._cuda_getDeviceCount = gpus_by_nvml
+    try:
+        yield
+    finally:
+        torch._C._cuda_getDeviceCount = real
+
+
+def gpus_by_nvml() -> int:
+    """How many GPUs CUDA may use here; 0 without NVIDIA's driver."""
+    import pynvml
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return 0
+    try:
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlDeviceGetCount())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return 0
+
+
+def fork_is_bad() -> bool:
+    """Whether torch says of a process forked from this one that it cannot use CUDA; asked in one."""
+    import torch
+
+    if not hasattr(torch._C, "_cuda_isInBadFork"):
+        return False
+    if not (child := os.fork()):
+        os._exit(int(torch._C._cuda_isInBadFork()))
+    return bool(os.waitpid(child, 0)[1])
+
+
+with gpu_asked_by_nvml():
+    for library in LIBRARIES:
+        importlib.import_module(library)
+if fork_is_bad():
+    raise RuntimeError("a library asked CUDA while it was imported: no process forked from this one could use the GPU")
