@@ -1,0 +1,156 @@
+"""docker/install asks pip for the right one of torch's two builds; with a real pip, small wheels in a folder, and no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+CPU, CUDA = "2.13.0+cpu", "2.13.0"
+LOCK = "packaging==25.0\nnvidia-ml-py==13.615.71\ntorch==2.13.0\n\n# CUDA: what that build brings besides\ntriton==3.7.1\n"
+PYPROJECT = '[project]\ndependencies = ["torch==2.13.0", "nvidia-ml-py==13.615.71"]\n[project.optional-dependencies]\ntest = []\n'
+
+
+def wheel(folder: Path, name: str, version: str, requires: str = "", source: str = "") -> None:
+    """A package of one module."""
+    stem, info = f"{name}-{version}", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.py", source)
+        needs = f"Requires-Dist: {requires}\n" if requires else ""
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def torch(folder: Path, version: str, cuda: str | None) -> None:
+    source = f"from types import SimpleNamespace\n__version__ = {version!r}\nversion = SimpleNamespace(cuda={cuda!r})\n"
+    wheel(folder, "torch", version, "triton" if cuda else "", source)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with pip, to be copied."""
+    venv = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    return venv
+
+
+class Host:
+    """A project with docker/install, a fresh environment, and the folder in which pip looks; both builds of torch lie there."""
+
+    def __init__(self, folder: Path, bare: Path) -> None:
+        self.folder, self.venv, self.wheels = folder, folder / "venv", folder / "found"
+        self.wheels.mkdir()
+        shutil.copytree(bare, self.venv, symlinks=True)
+        shutil.copy(ROOT / "docker" / "install", folder / "install")
+        (folder / "warm.py").write_text("import torch\n")
+        (folder / "constraints.txt").write_text(LOCK)
+        (folder / "pyproject.toml").write_text(PYPROJECT)
+        for name, version in (("nvidia_ml_py", "13.615.71"), ("triton", "3.7.1"), ("triton", "3.8.0")):
+            wheel(self.wheels, name, version)
+        torch(self.wheels, CPU, None)
+        torch(self.wheels, CUDA, "13.0")
+
+    def install(self, build: str) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
+        return subprocess.run(["./install", "venv", build, "test"], cwd=self.folder, env=env, capture_output=True, text=True)
+
+    def packages(self) -> dict[str, str]:
+        """What is installed now, without what Python brings."""
+        code = "import importlib.metadata as m; print(*(d.metadata['Name'] + '=' + d.version for d in m.distributions()))"
+        words = subprocess.run([self.venv / "bin/python", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        return {name: version for name, version in (word.split("=") for word in words) if name not in ("pip", "setuptools")}
+
+
+@pytest.fixture
+def host(tmp_path: Path, bare: Path) -> Host:
+    return Host(tmp_path, bare)
+
+
+HAS = {
+    "cpu": {"torch": CPU, "nvidia_ml_py": "13.615.71"},
+    "cuda": {"torch": CUDA, "nvidia_ml_py": "13.615.71", "triton": "3.7.1"},
+}
+
+
+@pytest.mark.parametrize("build", HAS)
+def test_the_build_that_was_asked_for_is_installed_though_the_other_lies_beside_it(host: Host, build: str) -> None:
+    done = host.install(build)
+    assert done.returncode == 0, done.stderr
+    assert host.packages() == HAS[build]
+
+
+@pytest.mark.parametrize(("before", "after"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_an_environment_with_the_other_build_is_changed_and_keeps_nothing_of_it(host: Host, before: str, after: str) -> None:
+    host.install(before)
+    assert host.packages() == HAS[before]
+    done = host.install(after)
+    assert done.returncode == 0, done.stderr
+    assert host.packages() == HAS[after]
+
+
+@pytest.mark.parametrize("build", HAS)
+def test_an_older_torch_is_exchanged_for_the_same_build_of_the_locked_one(host: Host, build: str) -> None:
+    torch(host.wheels, "2.12.0" + ("+cpu" if build == "cpu" else ""), "12.8" if build == "cuda" else None)
+    lock = host.folder / "constraints.txt"
+    for version in ("2.12.0", "2.13.0"):
+        for file, text in ((lock, LOCK), (host.folder / "pyproject.toml", PYPROJECT)):
+            file.write_text(text.replace("2.13.0", version))
+        assert host.install(build).returncode == 0
+    assert host.packages() == HAS[build]
+
+
+@pytest.mark.parametrize("build", HAS)
+def test_a_second_time_nothing_is_done(host: Host, build: str) -> None:
+    host.install(build)
+    shutil.rmtree(host.wheels)
+    done = host.install(build)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_cuda_build_nothing_is_installed_and_a_person_is_told(host: Host) -> None:
+    (host.wheels / f"torch-{CUDA}-py3-none-any.whl").unlink()
+    done = host.install("cuda")
+    assert done.returncode == 1 and host.packages() == {}
+    assert "HOST-13  torch is not the build that was asked for.\n  found  pip has no torch===2.13.0" in done.stderr
+
+
+def test_a_build_of_that_version_without_cuda_is_refused(host: Host) -> None:
+    """As for a machine for which PyPI's build has none."""
+    torch(host.wheels, CUDA, None)
+    done = host.install("cuda")
+    assert done.returncode == 1
+    assert "HOST-13  torch is not the build that was asked for.\n  found  cpu 2.13.0, where CUDA was asked for" in done.stderr
+
+
+def test_without_a_cpu_build_the_default_one_serves_and_it_is_said(host: Host) -> None:
+    (host.wheels / f"torch-{CPU}-py3-none-any.whl").unlink()
+    for _ in range(2):
+        done = host.install("cpu")
+        assert done.returncode == 0 and "no CPU build of torch 2.13.0 found" in done.stderr
+        assert host.packages() == HAS["cuda"]
+
+
+def test_a_build_that_does_not_exist_is_refused(host: Host) -> None:
+    done = host.install("CUDA")
+    assert done.returncode == 1 and "HOST-13" in done.stderr and "TORCH=cpu or TORCH=cuda" in done.stderr
+
+
+def test_what_the_roles_import_is_compiled_whatever_the_environment_says(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    host.install("cpu")
+    assert list(host.venv.glob("lib/python3*/site-packages/__pycache__/torch.*.pyc"))
+
+
+def test_the_lock_names_every_package_once_at_one_version() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 and " " not in line for line in lines)
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines]
+    assert len(names) == len(set(names))
