@@ -10,12 +10,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 
 from app import aggregate, checkpoint, model, wire
 from app.config import RunConfig
@@ -24,6 +27,8 @@ from app.spool import Spool
 
 POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
 LEAST = 60.0  # seconds that a round may always take
+# A reply is there before what is in it; Flower's Grid looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+http_grid.pull_objects = partial(pull_objects, initial_backoff=POLL / 10, backoff_cap=1.0, max_tries_per_object=None)
 
 
 class Exchange:

@@ -23,13 +23,17 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 PR_SET_NAME = 15  # prctl(2)
 KEEP = 300.0  # seconds that a worker waits for its run's next message
-LEAST, SHARE = 0.05, 0.05  # seconds between two questions to the SuperNode for work: a share of the time since there was some, at least LEAST
+LEAST, SHARE = 0.05, 0.05  # seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
+
+# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+SOON = {"initial_backoff": LEAST, "backoff_cap": 0.2, "max_tries_per_object": None}
 
 
 # --- the fork server ---------------------------------------------------------------------------------------------------
@@ -73,6 +77,7 @@ def work(orders: Connection, keep: bool) -> None:
 def message(arguments: list[str]) -> None:
     """One message: what Flower's command flwr-clientapp does, but for ending the process."""
     from flwr.supercore.exit import exit_handler
+    from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
@@ -81,6 +86,7 @@ def message(arguments: list[str]) -> None:
             exit_handler.trigger_exit_handlers(run_before_force_exit=early)
 
     run_clientapp.flwr_exit = end  # Flower's own would end this process some seconds later
+    run_clientapp.pull_and_inflate_object_from_tree = partial(pull_and_inflate_object_from_tree, **SOON)
     sys.argv = ["flwr-clientapp", *arguments]
     flwr_clientapp()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):

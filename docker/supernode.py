@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -25,6 +27,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
 LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
 SHARE = 0.05  # of the time since it last worked: the longer it has been idle, the less often it asks
+# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+SOON = {"initial_backoff": LEAST, "backoff_cap": 1.0, "max_tries_per_object": None}
 IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
 GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
 
@@ -85,6 +89,7 @@ def hasten() -> None:
             time.sleep(min(seconds, max(LEAST, SHARE * (now - cls.worked))))
 
     start_client_internal.subprocess, start_client_internal.time = Warm, Clock
+    start_client_internal.pull_objects = partial(pull_objects, **SOON)
 
 
 def end_with(superexec: subprocess.Popen) -> None:

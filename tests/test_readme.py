@@ -61,6 +61,7 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/hub sign --key FILE": (f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
     "scripts/hub admit NAME NAME.pub": (f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
     "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
+    "scripts/bench accept": ("tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind", '"scripts/bench", "accept"'),
     "scripts/access": ("tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart", "scripts/access"),
     "scripts/hub status": ("tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_2", "scripts/hub status"),
     "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
 PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT / 'docker')!r}); import superexec, json; "
 
@@ -207,3 +209,28 @@ def test_a_process_that_has_a_parent_to_watch_watches_it_once():
 
 def test_every_place_in_flower_where_the_workers_are_put_is_there():
     run(PRELUDE + "superexec.adopt(superexec.Workers(None, 1.0))")
+
+
+def test_what_a_message_holds_is_looked_for_sooner_than_a_second_later_by_site_and_hub():
+    """A message, or a reply, is there a moment before its objects are; Flower's first second of waiting was a second of every other round."""
+    import inspect
+
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.superlink.grid import http_grid
+
+    from app import exchange
+
+    [soon] = run(PRELUDE + "print(json.dumps(superexec.SOON))")
+    assert soon.keys() <= inspect.signature(inflatable_utils.pull_and_inflate_object_from_tree).parameters.keys()
+    assert soon["initial_backoff"] < 0.1
+    tries, waited = [], []
+
+    def pull(name: str) -> bytes:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise ObjectUnavailableError(name)
+        return b"x"
+
+    assert http_grid.pull_objects(["a"], pull) == {"a": b"x"}
+    waited = [later - sooner for sooner, later in zip(tries, tries[1:], strict=False)]
+    assert exchange.POLL / 20 < waited[0] < waited[1] < 0.9, waited

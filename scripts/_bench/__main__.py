@@ -33,6 +33,8 @@ MORE = {
     "memory": "what a site's process needs with a model of Stable Diffusion 1.5's size",
     "tries": "what was tried to make the arithmetic cheaper",
     "gpu": "Stable Diffusion 1.5's UNet on a GPU",
+    "gpu-tries": "what was tried to make the loop on a GPU cheaper",
+    "accept": "does a deployment work on this machine's GPU, and is it as fast as it should be: six minutes",
 }
 
 
@@ -133,8 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=about)
         command.add_argument("--json", type=Path, default=ROOT / f".bouquet/bench-{name}.json")
         command.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
-        if name == "gpu":
+        if name in ("gpu", "gpu-tries", "accept"):
             command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+        if name == "accept":
+            command.add_argument("--only", default="", metavar="REGEX", help="only the checks whose names it finds")
+        if name in ("gpu-tries", "accept"):
+            command.add_argument("--limit", type=float, default=360, metavar="SECONDS", help="what does not end by then is left out (360)")
         if name == "sites":
             command.add_argument("--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites")
     parser.add_argument("--quick", action="store_true", help="a tenth of the images and steps")
@@ -146,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the phases as stacked bars")
     args = parser.parse_args(arguments)
     if args.command:
-        return import_module(f"scripts._bench.{args.command}").main(args)
+        return import_module(f"scripts._bench.{args.command.replace('-', '_')}").main(args)
     return compare(args)
 
 
