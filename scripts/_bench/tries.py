@@ -71,7 +71,7 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
 
         def work() -> None:
             stock = torch.optim.AdamW
-            torch.optim.AdamW = lambda *args, **kwargs: stock(*args, **kwargs, **changes)
+            torch.optim.AdamW = lambda *args, **kwargs: stock(*args, **(kwargs | changes))
             try:
                 train.fit(plain, scheduler, photos, config, accelerator, 1)
             finally:
