@@ -19,8 +19,9 @@ from app import model
 from scripts._bench import __main__ as bench
 from scripts._bench import accept, accept_child, accept_machine, accept_memory, accept_runs, base, gpu
 from scripts._bench.accept import CHECKS, Check
+from scripts._bench.accept_desk import Desk, Skip, Wrong
 from scripts._bench.accept_found import NO_TIME, Found, Report, Row, Target
-from scripts._bench.accept_world import TINY, Desk, Skip, World, Wrong
+from scripts._bench.accept_world import TINY, World
 from scripts._deployment import is_alive
 
 MISSED, MET = Target("round / floor", 1.4, most=1.25), Target("round / floor", 1.1, most=1.25)

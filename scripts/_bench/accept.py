@@ -43,8 +43,9 @@ from types import FrameType
 from typing import Any
 
 from scripts._bench import accept_machine, accept_memory, accept_runs
+from scripts._bench.accept_desk import Desk, Late, Skip, Wrong
 from scripts._bench.accept_found import NO_TIME, Found, Report, Row
-from scripts._bench.accept_world import BOTH, FULL, ONE, TINY, Desk, Late, Skip, World, Wrong
+from scripts._bench.accept_world import BOTH, FULL, ONE, TINY, World
 
 ENDING = 8.0  # seconds of the limit that are kept for ending what runs
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

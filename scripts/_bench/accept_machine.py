@@ -11,8 +11,9 @@ import sys
 from math import inf
 from typing import Any
 
+from scripts._bench.accept_desk import Desk, Wrong, last
 from scripts._bench.accept_found import Found, Target
-from scripts._bench.accept_world import BOTH, Desk, Wrong, last
+from scripts._bench.accept_world import BOTH
 
 ADAPTER = {"lora-rank": 8, "lora-targets": "attention"}
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"

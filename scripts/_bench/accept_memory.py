@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from scripts._bench.accept_desk import Desk, Skip, Wrong
 from scripts._bench.accept_found import Found
+from scripts._bench.accept_hub import Deployment
 from scripts._bench.accept_runs import GONE, ONE, ended, mini_run, served
-from scripts._bench.accept_world import Deployment, Desk, Skip, Wrong
 
 APART = 256.0  # MiB, at least, between what two sizes need: else no ballast would tell them apart
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app import gpu
+from scripts._bench.accept_desk import Desk, Late, Wrong
 from scripts._bench.accept_found import Found, Target
+from scripts._bench.accept_hub import Deployment
 from scripts._bench.accept_machine import ADAPTER
-from scripts._bench.accept_world import BOTH, ONE, Deployment, Desk, Late, Wrong
+from scripts._bench.accept_world import BOTH, ONE
 from scripts._bench.contenders import phases
 from scripts._bench.watch import Watch
 
@@ -38,7 +40,6 @@ def served(desk: Desk, names: Sequence[str] = ONE, base: bool = False) -> Deploy
         world.have(thing, desk)
     hub = world.have("hub", desk)
     hub.serve(names, desk)
-    desk.until(lambda: not hub.workers(), 30, "an earlier run's workers gone")
     return hub
 
 

@@ -1,0 +1,147 @@
+"""The hub and the two sites of `scripts/bench accept`: started, asked and looked at from outside.
+
+Enters: a folder, certificates, the sites' photos, the base models and the one GPU. Leaves: states, histories, and who works at a site.
+Runs are started and judged over the Control API: it costs nothing, where `flwr` would cost a process each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flwr.common.serde import user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListNodesResponse,
+    ListRunsRequest,
+    ListRunsResponse,
+    StartRunRequest,
+    StartRunResponse,
+    StopRunRequest,
+)
+from flwr.proto.fab_pb2 import Fab
+
+from scripts._bench import watch
+from scripts._bench.accept_desk import Desk, Late, Wrong, kill
+from scripts._deployment import ROOT, Processes, free_port
+from scripts._hostile import CONTROL, Door
+from scripts._sign import bundle
+
+IDLE = 20.0  # seconds in which the worker of a run that is over must have ended
+
+
+class Deployment(Processes):
+    """A hub and two sites as processes, started site by site; what has once been ended for good starts nothing more."""
+
+    def __init__(self, home: Path, certs: Path, sites: Mapping[str, Path], models: Path, gpu: str) -> None:
+        usual = {"HF_HUB_OFFLINE": "1", "SITE_KEEP": "", "SITE_LIMITS": ""}  # what is accepted is what everybody gets
+        super().__init__(home, certs, free_port(), sites, usual, models=models, gpus=dict.fromkeys(sites, gpu))
+        self.door = Door("127.0.0.1", self.port, certs / "ca.crt")
+        self.caches = {name: home / "cache" / name for name in sites}
+        self.closing = threading.Lock()
+        self.closed = False
+        self.open: set[str] = set()  # runs whose end nobody has seen
+
+    # --- up and down ---------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, *args: Any, **more: Any) -> None:
+        with self.closing:
+            if self.closed:
+                raise Late("the command is ending")
+            super()._spawn(*args, **more)
+
+    def down(self) -> None:
+        """End everything at once: nobody will miss a goodbye."""
+        with self.closing:
+            self.closed = True
+        for process in self.running.values():
+            kill(process)
+
+    def serve(self, names: Sequence[str], desk: Desk) -> None:
+        """Have these sites online, and no other, with nothing left of an earlier check: no run, and no worker at a site."""
+        for run in list(self.open):
+            self.stop_run(run)
+        self._have(names, desk)
+        try:
+            desk.until(lambda: not self.workers(), IDLE, "an earlier run's workers gone")
+        except Late:  # one that does not hear that its run is over
+            for name in names:
+                self.stop_site(name)
+            self._have(names, desk)
+
+    def _have(self, names: Sequence[str], desk: Desk) -> None:
+        for name in self.sites:
+            if name in self.running and (name not in names or self.running[name].poll() is not None):
+                self.stop_site(name)
+            if name in names and name not in self.running:
+                self.start_site(name)
+        desk.until(lambda: self.online() == len(names), 90, f"{', '.join(names)} online, and nobody else", 0.4)
+
+    # --- the hub's answers ---------------------------------------------------------------------------------------------------
+
+    def online(self) -> int:
+        """Sites that are online; -1 while the hub does not answer."""
+        answer = self.door.call(CONTROL + "list-nodes", ListNodesRequest())
+        return sum(node.status == "online" for node in ListNodesResponse.FromString(answer.body).nodes_info) if answer.status == 200 else -1
+
+    def start_run(self, config: Mapping[str, Any]) -> str:
+        """What `flwr run` sends; the run's id. Errors: Wrong where the hub does not take it."""
+        fab = Fab(hash_str=hashlib.sha256(content := bundled()).hexdigest(), content=content)
+        answer = self.door.call(CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config))))
+        if answer.status != 200:
+            raise Wrong(f"the hub does not start a run: {answer}")
+        self.open.add(run := str(StartRunResponse.FromString(answer.body).run_id))
+        return run
+
+    def stop_run(self, run: str) -> None:
+        """What `flwr stop` sends."""
+        self.door.call(CONTROL + "stop-run", StopRunRequest(run_id=int(run)))
+        self.open.discard(run)
+
+    def state(self, run: str) -> str:
+        """As `flwr ls` says it; '' while the hub does not answer."""
+        answer = self.door.call(CONTROL + "list-runs", ListRunsRequest(run_id=int(run)))
+        if answer.status != 200:
+            return ""
+        status = ListRunsResponse.FromString(answer.body).run_dict[int(run)].status
+        if status.status == "finished":
+            self.open.discard(run)
+        return f"{status.status}:{status.sub_status}".rstrip(":")
+
+    # --- what can be seen from outside ---------------------------------------------------------------------------------------
+
+    def said(self, run: str) -> dict[str, Any]:
+        """The run's status.json; {} while there is none."""
+        return read(self.adapters / run / "status.json")
+
+    def history(self, run: str) -> dict[str, Any]:
+        """The run's history.json; {} where it left none."""
+        return read(self.adapters / run / "history.json")
+
+    def log(self, name: str) -> str:
+        file = self.logs / f"{name}.log"
+        return file.read_text(errors="replace") if file.is_file() else ""
+
+    def workers(self) -> set[int]:
+        """Ids of the processes that take messages at any site."""
+        sessions = {process.pid: name for name, process in self.running.items() if name in self.sites}
+        return {process.pid for _, process in watch.processes(sessions) if process.name == watch.MESSAGE}
+
+
+@cache
+def bundled() -> bytes:
+    """The app's bundle; Flower walks through the whole checkout for it, seconds."""
+    return bundle(ROOT)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON file; {} where there is none, or half of one."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
