@@ -2,7 +2,7 @@
 
 Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question to CUDA, after
 which no process forked from this one could use the GPU.
-Errors: RuntimeError when it could not.
+Errors: RuntimeError (GPU-07) when it could not.
 """
 
 from __future__ import annotations
@@ -66,4 +66,9 @@ with gpu_asked_by_nvml():
     for library in LIBRARIES:
         importlib.import_module(library)
 if fork_is_bad():
-    raise RuntimeError("a library asked CUDA while it was imported: no process forked from this one could use the GPU")
+    raise RuntimeError(
+        "GPU-07  A message's process could not use the GPU.\n"
+        "  found  a library asked CUDA while it was imported, and no process that is forked after that can use it\n"
+        "  fix    install the locked packages: docker/install, or the hub's image\n"
+        "  help   docs/troubleshooting.md#gpu-07"
+    )

@@ -101,7 +101,7 @@ try:
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """)
-    assert said == "a library asked CUDA while it was imported: no process forked from this one could use the GPU"
+    assert said.startswith("GPU-07  A message's process could not use the GPU.\n  found  a library asked CUDA while it was imported")
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 2)])
