@@ -181,7 +181,7 @@ def test_the_server_itself_notices_a_library_that_asked_cuda() -> None:
     plain = SOURCE.replace("\nwith gpu_asked_by_nvml():", "\nif True:")
     assert plain != SOURCE
     done = run("-c", plain)
-    assert done.returncode == 1 and "RuntimeError: a library asked CUDA while it was imported" in done.stderr
+    assert done.returncode == 1 and "RuntimeError: GPU-07  A message's process could not use the GPU." in done.stderr
 
 
 def test_a_message_uses_the_gpu(gpus: int) -> None:
