@@ -125,10 +125,10 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> d
 
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", local_files_only=True, dtype=torch.float32).to(device).eval()
-    out = {}
+    out, length = {}, tokens(base)
     for start in range(0, len(captions), BATCH):
         part = captions[start : start + BATCH]
-        ids = tokenizer(part, padding="max_length", max_length=tokens(base), truncation=True, return_tensors="pt")
+        ids = tokenizer(part, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         hidden = encoder(ids.input_ids.to(device)).last_hidden_state.half().cpu()
         out |= {_digest(c): row for c, row in zip(part, hidden, strict=True)}
     return out
