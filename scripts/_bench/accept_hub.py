@@ -1,41 +1,27 @@
 """The hub and the two sites of `scripts/bench accept`: started, asked and looked at from outside.
 
 Enters: a folder, certificates, the sites' photos, the base models and the one GPU. Leaves: states, histories, and who works at a site.
-Runs are started and judged over the Control API: it costs nothing, where `flwr` would cost a process each time.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flwr.common.serde import user_config_to_proto
-from flwr.proto.control_pb2 import (
-    ListNodesRequest,
-    ListNodesResponse,
-    ListRunsRequest,
-    ListRunsResponse,
-    StartRunRequest,
-    StartRunResponse,
-    StopRunRequest,
-)
-from flwr.proto.fab_pb2 import Fab
+from flwr.proto.control_pb2 import StopRunRequest
 
 from scripts._bench import watch
 from scripts._bench.accept_desk import Desk, Late, Wrong, kill
-from scripts._deployment import ROOT, Processes, free_port
+from scripts._control import Control, read
+from scripts._deployment import Processes, free_port
 from scripts._hostile import CONTROL, Door
-from scripts._sign import bundle
 
 IDLE = 20.0  # seconds in which the worker of a run that is over must have ended
 
 
-class Deployment(Processes):
+class Deployment(Control, Processes):
     """A hub and two sites as processes, started site by site; what has once been ended for good starts nothing more."""
 
     def __init__(self, home: Path, certs: Path, sites: Mapping[str, Path], models: Path, gpu: str) -> None:
@@ -84,18 +70,12 @@ class Deployment(Processes):
 
     # --- the hub's answers ---------------------------------------------------------------------------------------------------
 
-    def online(self) -> int:
-        """Sites that are online; -1 while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-nodes", ListNodesRequest())
-        return sum(node.status == "online" for node in ListNodesResponse.FromString(answer.body).nodes_info) if answer.status == 200 else -1
-
-    def start_run(self, config: Mapping[str, Any]) -> str:
-        """What `flwr run` sends; the run's id. Errors: Wrong where the hub does not take it."""
-        fab = Fab(hash_str=hashlib.sha256(content := bundled()).hexdigest(), content=content)
-        answer = self.door.call(CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config))))
-        if answer.status != 200:
-            raise Wrong(f"the hub does not start a run: {answer}")
-        self.open.add(run := str(StartRunResponse.FromString(answer.body).run_id))
+    def start_run(self, config: Mapping[str, Any], app: Path | None = None) -> str:
+        """The run's id. Errors: Wrong where the hub does not take it."""
+        try:
+            self.open.add(run := super().start_run(config, app))
+        except AssertionError as answer:
+            raise Wrong(f"the hub does not start a run: {answer}") from None
         return run
 
     def stop_run(self, run: str) -> None:
@@ -104,20 +84,11 @@ class Deployment(Processes):
         self.open.discard(run)
 
     def state(self, run: str) -> str:
-        """As `flwr ls` says it; '' while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-runs", ListRunsRequest(run_id=int(run)))
-        if answer.status != 200:
-            return ""
-        status = ListRunsResponse.FromString(answer.body).run_dict[int(run)].status
-        if status.status == "finished":
+        if (state := super().state(run)).startswith("finished"):
             self.open.discard(run)
-        return f"{status.status}:{status.sub_status}".rstrip(":")
+        return state
 
     # --- what can be seen from outside ---------------------------------------------------------------------------------------
-
-    def said(self, run: str) -> dict[str, Any]:
-        """The run's status.json; {} while there is none."""
-        return read(self.adapters / run / "status.json")
 
     def history(self, run: str) -> dict[str, Any]:
         """The run's history.json; {} where it left none."""
@@ -131,17 +102,3 @@ class Deployment(Processes):
         """Ids of the processes that take messages at any site."""
         sessions = {process.pid: name for name, process in self.running.items() if name in self.sites}
         return {process.pid for _, process in watch.processes(sessions) if process.name == watch.MESSAGE}
-
-
-@cache
-def bundled() -> bytes:
-    """The app's bundle; Flower walks through the whole checkout for it, seconds."""
-    return bundle(ROOT)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A JSON file; {} where there is none, or half of one."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}

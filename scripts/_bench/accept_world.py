@@ -22,7 +22,8 @@ import pynvml
 
 from app import gpu
 from scripts._bench.accept_desk import Child, Desk, kill
-from scripts._bench.accept_hub import Deployment, bundled
+from scripts._bench.accept_hub import Deployment
+from scripts._control import bundled
 from scripts._deployment import ROOT, pin
 
 ONE, BOTH = ("site-1",), ("site-1", "site-2")
@@ -141,7 +142,7 @@ class World:
         self.deployment.register()
         for name in sites:
             self.deployment.start_site(name)
-        bundled()
+        bundled(ROOT)
         return self.deployment
 
     # --- looking -------------------------------------------------------------------------------------------------------------

@@ -1,28 +1,19 @@
 """A hub that is being watched: its runs are started and judged over the Control API, and what it writes is read from its volume.
 
-The Control API costs nothing, where `flwr` would cost a process each time. Whether hub and sites are processes (bench.py) or containers
-(containers.py) does not matter here.
+Whether hub and sites are processes (bench.py) or containers (containers.py) does not matter here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Self
 
-from flwr.common.serde import user_config_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, ListRunsRequest, ListRunsResponse, StartRunRequest, StartRunResponse
-from flwr.proto.fab_pb2 import Fab
-
 from scripts import _check
+from scripts._control import Control
 from scripts._deployment import ROOT
-from scripts._hostile import CONTROL, Door
-from scripts._sign import bundle
 
 LIMIT = 420  # seconds in which a run must have ended, whatever happened to it
 BACK = 150  # seconds in which every site must be online again
@@ -32,14 +23,11 @@ class Late(Exception):
     """Something did not happen in its time."""
 
 
-class Hub(ABC):
+class Hub(Control, ABC):
     """What both kinds of deployment have in common."""
 
-    door: Door  # the Control API's address
     sites: Mapping[str, Path]  # name -> data folder
-    adapters: Path  # the output volume
     caches: Mapping[str, Path]  # site -> its cache, where its journal lies
-    app = ROOT  # the checkout that runs are started from
 
     @abstractmethod
     def up(self) -> None:
@@ -74,44 +62,14 @@ class Hub(ABC):
             time.sleep(0.02)
         raise Late(f"{name}: not within {seconds:.0f} s")
 
-    def online(self) -> int:
-        """Sites that are online; -1 while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-nodes", ListNodesRequest())
-        if answer.status != 200:
-            return -1
-        return sum(node.status == "online" for node in ListNodesResponse.FromString(answer.body).nodes_info)
-
     def all_online(self, seconds: float = BACK) -> None:
         while_waiting = lambda: self.online() == len(self.sites) or time.sleep(0.5)  # noqa: E731
         self.until(while_waiting, seconds, "every site online")
-
-    def start_run(self, config: Mapping[str, object], app: Path | None = None) -> str:
-        """What `flwr run` sends; the run's id."""
-        content = bundled(app or self.app)
-        fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
-        answer = self.door.call(CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config))))
-        assert answer.status == 200, answer
-        return str(StartRunResponse.FromString(answer.body).run_id)
-
-    def state(self, run: str) -> str:
-        """As `flwr ls` says it; '' while the hub does not answer."""
-        answer = self.door.call(CONTROL + "list-runs", ListRunsRequest(run_id=int(run)))
-        if answer.status != 200:
-            return ""
-        status = ListRunsResponse.FromString(answer.body).run_dict[int(run)].status
-        return f"{status.status}:{status.sub_status}".rstrip(":")
 
     def wait_for_end(self, run: str, seconds: float = LIMIT) -> str:
         """The state in which a run ended. Errors: Late."""
         ended = lambda: (state if (state := self.state(run)).startswith("finished") else time.sleep(0.3))  # noqa: E731
         return str(self.until(ended, seconds, f"run {run}'s end"))
-
-    def said(self, run: str) -> dict:
-        """The run's status.json; {} while there is none."""
-        try:
-            return json.loads((self.adapters / run / "status.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
     def mid_round(self, run: str, number: int, site: str = "site-3") -> None:
         """Wait until that site works on round `number`: its ClientApp has read the photos, and trains."""
@@ -122,8 +80,3 @@ class Hub(ABC):
 
     def evidence(self, run: str, **other) -> _check.Evidence:
         return _check.Evidence(self.adapters / run, self.caches, ROOT / "models", **other)
-
-
-@cache
-def bundled(app: Path) -> bytes:
-    return bundle(app)
