@@ -1,6 +1,8 @@
 """Shared parts of the tests: a copy of the project with its own certificates and data, and whether Docker is here.
 
 BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
+With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment once; all that
+uses Docker is worked on by one, as there is one engine. The groups that take longest begin first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,17 @@ import pytest
 from scripts._deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("docker", "test_bench", "test_faults", "test_accept", "test_trust", "test_federation", "test_publish", "test_parity")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    groups = {item: "docker" if "docker" in getattr(item, "fixturenames", ()) else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

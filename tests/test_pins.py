@@ -16,6 +16,7 @@ from conftest import ROOT, copy_project, sh
 
 from scripts import _demo
 from scripts._deployment import Processes, free_port, pin
+from scripts._sign import publisher_key
 
 ONE = ["0", "17", "GPU-aaaa1111-0000-0000-0000-000000000001", "MIG-aaaa1111-0000-0000-0000-000000000001", "MIG-GPU-aaaa1111/7/0", "none"]
 NOT_ONE = ["0,1", "0 1", "0;1", "GPU-aaaa1111,GPU-bbbb2222", "nonsense", "-1", "GPU-", "all", "none,0", "0\n1", "$(id)"]
@@ -92,7 +93,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / ".venv").mkdir()
     for part in ("bin", "lib", "pyvenv.cfg"):
         (copy / ".venv" / part).symlink_to(ROOT / ".venv" / part)
-    sh("cat constraints.txt pyproject.toml docker/install | cksum >.venv/installed", copy)
+    sh("{ cat constraints.txt pyproject.toml docker/install; echo cpu; } | cksum >.venv/installed", copy)
     return copy
 
 
@@ -115,6 +116,17 @@ def test_setup_leaves_a_persons_pin_as_it_is(copy: Path) -> None:
     (copy / ".env").write_text("SITE_1_DATA=./own\nSITE_2_GPU='GPU-1'\n")
     assert set_up(copy, 2).returncode == 0
     assert {line for line in (copy / ".env").read_text().splitlines() if "_GPU=" in line} == {"SITE_1_GPU=0", "SITE_2_GPU='GPU-1'"}
+
+
+def test_setup_without_the_publishers_key_goes_on_and_says_that_the_signature_is_to_come(copy: Path) -> None:
+    (copy / ".env").write_text("SITE_1_DATA=./own\n")
+    publisher_key(copy / "certs/publisher.key")
+    (copy / "certs/publisher.key").rename(copy / "publisher.key")
+    sh("rm -rf .bouquet/signatures", copy)
+    done = set_up(copy, 2)
+    (copy / "publisher.key").rename(copy / "certs/publisher.key")
+    assert done.returncode == 0 and "setup: ready (process)" in done.stdout, done.stdout
+    assert "TRUST-02" in done.stdout and "setup: going on; no site runs the app until its signature is here" in done.stdout
 
 
 @pytest.mark.parametrize(("line", "env"), [("SITE_2_GPU=0,1", {}), ("SITE_3_GPU='0,1'", {}), ("SITE_1_GPU=nonsense", {}), ("", {"SITE_1_GPU": "0,1"})])
@@ -169,14 +181,14 @@ def site(kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_kits_process_sees_the_gpu_of_its_settings_alone(kit: Path, gpu: str) -> None:
     assert site(kit, "init", "--data", "../photos", "--gpu", gpu).returncode == 0
     with (kit / ".env").open("a") as settings:
-        settings.write("SITE_CHECKPOINTING=1\nSITE_KEEP=0\n")
+        settings.write("SITE_CHECKPOINTING=1\nSITE_KEEP=0\nSITE_TRUST_DAYS=90\n")
     for command, program in (("start", "docker/supernode.py"), ("check", "-m app.preflight")):
         shown = site(kit, command)
         assert shown.returncode == 0 and program in shown.stdout, shown
         env = environment(shown.stdout)
         assert (env["SITE_GPU"], env["CUDA_DEVICE_ORDER"]) == (gpu, "PCI_BUS_ID")
         assert env["CUDA_VISIBLE_DEVICES"] == ("" if gpu == "none" else gpu)
-        assert (env["SITE_CHECKPOINTING"], env["SITE_KEEP"]) == ("1", "0")
+        assert (env["SITE_CHECKPOINTING"], env["SITE_KEEP"], env["SITE_TRUST_DAYS"]) == ("1", "0", "90")
 
 
 @pytest.mark.parametrize("gpu", NOT_ONE)
@@ -205,5 +217,5 @@ def test_a_pin_that_was_edited_into_the_settings_is_refused_when_the_site_is_che
 def test_every_site_of_a_compose_file_is_told_its_switches(file: str) -> None:
     text = (ROOT / file).read_text()
     sites = text.count("SITE_LIMITS: ${")
-    assert text.count("SITE_CHECKPOINTING: ${SITE_") == sites >= 1
+    assert text.count("SITE_CHECKPOINTING: ${SITE_") == text.count("SITE_TRUST_DAYS: ${SITE_") == sites >= 1
     assert text.count("SITE_KEEP: ${SITE_KEEP:-}") == 1
