@@ -4,26 +4,39 @@ Flower's SuperLink has signatures only for apps of Flower's own app hub: a bundl
 without one, and a SuperNode that pins publishers (--trusted-entities) refuses it. Here the answer to every site that fetches
 a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, which scripts/_sign.py writes.
 Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
-Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request.
+Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request,
+and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site fills it.
 Enters: flower-superlink's own arguments. Leaves: its exit code.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from functools import cache, wraps
+from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore import sql_mixin
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.superlink import main as superlink_main
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 from starlette.responses import Response
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE if (HERE / "app").is_dir() else HERE.parent))  # the image, or a checkout
+
+from app import text  # noqa: E402
+
+MOST_OBJECTS = 1000  # Flower cuts an adapter into objects of 5 MiB: 5 GB in one reply
+MOST_TOLD = 1000  # things that are told of, before the counts start again
+seen: Counter[str] = Counter()
 
 
 def signatures(bundle: str, folder: Path) -> dict[str, str]:
@@ -37,10 +50,13 @@ def signatures(bundle: str, folder: Path) -> dict[str, str]:
     return {publisher: json.dumps(record) for publisher, record in signed.items()} | {"valid_license": "Valid"}
 
 
-@cache
-def tell(line: str) -> None:
-    """Print a line once."""
-    print(line, flush=True)
+def tell(what: str) -> None:
+    """Print a line the 1st, 10th, 100th, … time: nothing in `what` is a site's choice, but who it is."""
+    if what not in seen and len(seen) >= MOST_TOLD:
+        seen.clear()
+    seen[what] += 1
+    if (count := seen[what]) == 10 ** (len(str(count)) - 1):
+        print(text.printable(what) + (f" ({count} times by now)" if count > 1 else ""), flush=True)
 
 
 def send_signatures(folder: Path) -> None:
@@ -57,18 +73,29 @@ def send_signatures(folder: Path) -> None:
 
 
 def refuse_impostors() -> None:
-    """From now on fleet_handlers.push_messages, where a site's replies arrive, refuses one in another site's name, with 403."""
+    """From now on fleet_handlers.push_messages, where a site's replies arrive, refuses with 403 what no site sends.
+
+    That is a reply in another site's name, and one of more than MOST_OBJECTS pieces.
+    """
     push_messages = fleet_handlers.push_messages
 
     @wraps(push_messages)
     def own(request: Any, *args: Any, **kwargs: Any) -> Any:
-        for message in request.messages_list:
-            if message.metadata.src_node_id != request.node.node_id:
-                tell(f"bouquet: node {request.node.node_id} sent a reply as node {message.metadata.src_node_id}; refused")
-                raise FlowerError(ApiErrorCode.FORBIDDEN_ACTION, "a reply in another SuperNode's name")
+        node = request.node.node_id
+        if any(message.metadata.src_node_id != node for message in request.messages_list):
+            raise refused(node, "a reply in another SuperNode's name")
+        trees = map(iterate_object_tree, request.message_object_trees)
+        if any(next(islice(pieces, MOST_OBJECTS, None), None) for pieces in trees):
+            raise refused(node, f"a reply of more than {MOST_OBJECTS} pieces")
         return push_messages(request, *args, **kwargs)
 
     fleet_handlers.push_messages = own
+
+
+def refused(node: int, what: str) -> FlowerError:
+    """Tell of a node that misbehaves, by the number that its key stands for."""
+    tell(f"bouquet: node {node} sent {what}; refused")
+    return FlowerError(ApiErrorCode.FORBIDDEN_ACTION, what)
 
 
 def wait_for_database() -> None:
@@ -88,7 +115,7 @@ def ask_to_come_back() -> None:
             try:
                 return await call_next(request)
             except OperationalError as error:
-                print(f"bouquet: {request.url.path} was answered with 503: {error.orig}", flush=True)
+                print(text.line(f"bouquet: {request.url.path} was answered with 503: {error.orig}"), flush=True)
                 return Response(status_code=503)
 
         return await translate(request, asked)
@@ -97,6 +124,7 @@ def ask_to_come_back() -> None:
 
 
 if __name__ == "__main__":
+    text.tidy_log("flwr", "uvicorn.error")
     wait_for_database()
     ask_to_come_back()
     refuse_impostors()

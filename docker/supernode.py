@@ -3,11 +3,16 @@
 Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process lives,
 answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle when its SuperExec
 has. Here the end of any of them is the end of the process, whoever started it can start it again, and every answer of the hub is
-noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE).
-Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable. Leaves: its exit code, 1 when the loop raised.
+noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flower verifies who signed a bundle; how
+long ago that may be is judged here (trust.py).
+Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable; SITE_TRUST_DAYS.
+Leaves: its exit code, 1 when the loop raised.
+Errors: TRUST-04, -05 and SITE-12 at the start; for a bundle that is not run those of trust.py.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import trust
 import yaml
+from flwr.app.error import Error
+from flwr.common.config import parse_config_args
+from flwr.common.constant import ErrorCode
+from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
@@ -45,13 +55,57 @@ def note_answers(file: Path) -> None:
     FleetHttpClient._unary_unary = noted
 
 
-def check_trusted(arguments: list[str]) -> None:
-    """End here when the file of --trusted-entities pins nobody: Flower takes that for no check wanted, and runs any code."""
+def limit_trust(arguments: list[str]) -> None:
+    """Where the site pins publishers, run nothing of theirs that is too old; end here where that cannot be promised."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--trusted-entities", type=Path)
-    file = options.parse_known_args(arguments)[0].trusted_entities
-    if file and file.is_file() and not yaml.safe_load(file.read_text()):
-        sys.exit(f"TRUST-05  The site pins no publisher.\n  found  {file} is empty\n  fix    put the hub's trusted.yaml there\n  help   docs/troubleshooting.md#trust-05")
+    options.add_argument("--node-config", default="")
+    own = options.parse_known_args(arguments)[0]
+    file = own.trusted_entities
+    if not file or not file.is_file():
+        return  # nothing is asked for, or Flower ends it
+    if not (pinned := yaml.safe_load(file.read_text())):  # Flower takes that for no check wanted, and runs any code
+        fix = "put the hub's trusted.yaml there"
+        sys.exit(str(trust.Refusal("TRUST-05", "The site pins no publisher.", f"{file} is empty", fix)))
+    if isinstance(limit := trust.days(os.environ.get("SITE_TRUST_DAYS", "")), trust.Refusal):
+        sys.exit(str(limit))
+    if not (cache := parse_config_args([own.node_config]).get("cache-path")):
+        found, fix = "no cache-path in --node-config", "start it with --node-config 'cache-path=\"…\" …'"
+        sys.exit(str(trust.Refusal("SITE-12", "The site does not say where its data are.", found, fix)))
+    memory = Path(cache) / trust.MEMORY
+    judge_age(memory, limit)
+    print(f"trust: bundles signed within {limit} days by {', '.join(map(str, pinned))}", flush=True)
+    print(f"trust: none signed before the newest that ran here, {memory}", flush=True)
+
+
+def judge_age(memory: Path, limit: int) -> None:
+    """From now on _verify_fab, Flower's check of a bundle, also asks for its age, and the hub hears what was wrong."""
+    verify = start_client_internal._verify_fab
+    asks = set(start_client_internal._pull_and_store_message.__code__.co_names)
+    if not {"_verify_fab", "FAB_VERIFICATION_ERROR"} <= asks:
+        raise RuntimeError("this Flower checks signatures elsewhere: a bundle of any age would run")
+
+    def good(fab: Fab, publisher: str, key: str) -> int | None:
+        """When the publisher signed these bytes, by Flower's own check; None where it did not. The hub wrote all."""
+        try:
+            record = fab.verifications[publisher]
+            if verify(Fab(fab.hash_str, fab.content, {publisher: record}), {publisher: key}):
+                return json.loads(record)["signed_at"]
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            pass
+        return None
+
+    def verified(fab: Fab, pinned: dict[str, str]) -> bool:
+        times = {publisher: at for publisher, key in pinned.items() if (at := good(fab, publisher, key)) is not None}
+        wrong = trust.refusals(hashlib.sha256(fab.content).hexdigest(), times, memory, time.time(), limit)
+        for reason in wrong:
+            print(reason, flush=True)
+        if wrong:  # what Flower answers next
+            public = f"{wrong[0].code}  {wrong[0].headline}"
+            start_client_internal.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, public)
+        return not wrong
+
+    start_client_internal._verify_fab = verified
 
 
 def preflight() -> None:
@@ -115,7 +169,7 @@ if "BOUQUET_HEARD" in os.environ:
 hasten()
 threading.excepthook = end_with_any_thread
 sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-check_trusted(sys.argv[1:])
+limit_trust(sys.argv[1:])
 code: int | str | None = 1
 try:
     flower_supernode()

@@ -1,11 +1,16 @@
 """Sign the app, so that sites which pin this publisher run it, and refuse any other.
 
-  python scripts/_sign.py [APP] [--key FILE] [--to FOLDER]
+  python scripts/_sign.py [APP ...] [--again] [--key FILE] [--to FOLDER]
 
-APP is a checkout (default: this one); what is signed is the bundle that `flwr run APP` sends, byte for byte. The key is made
-when there is none, with publisher.pub and, for the sites, trusted.yaml beside it. Leaves: FOLDER/<SHA-256 of the bundle>.json,
-the signatures of all its publishers, which the hub sends along (docker/superlink.py); what is signed already stays as it is.
-A publisher on another machine signs there, and the hub copies that one file. Errors: TRUST-02.
+APP is a checkout (default: this one); what is signed is the bundle that `flwr run APP` sends, byte for byte. The key is
+made when there is none, with publisher.pub and, for the sites, trusted.yaml beside it. Leaves: FOLDER/<SHA-256 of the
+bundle>.json, the signatures of all its publishers, which the hub sends along (docker/superlink.py). Errors: TRUST-02.
+
+Sites take a signature for so many days, and nothing older than what they ran (docker/trust.py). One of half that age is
+made anew here, a younger one stays; --again makes it anew in any case, to go back to an older checkout on purpose.
+Several that sites run by turns are named in one command: signed in the same second, none is older than another.
+A publisher on another machine signs there, and the hub copies that one file; here, without the key, the command says
+how long it is good.
 """
 
 from __future__ import annotations
@@ -35,22 +40,54 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from app.errors import BouquetError  # noqa: E402
+from docker.trust import DAY, DAYS  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("app", nargs="?", type=Path, default=ROOT)
+    parser.add_argument("app", nargs="*", type=Path, default=[ROOT])
+    parser.add_argument("--again", action="store_true", help="where a good signature is, too: APP becomes the newest")
     parser.add_argument("--key", type=Path, default=ROOT / "certs" / "publisher.key")
     parser.add_argument("--to", type=Path, default=ROOT / ".bouquet" / "signatures")
     args = parser.parse_args()
+    now, apps = int(time.time()), [bundle(app) for app in args.app]
     try:
-        key = publisher_key(args.key)
-        file = sign(bundle(args.app), key, args.to)
+        public, files = sign_all(apps, args.key, args.to, args.again, now)
     except BouquetError as error:
         print(error.report(), file=sys.stderr)
         return 1
-    print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(key.public_key())}  {fingerprint(key.public_key())}\nsign: {file}")
+    for file in files:
+        print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(public)}  {fingerprint(public)}")
+        print(f"sign: {outlook(file, publisher_id(public), now)}\nsign: {file}")
     return 0
+
+
+def sign_all(apps: list[bytes], key: Path, to: Path, again: bool, now: int) -> tuple[Ed25519PublicKey, list[Path]]:
+    """The publisher and the bundles' files of signatures: made here, or elsewhere and still good. Errors: TRUST-02."""
+    try:
+        private = publisher_key(key)
+    except BouquetError:
+        if again or not key.with_suffix(".pub").is_file():
+            raise
+        public = serialization.load_ssh_public_key(key.with_suffix(".pub").read_bytes())
+        digests = [hashlib.sha256(content) for content in apps]
+        files = [to / f"{digest.hexdigest()}.json" for digest in digests]
+        records = [read(file).get(publisher_id(public)) for file in files]
+        if not all(is_good(one, it.digest(), public) and is_young(one, now, DAYS) for one, it in zip(records, digests)):
+            raise
+        return public, files
+    return private.public_key(), [sign(content, private, to, again=again, now=now) for content in apps]
+
+
+def outlook(file: Path, publisher: str, now: int) -> str:
+    """How long sites will take the signature, and whether one of another bundle stands in its way."""
+    at = read(file)[publisher]["signed_at"]
+    until = time.strftime("%Y-%m-%d", time.gmtime(at + DAYS * DAY))
+    text = f"sites take it for {int(DAYS - (now - at) / DAY)} more days, until {until}, unless SITE_TRUST_DAYS is set"
+    others = (read(other).get(publisher, {}) for other in file.parent.glob("*.json") if other != file)
+    if later := sum(other.get("signed_at", 0) > at for other in others):
+        text += f"\nsign: {later} signed later; sites that ran such a one take this after scripts/hub sign --again"
+    return text
 
 
 def bundle(app: Path) -> bytes:
@@ -84,17 +121,31 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
     return key
 
 
-def sign(content: bytes, key: Ed25519PrivateKey, to: Path) -> Path:
-    """Add this publisher's signature to the bundle's file of signatures, unless a good one is there; the file."""
+def sign(content: bytes, key: Ed25519PrivateKey, to: Path, *, again: bool = False, now: int | None = None) -> Path:
+    """Add this publisher's signature to the bundle's file of signatures, unless a good one is there with half of its
+    time left; the file. `again`: add it all the same. now: seconds, else this host's clock."""
     digest, publisher = hashlib.sha256(content), publisher_id(key.public_key())
-    file = to / f"{digest.hexdigest()}.json"
-    signed = json.loads(file.read_text()) if file.is_file() else {}
-    if not is_good(signed.get(publisher), digest.digest(), key.public_key()):
-        now = int(time.time())
+    file, now = to / f"{digest.hexdigest()}.json", int(time.time()) if now is None else now
+    signed = read(file)
+    record = signed.get(publisher)
+    if again or not (is_good(record, digest.digest(), key.public_key()) and is_young(record, now, DAYS / 2)):
         signature = sign_message(key, create_message_to_sign(digest.digest(), now))
         signed[publisher] = {"signature": base64.urlsafe_b64encode(signature).rstrip(b"=").decode(), "signed_at": now}
         write(file, json.dumps(signed, indent=1) + "\n")
     return file
+
+
+def read(file: Path) -> dict[str, dict]:
+    """A bundle's signatures by publisher; none where there is no file, or one that nobody can read."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_young(record: dict, now: int, days: float) -> bool:
+    """Whether a record is at most so old, and not from a clock that was ahead by more than a site allows."""
+    return -DAY <= now - record["signed_at"] <= days * DAY
 
 
 def is_good(record: dict | None, digest: bytes, key: Ed25519PublicKey) -> bool:

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT, sh
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
@@ -29,6 +30,7 @@ from starlette.responses import Response
 from app.errors import BouquetError
 from docker import superlink
 from docker.superlink import signatures
+from docker.trust import DAY, DAYS
 from scripts._deployment import Processes, free_port
 from scripts._flower import CONNECTION, connect, flwr, follow
 from scripts._sign import bundle, publisher_id, publisher_key, sign, trust
@@ -137,6 +139,39 @@ def test_a_reply_in_another_sites_name_never_reaches_the_hubs_state(monkeypatch)
     assert taken == [reply(2, 2)]
 
 
+def test_a_reply_of_endless_pieces_never_reaches_the_hubs_state(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: taken.append(request))
+    superlink.refuse_impostors()
+
+    def reply(pieces: int) -> PushMessagesRequest:
+        tree = ObjectTree(object_id="m", children=[ObjectTree(object_id=str(n)) for n in range(pieces - 1)])
+        message = Message(metadata=Metadata(src_node_id=2))
+        return PushMessagesRequest(node=Node(node_id=2), messages_list=[message], message_object_trees=[tree])
+
+    superlink.fleet_handlers.push_messages(reply(1000), None)
+    with pytest.raises(FlowerError):
+        superlink.fleet_handlers.push_messages(reply(1001), None)
+    assert taken == [reply(1000)]
+
+
+def test_a_node_that_misbehaves_is_told_of_by_its_own_number_at_rare_counts(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: None)
+    monkeypatch.setattr(superlink, "seen", superlink.Counter())
+    superlink.refuse_impostors()
+    for written in range(10, 1210):
+        message = Message(metadata=Metadata(src_node_id=written))
+        request = PushMessagesRequest(node=Node(node_id=7), messages_list=[message])
+        with pytest.raises(FlowerError):
+            superlink.fleet_handlers.push_messages(request, None)
+    what = "bouquet: node 7 sent a reply in another SuperNode's name; refused"
+    rarely = [f"{what} ({count} times by now)" for count in (10, 100, 1000)]
+    assert capfd.readouterr().out.splitlines() == [what, *rarely]
+    for number in range(3 * superlink.MOST_TOLD):
+        superlink.tell(f"{number}\x1b")
+    assert len(superlink.seen) <= superlink.MOST_TOLD and "\x1b" not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(("error", "status"), [(OperationalError("INSERT", {}, Exception("database or disk is full")), 503), (ValueError("a bug"), 500)])
 def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_is_not(error, status, monkeypatch, capfd) -> None:
     monkeypatch.setattr(superlink.superlink_main, "http_error_translator", superlink.superlink_main.http_error_translator)
@@ -153,7 +188,8 @@ def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_
 
 def test_a_supernode_whose_heartbeat_has_died_ends_so_that_it_can_be_started_again() -> None:
     code = f"""
-import runpy, threading, time
+import runpy, sys, threading, time
+sys.path.insert(0, {str(ROOT / "docker")!r})
 import flwr.supernode.cli as cli
 def alive():
     threading.Thread(target=lambda: 1 / 0).start()
@@ -186,13 +222,13 @@ class Outcome:
 
 
 class Trusting(Processes):
-    """Two sites that pin the publisher of certs/; site-2 takes at most 2 local steps."""
+    """Two sites that pin the publisher of certs/; site-2 takes at most 2 local steps, and signatures of up to 400 days."""
 
     def start(self) -> None:
         self.start_hub()
         self.register()
         self.start_site("site-1")
-        self.env["SITE_LIMITS"] = "max-local-steps=2 base-models=mini"
+        self.env |= {"SITE_LIMITS": "max-local-steps=2 base-models=mini", "SITE_TRUST_DAYS": "400"}
         self.start_site("site-2")
         self.wait_until_online(2)
 
@@ -201,6 +237,10 @@ class Trusting(Processes):
         run, lines = flwr("run", str(app), CONNECTION, "--run-config", config)["run-id"], []
         state, details = follow(run, lines.append, timeout=300)
         return Outcome(state, details, lines, json.loads((self.fetch(run) / "history.json").read_text()))
+
+    def memory(self, site: str) -> Path:
+        """Where the site keeps what ran there."""
+        return self.home / "cache" / site / "publishers.json"
 
     def said(self, words: str) -> dict[str, int]:
         """How often each site's log has these words."""
@@ -232,7 +272,7 @@ def signed(federation: Trusting) -> Iterator[Path]:
 
 
 def assert_refused_by_both(federation: Trusting, app: Path) -> None:
-    before, worked = federation.said(FLOWERS_LINE), federation.said("bouquet: ")
+    before, worked, told = federation.said(FLOWERS_LINE), federation.said("bouquet: "), federation.said("\nTRUST-01  ")
     outcome = federation.run(app)
     assert outcome.state == "finished:failed"
     for site in ("site-1", "site-2"):
@@ -241,6 +281,7 @@ def assert_refused_by_both(federation: Trusting, app: Path) -> None:
         assert f"{site}: {REFUSED}" in outcome.history["error"]
     assert outcome.history["rounds"] == []
     assert federation.said(FLOWERS_LINE) == {site: count + 1 for site, count in before.items()}
+    assert federation.said("\nTRUST-01  ") == {site: count + 1 for site, count in told.items()}
     assert federation.said("bouquet: ") == worked
 
 
@@ -290,6 +331,72 @@ def test_a_runs_config_cannot_lift_a_sites_limit(federation: Trusting, signed: P
     for key in ("limits=''", "max-local-steps=9", "node-config=''"):
         with pytest.raises(BouquetError, match="HOST-08"):
             flwr("run", str(ROOT), CONNECTION, "--run-config", f"{TINY} {key}")
+
+
+# --- the age of a signature ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(federation: Trusting) -> Iterator[Trusting]:
+    """Sites that remember nothing that ran before, and afterwards a hub without a signature."""
+    for site in federation.sites:
+        federation.memory(site).unlink(missing_ok=True)
+    yield federation
+    for file in federation.signatures.iterdir():
+        file.unlink()
+
+
+def sign_at(federation: Trusting, app: Path, when: int) -> str:
+    """Sign a checkout's bundle with that time in place of any other; the bundle."""
+    key = publisher_key(federation.certs / "publisher.key")
+    return sign(bundle(app), key, federation.signatures, again=True, now=when).stem
+
+
+def assert_ran_at(federation: Trusting, app: Path, sites: set[str], refused: dict[str, str]) -> None:
+    """A run of the app: these sites work on it; the others say why they do not, by that code, and the hub hears of it."""
+    worked, told = federation.said("bouquet: "), {code: federation.said(f"\n{code}  ") for code in refused.values()}
+    outcome = federation.run(app)
+    assert (outcome.state == "finished:completed") == (not refused), outcome
+    assert {site for site, count in federation.said("bouquet: ").items() if count > worked[site]} == sites, outcome
+    for site, code in refused.items():
+        assert f"{site}: {REFUSED}" in outcome.details
+        assert federation.said(f"\n{code}  ")[site] == told[code][site] + 1
+
+
+def test_a_signature_counts_for_as_many_days_as_the_site_says(fresh: Trusting) -> None:
+    """site-1 says nothing, which is 180 days; site-2 400."""
+    when = int(time.time()) - 200 * DAY
+    digest = sign_at(fresh, ROOT, when)
+    assert_ran_at(fresh, ROOT, {"site-2"}, refused={"site-1": "TRUST-06"})
+    log = (fresh.logs / "site-1.log").read_text()
+    assert "trust: bundles signed within 180 days by fpk_" in log and "200.0 days ago; SITE_TRUST_DAYS is 180" in log
+    [publisher] = yaml.safe_load(fresh.trusted.read_text())
+    assert json.loads(fresh.memory("site-2").read_text()) == {publisher: {"bundle": digest, "signed_at": when}}
+    assert fresh.memory("site-2").stat().st_mode & 0o777 == 0o600
+    assert not fresh.memory("site-1").exists()
+
+
+def test_a_signature_of_the_day_after_tomorrow_is_refused_and_the_clocks_are_named(fresh: Trusting) -> None:
+    sign_at(fresh, ROOT, int(time.time()) + 2 * DAY)
+    assert_ran_at(fresh, ROOT, set(), refused={"site-1": "TRUST-08", "site-2": "TRUST-08"})
+    assert min(fresh.said("days ahead of this host's clock").values()) == 1
+    assert not fresh.memory("site-1").exists()
+
+
+def test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again(fresh: Trusting, checkout: Path) -> None:
+    alter(checkout, "The ClientApp", "the ClientApp")
+    now = int(time.time())
+    sign_at(fresh, ROOT, now - 2000)
+    newer = sign_at(fresh, checkout, now - 1000)
+    assert_ran_at(fresh, checkout, {"site-1", "site-2"}, refused={})
+
+    fresh.memory("site-2").unlink()  # lost: the signature's age alone counts there
+    assert_ran_at(fresh, ROOT, {"site-2"}, refused={"site-1": "TRUST-07"})
+    assert f"1000 s before bundle {newer[:12]}, which has run here" in (fresh.logs / "site-1.log").read_text()
+
+    said = sh(f"scripts/hub sign --again --to {fresh.signatures}", fresh.certs.parent).stdout
+    assert f"sites take it for {DAYS} more days" in said and "signed later" not in said
+    assert_ran_at(fresh, ROOT, {"site-1", "site-2"}, refused={})  # at site-2 the same bundle, signed anew
 
 
 def test_a_site_that_pins_nobody_does_not_start(tmp_path: Path) -> None:
