@@ -31,10 +31,10 @@ PREFIX = "base_model.model."  # PEFT's name for the model below the adapter
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
+    """Replace a JSON file in one step. It holds no NaN and no infinity, which are no JSON: ValueError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
         _sync(file.fileno())
     temporary.replace(path)
@@ -90,7 +90,7 @@ def write_round(run: Path, number: int, adapter: Adapter, config: RunConfig, met
     def fill(folder: Path) -> None:
         write_peft(folder, adapter, config)
         save_file(state, folder / STATE)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
     target = run / f"round-{number:04d}"
     try:

@@ -7,10 +7,10 @@ waits, `status.json` on the shared volume: who has replied, who is missing and s
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,55 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
-from app import aggregate, checkpoint, model, wire
+from app import aggregate, checkpoint, model, text, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.spool import Spool
 
 POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
 LEAST = 60.0  # seconds that a round may always take
-# A reply is there before what is in it; Flower's Grid looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
-http_grid.pull_objects = partial(pull_objects, initial_backoff=POLL / 10, backoff_cap=1.0, max_tries_per_object=None)
+MOST_NAMED = 20  # sites in one sentence
+REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects' frames
+
+
+def bound_replies(most: int, end: float) -> None:
+    """From now on a reply that Flower's Grid fetches is at most `most` bytes and one array, and is waited for until `end`.
+
+    A reply is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, for two hours at most.
+    Errors (of Grid.pull_messages): HUB-05.
+    """
+
+    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+        left, lock = most, threading.Lock()
+
+        def counted(object_id: str) -> bytes:
+            nonlocal left
+            content = pull_object_fn(object_id)
+            with lock:
+                left -= len(content)
+            if left < 0:
+                raise _unreadable("it is too large", f"more than {most} bytes")
+            return content
+
+        soon = {"initial_backoff": POLL / 10, "backoff_cap": 1.0, "max_tries_per_object": None}
+        found = pull_objects(object_ids, counted, **soon, max_time=max(1.0, end - time.time()))
+        if (arrays := sum(content.startswith(b"Array ") for content in found.values())) > 1:
+            raise _unreadable("it has more than one array", f"{arrays} arrays")
+        return found
+
+    http_grid.pull_objects = pull
+
+
+def _unreadable(why: str, found: object) -> HubError:
+    fix = "update that site to the hub's version"
+    return HubError("HUB-05", f"The reply could not be read ({why}).", found=text.line(found), fix=fix)
+
+
+def _listed(parts: Iterable[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    parts = list(parts)
+    more = [f"and {len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
+    return between.join(parts[:MOST_NAMED] + more)
 
 
 class Exchange:
@@ -41,6 +81,8 @@ class Exchange:
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
         self.norms: list[float] = []  # lengths of the accepted updates
+        self.registered: dict[int, str] = {}  # node id -> the name that the hub's operator gave it, "" for none
+        self.told: set[str] = set()  # what is said once a run
         self.status: dict[str, Any] = {"run": folder.name}
 
     def round(self, number: int, adapter: model.Adapter) -> tuple[list[aggregate.Reply], list[dict[str, str]]]:
@@ -72,40 +114,58 @@ class Exchange:
     def send(self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0) -> tuple[list[aggregate.Reply], list[dict[str, str]]]:
         """One try: every site that is there gets one message; those that have not answered by the deadline are refused."""
         nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
-        names = self.names()
         arrays = wire.pack(adapter, self.config.wire_precision)
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})})
         messages = [Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes]
         ids = list(self._ask(self.grid.push_messages, messages))  # '' where the SuperLink did not take one, [] where it took none
         missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
-        wire.bound_arrays(2 * len(arrays[wire.NAME].data))
+        most, end = 2 * len(arrays[wire.NAME].data), time.time() + timeout
+        wire.bound_arrays(most)
+        bound_replies(most + REST, end)
         replies: list[aggregate.Reply] = []
-        refused = [self._refuse(names[node], "HUB-03  The SuperLink did not take its message.") for node in nodes if node not in missing.values()]
-        end = time.time() + timeout
+        untaken = [node for node in nodes if node not in missing.values()]
+        refused = [self._refuse(self.name(node), "HUB-03  The SuperLink did not take its message.") for node in untaken]
         self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=time.time(), deadline=end, refused=refused)
-        self._note_who(replies, [names[node] for node in missing.values()])
-        while missing and time.time() < end:
-            look = time.monotonic()
+        self._note_who(replies, missing.values())
+        late = False
+        while missing and not late:
+            # one more look at the end: a reply that came slowly may have hidden another
+            look, late = time.monotonic(), time.time() >= end
             for message_id, node in list(missing.items()):  # one at a time: a reply that cannot be read spoils no other
-                name = names[node]
                 try:
                     if (message := self._pull(message_id)) is None:
                         continue
-                    site, precision = "" if name.isdecimal() else name, self.config.wire_precision
-                    reply = aggregate.accept(message, adapter, sent, training=kind == "train", site=site, precision=precision)
+                    reply = self._accept(message, node, adapter, sent, training=kind == "train")
                     if reply.site in {other.site for other in replies}:
                         raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
                 except BouquetError as error:
-                    refused.append(self._refuse(name, str(error)))
+                    refused.append(self._refuse(self.name(node), str(error)))
                 else:
                     replies.append(replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply)
                 del missing[message_id]
-                self._note_who(replies, [names[node] for node in missing.values()])
-            if missing:
+                self._note_who(replies, missing.values())
+            if missing and not late:
                 time.sleep(max(POLL, time.monotonic() - look))
-        refused += [self._refuse(names[node], f"HUB-03  No reply within {timeout:.0f} s.") for node in missing.values()]
+        reason = f"HUB-03  No reply within {timeout:.0f} s."
+        refused += [self._refuse(self.name(node), reason) for node in missing.values()]
         self.note(state="working", refused=refused)
         return sorted(replies, key=lambda reply: reply.site), refused
+
+    def _accept(
+        self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool
+    ) -> aggregate.Reply:
+        """The node's reply. Errors: aggregate.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
+        site, precision = "" if self.by_own_name else self.name(node), self.config.wire_precision
+        try:
+            reply = aggregate.accept(message, adapter, sent, training=training, site=site, precision=precision)
+        except BouquetError:
+            raise
+        except Exception as error:
+            raise _unreadable(type(error).__name__, error) from None
+        if reply.left_out:
+            what = "numbers that no site of this version sends, or that cannot be true"
+            self.say(f"bouquet: left out  {reply.site}: {what}", f": {reply.left_out}")
+        return reply
 
     def deadline(self) -> float:
         """Seconds that the sites have: a multiple of the median earlier round, never more than `round-timeout`."""
@@ -116,15 +176,14 @@ class Exchange:
     def wait_for_sites(self) -> list[int]:
         """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there and who is missing."""
         deadline, told = time.time() + self.config.wait_for_sites, False
-        while len(nodes := sorted(self._ask(self.grid.get_node_ids))) < self.config.min_sites:
-            names = self.names()
-            came = [names[node] for node in nodes]
-            here, missing = ", ".join(came) or "none", [name for name in self.admitted if name not in came]
+        while len(nodes := self.online()) < self.config.min_sites:
+            came = [self.name(node) for node in nodes]
+            here, missing = _listed(came) or "none", [name for name in self.admitted if name not in came]
             if time.time() > deadline:
                 raise HubError(
                     "HUB-01",
                     f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s. Here: {here}."
-                    + (f" Missing: {', '.join(missing)}." if missing else ""),
+                    + (f" Missing: {_listed(missing)}." if missing else ""),
                     found=f"{len(nodes)} SuperNodes online: {here}",
                     fix="start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower min-sites",
                 )
@@ -135,10 +194,20 @@ class Exchange:
             time.sleep(1)
         return nodes
 
-    def names(self) -> dict[int, str]:
-        """Node id -> the name a site was registered under, where the hub knows it; else the id as text."""
-        known = {info.node_id: info.name for info in self._ask(self.grid.get_nodes)}
-        return {node: known.get(node) or str(node) for node in {*known, *self._ask(self.grid.get_node_ids)}}
+    def online(self) -> list[int]:
+        """The nodes that are there; notes the names they were registered under."""
+        known = self._ask(self.grid.get_nodes)
+        self.registered |= {info.node_id: text.line(info.name, aggregate.NAME) for info in known}
+        return sorted(self._ask(self.grid.get_node_ids))
+
+    def name(self, node: int) -> str:
+        """The name a node was registered under, else its number."""
+        return self.registered.get(node) or f"node {node}"
+
+    @property
+    def by_own_name(self) -> bool:
+        """Whether a site goes by the name it gives itself: only where the hub has no names, as in a simulation."""
+        return not self.admitted and not any(self.registered.values())
 
     def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
         """What the SuperLink answers; where it cannot answer now (its database is locked), it is asked again for a minute."""
@@ -155,11 +224,16 @@ class Exchange:
         """The reply to one message, or None as long as there is none. Errors: HUB-05 when Flower cannot make a message of it."""
         try:
             return next(iter(self._ask(self.grid.pull_messages, [message_id])), None)
-        except httpx.HTTPError:
+        except (httpx.HTTPError, BouquetError):
             raise
         except Exception as error:  # a site chooses the bytes, and Flower's readers fail on them in as many ways
-            fix = "update that site to the hub's version"
-            raise HubError("HUB-05", f"The reply could not be read ({type(error).__name__}).", found=str(error), fix=fix) from error
+            raise _unreadable(type(error).__name__, error) from None
+
+    def say(self, line: str, more: str = "") -> None:
+        """A line on the run's output, once a run whatever `more` is by then."""
+        if line not in self.told:
+            self.told.add(line)
+            print(line + more, flush=True)
 
     def note(self, **news: Any) -> None:
         """Say on the shared volume what the run is doing; a full disk does not stop it."""
@@ -169,15 +243,15 @@ class Exchange:
         except OSError:
             pass
 
-    def _note_who(self, replies: list[aggregate.Reply], missing: list[str]) -> None:
-        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(missing))
+    def _note_who(self, replies: Iterable[aggregate.Reply], missing: Iterable[int]) -> None:
+        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(map(self.name, missing)))
 
     def _refuse(self, site: str, reason: str) -> dict[str, str]:
         print(f"bouquet: refused  {site}: {reason}", flush=True)
         return {"site": site, "reason": reason}
 
     def _too_few(self, number: int, valid: int, refused: list[dict[str, str]]) -> HubError:
-        reasons = "; ".join(f"{r['site']}: {r['reason']}" for r in refused)
+        reasons = _listed((f"{r['site']}: {r['reason']}" for r in refused), "; ")
         return HubError(
             "HUB-02",
             f"Too few valid replies in round {number}: {valid} of {self.config.min_sites} needed. {reasons}",

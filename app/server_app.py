@@ -18,13 +18,14 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, model, tracking, wire
+from app import aggregate, checkpoint, export, metrics, model, text, tracking, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.exchange import Exchange
 from app.gallery import Gallery
 from app.strategy import Strategy
 
+text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
 SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
 
@@ -112,9 +113,10 @@ class Run:
             return 0, fresh, {}
         source = checkpoint.find_run(self.folder.parent, self.config.resume)
         done = checkpoint.written_rounds(source)[-1]
-        history = json.loads((source / "history.json").read_text())
+        history = text.tidy(json.loads((source / "history.json").read_text()))  # an older version may have written it
         now, then = ({name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"]))
-        if now != then or history["base"] != self.history["base"]:
+        base, before = self.history["base"], history["base"]
+        if now != then or base["name"] != before["name"] or not model.is_base(self.base, base["fingerprint"], before["fingerprint"]):
             other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or ["the base model's fingerprint"]
             raise HubError(
                 "HUB-08",
@@ -143,7 +145,7 @@ class Run:
             self.history["no_final_evaluation"] = str(error)
             print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
             return
-        self.note_validation(replies)
+        self.note_validation(self.weigh(replies))
         first, last = self.history["validation"][0]["weighted"], self.history["validation"][-1]["weighted"]
         print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
 
@@ -152,17 +154,17 @@ class Run:
         start = time.time()
         checkpoint.check_room(self.folder, adapter, self.config.min_sites)
         replies, refused = self.exchange.round(number, adapter)
-        weighed = aggregate.weigh(replies, self.bounds, self.config.largest_share)
+        weighed = self.weigh(replies)
         new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
         model.check_adapter(new, adapter)
-        self.note_validation(replies)
+        self.note_validation(weighed)
         entry = {
             "round": number,
             "started_from": model.adapter_hash(adapter),
             "adapter": model.adapter_hash(new),
-            "train_loss": aggregate.weighted(replies, "train-loss"),
+            "train_loss": aggregate.weighted(weighed, "train-loss"),
             "seconds": round(time.time() - start, 2),
-            "sites": {r.site: r.metrics | {"update-norm": r.norm, "weight": r.images, "gpu": r.gpu} for r in weighed},
+            "sites": {r.site: said_of(r) for r in weighed},
             "adapters": {r.site: model.adapter_hash(r.adapter) for r in weighed},
             "refused": refused,
         }
@@ -178,10 +180,19 @@ class Run:
         print(
             f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  "
             f"validation {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  "
-            f"images {sum(r.images for r in replies)}  {entry['seconds']:.0f} s  ETA {pace * (self.config.rounds - number):.0f} s",
+            f"images {sum(r.images for r in weighed)}  {entry['seconds']:.0f} s  ETA {pace * (self.config.rounds - number):.0f} s",
             flush=True,
         )
         return new
+
+    def weigh(self, replies: list[aggregate.Reply]) -> list[aggregate.Reply]:
+        """The replies with the images they count for; says where those are fewer than a site says that it has."""
+        weighed = aggregate.weigh(replies, self.bounds, self.config.largest_share)
+        for r in weighed:
+            if r.bound:
+                said = metrics.bounded(r.site, r.metrics["num-examples"], r.images, r.bound)
+                self.exchange.say(f"bouquet: bounded  {said}")
+        return weighed
 
     def note_validation(self, replies: Iterable[aggregate.Reply]) -> None:
         """The arriving adapter's loss at each site: entry k is after k rounds."""
@@ -198,14 +209,24 @@ class Run:
             "adapter_sha256": model.adapter_hash(adapter),
             "base": self.history["base"],
             "rounds": self.config.rounds,
-            "sites": {site: {"images": int(metrics["num-examples"])} for site, metrics in last.items()},
-            "images": int(sum(metrics["num-examples"] for metrics in last.values())),
+            "sites": {
+                site: {"images": int(told["num-examples"]), "counted": int(told["weight"])} for site, told in last.items()
+            },
+            "images": int(sum(told["num-examples"] for told in last.values())),
             "config": self.history["config"],
             "versions": self.history["versions"],
         }
 
     def save(self) -> None:
         checkpoint.write_json(self.folder / "history.json", self.history | {"seconds": round(time.time() - self.began, 1)})
+
+
+def said_of(reply: aggregate.Reply) -> dict[str, Any]:
+    """What history.json says of a site's reply in a round: its numbers as sent, and what the hub made of them."""
+    ours = {"update-norm": reply.norm, "weight": reply.images, "gpu": reply.gpu}
+    ours |= {"weight-bound": reply.bound} if reply.bound else {}
+    ours |= {"left-out": reply.left_out} if reply.left_out else {}
+    return reply.metrics | ours
 
 
 def _folder(name: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from app import text
 from app.config import RunConfig
 from app.errors import ConfigError
 
@@ -84,7 +85,8 @@ class Tracker:
         values["round/sites"] = len(entry["sites"])
         for site, numbers in entry["sites"].items():
             values |= {f"{place(name)}/{plain(site)}": value for name, value in numbers.items() if type(value) in (int, float)}
-        why = "\n\n".join(f"{plain(no['site'])}: {no['reason']}" for no in entry["refused"])
+        # indented, it is text to TensorBoard, which else makes links and pictures of it (Markdown)
+        why = "\n".join(f"    {plain(no['site'])}: {text.printable(no['reason'])}" for no in entry["refused"])
         self._tell(lambda: self._log(values, entry["round"]))
         if why and self.tracker and self.tracker.name != "mlflow":  # which keeps numbers alone
             self._tell(lambda: self._log({"refused": why}, entry["round"]))
@@ -106,7 +108,7 @@ class Tracker:
 
         match self.tracker.name:
             case "tensorboard":  # a slider over the rounds, for each prompt
-                arrays = {f"samples/{plain(text)}": np.asarray(image.convert("RGB"))[None] for text, image in zip(prompts, images, strict=True)}
+                arrays = {f"samples/{plain(p)}": np.asarray(image.convert("RGB"))[None] for p, image in zip(prompts, images, strict=True)}
                 self.tracker.log_images(arrays, step=number, dataformats="NHWC")
             case "wandb":  # takes no step that lies behind
                 self.tracker.log_images({f"samples/round {number}": list(images)}, step=self.step)
@@ -115,7 +117,7 @@ class Tracker:
             case "trackio":
                 import trackio
 
-                shown = {f"samples/{plain(text)}": trackio.Image(image, caption=f"round {number}") for text, image in zip(prompts, images, strict=True)}
+                shown = {f"samples/{plain(p)}": trackio.Image(image, caption=f"round {number}") for p, image in zip(prompts, images, strict=True)}
                 self.tracker.log(shown, step=self.step)
 
     def _tell(self, call: Callable[[], None]) -> None:
@@ -136,9 +138,9 @@ def place(name: str) -> str:
     return {"train-loss": "train", "validation-loss": "validation before", "num-examples": "images", "update-norm": "norm"}.get(name, name)
 
 
-def plain(text: str) -> str:
-    """A name as every tracker takes it: letters, digits, and `_ - .` between them."""
-    return re.sub(r"[^\w. -]+", "_", text)[:100]
+def plain(name: str) -> str:
+    """A name as every tracker takes it: letters, digits, and `_ - .` between them; never a path's `..`."""
+    return re.sub(r"[^\w. -]+|\.{2,}|^[. ]+|[. ]+$", "_", name[:100]) or "_"
 
 
 def _unusable(tracker: str, found: str, fix: str) -> ConfigError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from app import text
 from app.config import RunConfig
 from app.errors import AdapterError
 
@@ -36,9 +37,9 @@ def card(repo: str, config: RunConfig, provenance: dict[str, Any], pictures: Seq
         pipeline_tag="text-to-image",
         tags=list(TAGS),
         instance_prompt=prompt or None,
-        widget=[{"text": text, "output": {"url": path}} for text, path in pictures] or None,
+        widget=[{"text": words, "output": {"url": path}} for words, path in pictures] or None,
     )
-    text = BODY.format(
+    body = BODY.format(
         name=repo.rsplit("/", 1)[-1],
         picture="![Without and with the adapter, same prompts and seeds](images/before-after.png)\n\n" if pictures else "",
         repo=repo,
@@ -50,14 +51,14 @@ def card(repo: str, config: RunConfig, provenance: dict[str, Any], pictures: Seq
         table=table(config, provenance, len(provenance.get("sites", {}))),
         under=under,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
 def table(config: RunConfig, provenance: dict[str, Any], sites: int) -> str:
     known = provenance.get("versions", {})
     rows = {
         "sites": sites or "not recorded",
-        "training images": provenance.get("images", "not recorded"),
+        "training images": images(provenance),
         "rounds × local steps × batch": f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}",
         "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the UNet",
         "picture size": f"{config.resolution} × {config.resolution}",
@@ -67,7 +68,21 @@ def table(config: RunConfig, provenance: dict[str, Any], sites: int) -> str:
         "made": f"{provenance.get('made', 'not recorded')}, run {provenance.get('run', 'not recorded')}",
         "versions": ", ".join(f"{name} {version}" for name, version in known.items()) or "not recorded",
     }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {cell(value)} |" for name, value in rows.items())])
+
+
+def images(provenance: dict[str, Any]) -> str:
+    """As the sites say; and how many counted, where the hub believed fewer."""
+    said = provenance.get("images", "not recorded")
+    counted = [site["counted"] for site in provenance.get("sites", {}).values() if "counted" in site]
+    if not counted or sum(counted) == said:
+        return str(said)
+    return f"{said} by the sites' word, {sum(counted)} of them counted in the mean"
+
+
+def cell(value: Any) -> str:
+    """A value in a table of Markdown: one line, no bar, no tag."""
+    return text.line(value).replace("|", "\\|").replace("<", "&lt;")
 
 
 BODY = """# {name}

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from app import text  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
 
 BIN = Path(sys.executable).parent
@@ -77,7 +78,7 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
                     if OURS.match(line):
                         ours += 1
                         if ours > shown:  # a stream that was cut starts again from the first line
-                            show(line.rstrip())
+                            show(text.printable(line.rstrip()))
                 shown = max(shown, ours)
             finally:
                 log.kill()

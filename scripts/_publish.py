@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
     os.environ.setdefault(name, value)
 
+from app import text  # noqa: E402
 from app.errors import AdapterError, BouquetError, ModelError  # noqa: E402
 from scripts._sample import chosen, common  # noqa: E402
 
@@ -64,7 +65,7 @@ def publish(args: argparse.Namespace) -> None:
 
     final = whole(chosen(args))
     adapter, config = export.open_adapter(final, args.base)
-    base, provenance = model.locate(config.base_model, args.models), json.loads((final / PROVENANCE).read_text())
+    base, provenance = model.locate(config.base_model, args.models), text.tidy(json.loads((final / PROVENANCE).read_text()))
     under = _card.licence(config, args.licence)
     check_origin(final, adapter, base, provenance)
     for row in _parity.check(final, base, config):
@@ -103,7 +104,8 @@ def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, An
     if (ours := model.adapter_hash(adapter)) != (run := provenance.get("adapter_sha256", ours)):
         found = f"{final}: adapter {ours[:12]}, but {PROVENANCE} tells of {run[:12]}"
         raise AdapterError("EXPORT-01", "The adapter's files do not draw the same picture.", found=found, fix="copy the run's final folder again")
-    if (ours := model.fingerprint(base)["base"]) != (run := provenance.get("base", {}).get("fingerprint", ours)):
+    ours, run = model.fingerprint(base)["base"], provenance.get("base", {}).get("fingerprint", "")
+    if run and not model.is_base(base, ours, run):
         found = f"{base} is {ours[:12]}, the run used {run[:12]}"
         raise ModelError("MODEL-04", "The base model here is not the one the hub uses.", found=found, fix="copy the hub's version")
 

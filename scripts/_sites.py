@@ -19,6 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key, load_ssh_public_key
 
+from app import text
 from app.errors import BouquetError
 from scripts import _volume
 from scripts._flower import CONNECTION
@@ -91,7 +92,7 @@ def site_of(node: Any) -> Site:
     seen = node.last_deactivated_at or node.unregistered_at * bool(node.last_activated_at) or None
     if state == "online":
         seen = datetime.fromtimestamp(node.online_until - PATIENCE * node.heartbeat_interval, timezone.utc).isoformat()
-    return Site(node.name or key.fingerprint, state, seen, key, node.node_id)
+    return Site(text.line(node.name, 80) or key.fingerprint, state, seen, key, node.node_id)
 
 
 def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from app import text
 from app.errors import BouquetError
 from scripts import _flower, _sites, _volume
 from scripts._report import progress
@@ -59,7 +60,8 @@ def end_of(run: Run) -> tuple[str, str]:
         return "running", f"the hub does not answer now: {error}"
     if not state.startswith("finished"):
         return "running", ""
-    return "failed", f"Flower says {state}{': ' if details else ''}{details}; the ServerApp ended before it could say why"
+    details = f": {text.line(details, text.LONGEST)}" if details else ""
+    return "failed", f"Flower says {state}{details}; the ServerApp ended before it could say why"
 
 
 def seen() -> dict[str, str]:
@@ -114,7 +116,7 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
         lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
     if facts["state"] == "finished":
         lines.append("next      scripts/report")
-    return "\n".join(progress.printable(line) for line in lines)
+    return "\n".join(text.printable(line) for line in lines)
 
 
 def _utc(seconds: float | None) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app import text
 from app.errors import BouquetError
 from scripts._flower import ROOT
 
@@ -31,14 +32,15 @@ def folder() -> Path | None:
 def histories() -> Iterator[dict[str, Any]]:
     """Every run's history.json, oldest first."""
     if (here := folder()) is None:
-        texts, decoder = _inside("cat $(ls -tr /adapters/*/history.json)").decode(), json.JSONDecoder()
-        while texts := texts.lstrip():
-            history, end = decoder.raw_decode(texts)
-            texts = texts[end:]
-            yield history
+        left, decoder = _inside("cat $(ls -tr /adapters/*/history.json)").decode(), json.JSONDecoder()
+        while left := left.lstrip():
+            history, end = decoder.raw_decode(left)
+            left = left[end:]
+            yield text.tidy(history)
         return
     files = [file for file in here.glob("*/history.json") if not file.parent.is_symlink()]
-    yield from (json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime))
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        yield text.tidy(json.loads(file.read_text()))
 
 
 def run(name: str, copies: Path) -> Path:

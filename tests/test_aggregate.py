@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from app import aggregate, model, wire
+from app import aggregate, metrics, model, wire
 from app.errors import AdapterError, BouquetError, HubError
 from tests import tiny
 
@@ -96,7 +96,7 @@ def test_an_error_without_a_reason_goes_by_its_code():
 def test_a_sites_text_is_one_line_of_bounded_length():
     error = refused(Error(code=100, reason="bad\nbouquet: finished\r\t" + "x" * 10_000), "HUB-04")
     assert "\n" not in str(error) and "\r" not in str(error) and len(str(error)) < 400
-    assert accept(content(tiny.adapter(1), site="a\nb" + "c" * 10_000)).site == "a b" + "c" * 297
+    assert accept(content(tiny.adapter(1), site="a\nb" + "c" * 10_000)).site == "a b" + "c" * 77
 
 
 @pytest.mark.parametrize("name", ["train-loss", "validation-loss", "num-examples"])
@@ -119,6 +119,35 @@ def test_a_yes_is_not_a_number_of_images():
 def test_other_metrics_that_are_no_finite_numbers_are_left_out():
     got = accept(content(tiny.adapter(1), odd=math.nan, many=[1.0, 2.0], photos_undecodable=2))
     assert set(got.metrics) == {"num-examples", "train-loss", "validation-loss", "photos-undecodable"}
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("validation-loss", 1e308), ("train-loss", -0.1), ("num-examples", 10**9), ("num-examples", 7.0),
+    ("validation-loss", True), ("train-loss", 10**25),
+])  # fmt: skip
+def test_a_needed_number_out_of_its_range_is_refused_by_name(name, value):
+    record = content(tiny.adapter(1))
+    record["metrics"].__dict__["_data"][name] = value
+    assert name in refused(record, "HUB-05").found
+
+
+def test_what_no_site_of_this_version_sends_or_cannot_be_true_is_left_out_and_counted():
+    names = {f"x{n}": 1.0 for n in range(5000)} | {"../../../x": 1.0, "<script>": 2.0, "photos-<b>": 1}
+    false = {"seconds-train": -1.0, "gpu-utilisation": 101.0, "gpu-joules": 1e300, "photos-empty": 10**10}
+    got = accept(content(tiny.adapter(1), **names, **false, seconds_load=2.5, photos_duplicate=3))
+    needed = {"num-examples": 10, "train-loss": 0.5, "validation-loss": 0.4}
+    assert got.metrics == needed | {"seconds-load": 2.5, "photos-duplicate": 3}
+    assert got.left_out == 5003 + 4
+
+
+@pytest.mark.parametrize("odd", [7, b"\x1b[2J", ["a", "b"], 1.5])
+def test_a_name_that_is_no_text_is_none(odd):
+    record = content(tiny.adapter(1))
+    record["info"] = ConfigRecord({"site": odd, "applied": HASH, "gpu": odd})
+    got = accept(record)
+    assert (got.site, got.gpu) == ("77", "")
+    record["info"]["applied"] = odd
+    refused(record, "ADAPTER-03", AdapterError)
 
 
 def test_a_reply_without_any_records_is_refused():
@@ -242,7 +271,32 @@ def test_shares_below_the_largest_stay_as_they_are():
     assert weights({"a": 1000, "b": 1}, share=1.0) == {"a": 1000, "b": 1}
 
 
+def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
+    claims = {"a": 10**9 - 1, "b": 60, "c": 40, "d": 9}
+    replies = [aggregate.Reply(site, None, count, {}) for site, count in claims.items()]
+    got = {r.site: (r.images, r.bound) for r in aggregate.weigh(replies, {"b": 50}, 0.8)}
+    assert got == {"a": (4 * 99, "largest-share"), "b": (50, "admitted number"), "c": (40, ""), "d": (9, "")}
+    sentence = metrics.bounded("a", 10**9 - 1, 396, "largest-share")
+    assert sentence.startswith("a says that it has 999,999,999 images and counts for 396, since one site may weigh no more")
+    assert sentence.endswith("scripts/hub admit NAME KEY.pub --images N")
+
+
 def test_a_metric_is_weighted_by_images():
     # (30·1 + 10·2) / 40 = 1.25
     replies = [aggregate.Reply("a", None, 30, {"train-loss": 1.0}), aggregate.Reply("b", None, 10, {"train-loss": 2.0})]
     assert aggregate.weighted(replies, "train-loss") == 1.25
+
+
+@pytest.mark.parametrize(
+    ("reason", "why"),
+    [
+        ("The FAB could not be verified.", "no publisher that it pins has signed this bundle"),
+        ("TRUST-06  The bundle's signature is too old.", "its signature is too old"),
+        ("TRUST-07  \x1b]0;pwned\x07", "the site has run a newer one of that publisher"),
+        ("", "no publisher that it pins has signed this bundle"),
+    ],
+)
+def test_a_site_that_refuses_the_code_says_which_rule_it_broke_in_the_hubs_own_words(reason, why):
+    with pytest.raises(HubError) as refused:
+        aggregate.accept(message(Error(7, reason)), SENT, HASH, training=True)
+    assert str(refused.value) == f"TRUST-01  The site does not trust this code: {why}."

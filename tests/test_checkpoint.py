@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import stat
@@ -220,3 +221,11 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     checkpoint.write_json(path, {"rounds": [1, 2]})
     assert json.loads(path.read_text()) == {"rounds": [1, 2]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["history.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_json_is_not_written_and_the_file_before_it_stays(tmp_path, value):
+    checkpoint.write_json(tmp_path / "history.json", {"loss": 0.5})
+    with pytest.raises(ValueError):
+        checkpoint.write_json(tmp_path / "history.json", {"loss": value})
+    assert json.loads((tmp_path / "history.json").read_text()) == {"loss": 0.5}

@@ -97,6 +97,33 @@ def test_one_site_that_weighs_nearly_everything_is_named():
     assert findings.warnings(a_run(told)) == ["rose weighs 90 % in the mean: the result is nearly its own."]
 
 
+def test_a_site_that_is_held_at_the_largest_share_is_named_with_what_it_claims_and_counts_for():
+    """Of ten sites one says 999,999,999 images: 4 · 9 · 40 = 1,440 of 1,800 are 80 %, not more."""
+    told = history(rounds=1)
+    numbers = told["rounds"][0]["sites"].pop("rose") | {"num-examples": 40, "weight": 40}
+    told["rounds"][0]["sites"] = {f"site-{n}": dict(numbers) for n in range(10)}
+    told["rounds"][0]["sites"]["site-3"] |= {"num-examples": 999_999_999, "weight": 1440}
+    told["rounds"][0]["sites"]["site-3"]["weight-bound"] = "largest-share"
+    told["validation"] = []
+    claimed, heavy = findings.warnings(a_run(told))
+    assert claimed.startswith("site-3 says that it has 999,999,999 images and counts for 1,440, since one site may weigh")
+    assert heavy == "site-3 weighs 80 % in the mean: the result is nearly its own."
+
+
+def test_a_site_that_says_more_images_than_it_was_admitted_with_is_named():
+    told = history()
+    told["rounds"][1]["sites"]["rose"] |= {"weight": 50, "weight-bound": "admitted number"}  # it says 60
+    [sentence] = findings.warnings(a_run(told))
+    assert sentence.startswith("rose says that it has 60 images and counts for 50, since it was admitted with no more.")
+
+
+def test_a_site_whose_reply_held_what_nobody_sends_is_named():
+    told = history()
+    told["rounds"][0]["sites"]["lily"]["left-out"] = 250_000
+    [sentence] = findings.warnings(a_run(told))
+    assert sentence.startswith("lily sent 250,000 numbers that no site of this version sends")
+
+
 def test_a_site_that_the_others_wait_for_is_named():
     told = history()
     for entry in told["rounds"]:

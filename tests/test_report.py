@@ -20,10 +20,10 @@ from conftest import ROOT, sh
 from PIL import Image
 from runs import HOSTILE, PROMPTS, a_run, compared, history, written
 
-from app import checkpoint, sample
+from app import checkpoint, metrics, sample
 from scripts import _browser
 from scripts._report import charts, findings, pictures, reading, shots
-from scripts._report.page import page
+from scripts._report.page import PHASES, page
 
 # --- pictures and charts ----------------------------------------------------------------------------------------------
 
@@ -164,6 +164,10 @@ def test_numbers_of_any_size_have_a_page(tmp_path):
     for entry in told["validation"]:
         entry["weighted"] = float("inf")
     assert "1e+308" not in page(reading.read(written(tmp_path / "7", told)))
+
+
+def test_the_phases_that_the_page_names_are_those_that_a_site_sends():
+    assert tuple(PHASES) == metrics.PHASES
 
 
 def test_many_sites_have_a_page_with_eight_in_colour(tmp_path):

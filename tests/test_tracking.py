@@ -95,7 +95,14 @@ def test_by_hand_a_rounds_numbers_stand_under_the_names_one_looks_for(tmp_path):
         "round/sites": [(3, 1.0)],
     }
     [why] = events.Tensors("refused/text_summary")
-    assert why.tensor_proto.string_val == [b"lily_clinic: ADAPTER-04  The update is 9.0 times the median one."]
+    assert why.tensor_proto.string_val == [b"    lily_clinic: ADAPTER-04  The update is 9.0 times the median one."]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("../../x", "____x"), ("..", "_"), ("", "_"), ("a/b", "a_b"), ("rose", "rose"), ("v1.5 a", "v1.5 a")]
+)
+def test_a_name_is_no_path_to_a_tracker(name, shown):
+    assert tracking.plain(name) == shown
 
 
 def test_without_a_tracker_nothing_is_written_and_no_package_is_needed(finished):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from app import metrics
 from scripts._report import memory
 from scripts._report.reading import Run
 
@@ -49,7 +50,8 @@ def outcome(run: Run) -> str:
 
 def warnings(run: Run) -> list[str]:
     """Everything that deserves a look, the gravest first."""
-    checks = (silent, remembered, broken_chain, adapter_files, refusals, absences, rising, far_norms, one_heavy, slow, set_aside)
+    files, sites = (broken_chain, adapter_files), (refusals, absences, rising, far_norms, bounded, one_heavy, left_out)
+    checks = (silent, remembered, *files, *sites, slow, set_aside)
     return [sentence for check in checks for sentence in check(run)]
 
 
@@ -165,13 +167,31 @@ def far_norms(run: Run) -> Iterator[str]:
         )
 
 
+def bounded(run: Run) -> Iterator[str]:
+    """A site that counts for fewer images than it says; of several rounds the last."""
+    every = [(site, told) for entry in run.rounds for site, told in entry["sites"].items()]
+    cases = {site: told for site, told in every if told.get("weight", 1e99) < told.get("num-examples", 0)}
+    for site, told in sorted(cases.items()):
+        yield metrics.bounded(site, told["num-examples"], told["weight"], told.get("weight-bound", ""))
+
+
 def one_heavy(run: Run) -> Iterator[str]:
     if not run.rounds or len(sites := run.rounds[-1]["sites"]) < 2:
         return
     weights = {site: m.get("weight", m.get("num-examples", 0)) for site, m in sites.items()}
-    site = max(weights, key=weights.get)
-    if weights[site] > HEAVY * sum(weights.values()):
-        yield f"{site} weighs {weights[site] / sum(weights.values()):.0%} in the mean: the result is nearly its own.".replace("%", " %")
+    site, total = max(weights, key=weights.get), sum(weights.values())
+    if weights[site] >= (HEAVY - 1e-9) * total or sites[site].get("weight-bound") == metrics.SHARE:
+        yield f"{site} weighs {weights[site] / total:.0%} in the mean: the result is nearly its own.".replace("%", " %")
+
+
+def left_out(run: Run) -> Iterator[str]:
+    """A site whose replies held what no site of this version sends."""
+    every = [(site, told) for entry in run.rounds for site, told in entry["sites"].items()]
+    for site, count in sorted({site: told["left-out"] for site, told in every if told.get("left-out")}.items()):
+        yield (
+            f"{site} sent {count:,} numbers that no site of this version sends, or that cannot be true; they were left out. "
+            "Ask which version it runs."
+        )
 
 
 def slow(run: Run) -> Iterator[str]:

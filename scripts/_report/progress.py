@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from app import text
 from scripts._report.reading import Run, read
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -24,11 +25,6 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     low, high = min(shown, default=0), max(shown, default=0)
     step = (high - low) / (len(BARS) - 1)
     return "".join(BARS[round((value - low) / step)] if step else BARS[0] for value in shown)
-
-
-def printable(text: str) -> str:
-    """A site's text without control characters: a name cannot move the cursor."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def line(run: Run) -> str:
@@ -46,7 +42,7 @@ def line(run: Run) -> str:
         parts.append("waiting for " + ", ".join(run.status["missing"]))
     if run.state != "running":
         parts.append(run.state + (f"  {run.history['error']}" if run.history.get("error") else ""))
-    return printable("  ".join(parts))
+    return text.printable("  ".join(parts))
 
 
 def follow(folder: Path, out: TextIO, changed: Callable[[Run], None] = lambda run: None, poll: float = 1.0) -> Run:
@@ -59,10 +55,10 @@ def follow(folder: Path, out: TextIO, changed: Callable[[Run], None] = lambda ru
             changed(run)
             if not out.isatty():
                 print(line(run), file=out, flush=True)
-        if out.isatty() and (text := line(run)) != shown:
-            out.write(CLEAR + text)
+        if out.isatty() and (latest := line(run)) != shown:
+            out.write(CLEAR + latest)
             out.flush()
-            shown = text
+            shown = latest
         if run.state != "running":
             out.write("\n" if out.isatty() else "")
             return run

@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from app import text
 from app.errors import BouquetError
 
-LARGEST = 1e12
+LARGE = 2**26  # characters of a text that may be a picture
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,17 @@ def read(folder: Path) -> Run:
         )
     status = _json(folder / "status.json") or {}
     written = max(path.stat().st_mtime for path in (file, folder / "status.json") if path.is_file())
-    return Run(folder, history, status, _json(folder / "worth.json"), written, time.time(), _json(folder / "memory.json"))
+    worth, memory = _json(folder / "worth.json", LARGE), _json(folder / "memory.json")
+    return Run(folder, history, status, worth, written, time.time(), memory)
 
 
-def _json(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none."""
+def _json(file: Path, longest: int = text.LONGEST) -> dict[str, Any] | None:
+    """A JSON object; None where there is none. Sites have a hand in it, and an older version may have written it."""
     try:
-        value = json.loads(file.read_text(), parse_float=_bounded, parse_constant=_bounded)
-    except (OSError, ValueError):
+        value = text.tidy(json.loads(file.read_text()), longest)
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _bounded(text: str) -> float:
-    """A site's number may be as large as a float can be, and the hub's mean of such numbers infinite: what is shown is bounded."""
-    value = float(text)
-    return min(max(value, -LARGEST), LARGEST) if value == value else LARGEST
 
 
 def _sha256(file: Path) -> str:
