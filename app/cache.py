@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 
 from app.data import Partition, Photo
 from app.data import pixels as pixels_of
+from app.folders import MAX_CAPTION
 from app.images import BadImage
+from app.model import LOCAL, read_json, readable
 
 BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
@@ -100,7 +102,9 @@ def _encode_photos(photos: list[Photo], base: Path, resolution: int, device: tor
     """Latents by key (the posterior's mean, scaled), and the reason for each photo that cannot be decoded."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", local_files_only=True, torch_dtype=torch.float32).to(device).eval()
+    with readable(base / "vae"):
+        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32, **LOCAL)
+    vae = vae.to(device).eval()
     latents, bad, size = {}, {}, max(1, PIXELS // resolution**2)
     for start in range(0, len(photos), size):
         pixels = {}
@@ -123,12 +127,16 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> d
     """The text encoder's last hidden state by caption digest: float16 [T, D]."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
-    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", local_files_only=True, dtype=torch.float32).to(device).eval()
+    with readable(base / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
+    with readable(base / "text_encoder"):
+        encoder = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32, **LOCAL)
+    encoder = encoder.to(device).eval()
     out, length = {}, tokens(base)
     for start in range(0, len(captions), BATCH):
         part = captions[start : start + BATCH]
-        ids = tokenizer(part, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        cut = [c[:MAX_CAPTION] for c in part]  # a template may have made them longer
+        ids = tokenizer(cut, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         hidden = encoder(ids.input_ids.to(device)).last_hidden_state.half().cpu()
         out |= {_digest(c): row for c, row in zip(part, hidden, strict=True)}
     return out
@@ -138,10 +146,13 @@ def tokens(base: Path) -> int:
     """Of a caption, padded or cut: the tokenizer's `model_max_length`, and at most as many as the text encoder has positions for.
 
     Many published tokenizers leave it unset, which is 1e30. A text encoder that names no `max_position_embeddings` has CLIP's 77.
+    Errors: MODEL-03.
     """
-    encoder = json.loads((base / "text_encoder" / "config.json").read_text())
-    positions = _length(encoder.get("text_config", encoder).get("max_position_embeddings")) or 77
-    return min(positions, _length(json.loads((base / "tokenizer" / "tokenizer_config.json").read_text()).get("model_max_length")) or positions)
+    encoder = read_json(base / "text_encoder" / "config.json")
+    tokenizer = read_json(base / "tokenizer" / "tokenizer_config.json")
+    inner = encoder.get("text_config")
+    positions = _length((inner if isinstance(inner, dict) else encoder).get("max_position_embeddings")) or 77
+    return min(positions, _length(tokenizer.get("model_max_length")) or positions)
 
 
 def _length(value: object) -> int:

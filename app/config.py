@@ -2,7 +2,8 @@
 
 Enters: Flower's flat `run_config` dict. Leaves: `RunConfig`, or ConfigError CONFIG-01 (unknown key), CONFIG-02 (wrong
 type, out of range or not a choice), CONFIG-03 (values that contradict each other).
-A run's config never names a path, a device or a site's limit: those are the site's own.
+A text is one printable line of bounded length. A run's config never names a path, a device or a site's limit: those are
+the site's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -22,6 +24,7 @@ LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
+MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # a text encoder reads 77 tokens
 PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
 
 
@@ -33,7 +36,7 @@ def _key(default: Any, unit: str, meaning: str, *, low: float | None = None, hig
 class RunConfig:
     """Every key of `[tool.flwr.app.config]`; a field `local_steps` is the key `local-steps`."""
 
-    base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy")
+    base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy", high=100)
     resolution: int = _key(64, "pixels", "side of the square training images, a multiple of 8", low=16, high=2048)
     rounds: int = _key(8, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
     local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
@@ -63,11 +66,22 @@ class RunConfig:
     trimmed_share: float = _key(0.2, "share", "of trimmed-mean: left out at either end, number by number", low=0.0, high=0.49)
     krum_malicious: int = _key(1, "sites", "of krum: how many sites may be hostile", low=0, high=10_000)
     keep_rounds: int = _key(0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000)
-    resume: str = _key("", "run", "go on after the last round of this run: its id, or latest")
-    start_from: str = _key("", "file", "begin with this LoRA instead of a fresh adapter: a .safetensors file beside the runs on the shared volume")
+    resume: str = _key("", "run", "go on after the last round of this run: its id, or latest", high=20)
+    start_from: str = _key(
+        "",
+        "file",
+        "begin with this LoRA instead of a fresh adapter: a .safetensors file beside the runs on the shared volume",
+        high=200,
+    )
     tracker: str = _key("none", "", "where the hub tells losses, norms, refusals, seconds, GPU figures and pictures by round", choices=TRACKERS)
     seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
-    sample_prompts: str = _key(PROMPTS, "", "prompts of samples.png, separated by a vertical bar; empty draws nothing")
+    sample_prompts: str = _key(
+        PROMPTS,
+        "",
+        f"prompts of samples.png, separated by vertical bars, at most {MOST_PROMPTS} of {LONGEST_PROMPT} characters "
+        "each; empty draws nothing",
+        high=9000,
+    )
     sample_steps: int = _key(25, "steps", "denoising steps of a sample picture", low=1, high=1000)
     sample_guidance: float = _key(5.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
 
@@ -77,18 +91,23 @@ class RunConfig:
         table = {f.name.replace("_", "-"): f for f in fields(cls)}
         for name in values:
             if name not in table:
-                close = difflib.get_close_matches(name, table, n=1)
+                close = difflib.get_close_matches(name[:100], table, n=1)
                 hint = f"did you mean {close[0]}?" if close else "see the README's table of run-config keys"
-                raise ConfigError("CONFIG-01", f"Unknown run-config key {name!r}.", found=f"{name} = {values[name]!r}", fix=hint)
+                short = name[:100]
+                found = f"{short} = {_shown(values[name])}"
+                raise ConfigError("CONFIG-01", f"Unknown run-config key {short!r}.", found=found, fix=hint)
         config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
         if config.resolution % 8:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
-        if config.resume not in ("", "latest") and not config.resume.isdecimal():
+        if config.resume not in ("", "latest") and not re.fullmatch(r"[0-9]+", config.resume):
             raise _wrong("resume", config.resume, "latest or a run's id")
         if config.start_from and not re.fullmatch(r"[\w-][\w.-]*\.safetensors", config.start_from):
             raise _wrong("start-from", config.start_from, "a file's name that ends in .safetensors, without a folder")
         if config.start_from and config.resume:
             raise _wrong("start-from", config.start_from, "either start-from or resume")
+        if len(config.prompts) > MOST_PROMPTS or any(len(prompt) > LONGEST_PROMPT for prompt in config.prompts):
+            most = f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters each"
+            raise _wrong("sample-prompts", config.sample_prompts, most)
         return config
 
     @property
@@ -100,9 +119,16 @@ def _wrong(name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(
         "CONFIG-02",
         f"Run-config key {name!r} has a value it cannot have.",
-        found=f"{name} = {value!r}",
+        found=f"{name} = {_shown(value)}",
         fix=f"give {expected}, for example --run-config '{name}=...'",
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut short; of a whole number nobody can read, its size."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value if not isinstance(value, str) else value[:300])[:400]
 
 
 def _span(low: float, high: float) -> str:
@@ -111,15 +137,16 @@ def _span(low: float, high: float) -> str:
 
 def _checked(name: str, spec: Any, value: Any) -> Any:
     kind, (low, high, choices) = type(spec.default), (spec.metadata[k] for k in ("low", "high", "choices"))
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    whole = kind is float and type(value) is int  # taken where a fraction is meant, if it is in range
+    if not whole and (type(value) is not kind or (kind is float and not math.isfinite(value))):
         raise _wrong(name, value, EXPECTED[kind])
     if choices and value not in choices:
         raise _wrong(name, value, "one of " + ", ".join(choices))
+    if kind is str and high and (len(value) > high or any(unicodedata.category(c) in ("Cc", "Cs") for c in value)):
+        raise _wrong(name, value, f"one printable line of at most {high} characters")
     if low is not None and not low <= value <= high:
         raise _wrong(name, value, f"a number from {_span(low, high)}")
-    return value
+    return kind(value)
 
 
 def table() -> str:
@@ -127,7 +154,10 @@ def table() -> str:
     rows = ["| key | default | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for f in fields(RunConfig):
         meta = f.metadata
-        span = ", ".join(meta["choices"]) or ("" if meta["low"] is None else _span(meta["low"], meta["high"]))
+        of_text = type(f.default) is str and not meta["choices"]
+        span = f"up to {meta['high']} characters" if of_text else ", ".join(meta["choices"])
+        if meta["low"] is not None:
+            span = _span(meta["low"], meta["high"])
         shown = "four drawn flowers" if f.name == "sample_prompts" else f"`{f.default}`"
         if type(f.default) is bool:
             span, shown = "true, false", shown.lower()

@@ -13,18 +13,19 @@ that cannot become an adapter), EXPORT-04 (the folder for the merged model is in
 from __future__ import annotations
 
 import json
+import math
 import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from app import sample
 from app.checkpoint import write_folder, write_peft
-from app.config import LORA_TARGETS, RunConfig
+from app.config import LONGEST_PROMPT, LORA_TARGETS, MOST_PROMPTS, RunConfig
 from app.errors import AdapterError
 from app.model import Adapter, apply_adapter
 
@@ -35,6 +36,11 @@ FILES = (PEFT, "adapter_config.json", DIFFUSERS, KOHYA)
 A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 PARTS = {A: A, B: B, ALPHA: ALPHA, "lora_down.weight": A, "lora_up.weight": B, "lora.down.weight": A, "lora.up.weight": B}
 KEY = re.compile(rf"(?:base_model\.model\.|unet\.)?(lora_unet_)?((?:down_blocks|mid_block|up_blocks).+?)\.({'|'.join(map(re.escape, PARTS))})")
+TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors names them
+WHOLE = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be one of these as well
+MOST_BYTES, MOST_NUMBERS, MOST_TENSORS = 2**31, 2**29, 10_000  # of a file; as float32 it is 2 GiB too
+MOST_RANK = 512  # config.lora_rank's
+MOST_NOTES = 2**26  # bytes of a JSON file beside it; the longest is a run's history
 JOINED = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out")
 
 
@@ -114,30 +120,59 @@ def merge(base: Path, adapter: Adapter, config: RunConfig, target: Path) -> None
 def read_lora(path: Path) -> Lora:
     """A PEFT, diffusers or kohya LoRA of Stable Diffusion's UNet, in any precision, as a float32 adapter with alpha = rank.
 
-    Every tensor of the file is used or the file is refused; another alpha is multiplied into B. That the adapter fits a base
-    model is model.apply_adapter's to say. Errors: EXPORT-03.
+    Every tensor of the file is used or the file is refused, before a tensor is read where its header says why; another
+    alpha is multiplied into B. That the adapter fits a base model is model.apply_adapter's to say. Errors: EXPORT-03.
     """
     try:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise _unreadable(path, f"it is not there, no file, or larger than {MOST_BYTES >> 20} MiB")
         with safe_open(path, "pt") as file:
-            notes, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, f"no safetensors file ({type(error).__name__})") from error
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
+            notes, modules = file.metadata() or {}, _modules(path, file)
+        rank, targets, common = _rank(path, modules), _targets(path, modules), _alpha(path, notes)
+        adapter = {}
+        for module, parts in modules.items():
+            alpha = _number(path, parts[ALPHA].item()) if ALPHA in parts else common
+            scale = 1.0 if alpha is None else alpha / rank
+            adapter |= {f"{module}.{A}": parts[A].float(), f"{module}.{B}": parts[B].float() * scale}
+    except AdapterError:
+        raise
+    except Exception as error:  # the file is anybody's, and its readers fail in many ways
+        raise _unreadable(path, f"no safetensors file with a LoRA ({type(error).__name__} {error})") from error
+    return Lora({key: adapter[key].contiguous() for key in sorted(adapter)}, rank, targets)
+
+
+def _modules(path: Path, file: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Each module's A, B and perhaps alpha; nothing is read before all the header is found good. Errors: EXPORT-03."""
+    keys, numbers = list(file.keys()), 0
+    found: dict[str, dict[str, str]] = {}
+    if len(keys) > MOST_TENSORS:
+        raise _unreadable(path, f"it holds {len(keys)} tensors")
+    for key in keys:
         if not (match := KEY.fullmatch(key)):
             raise _unreadable(path, f"{key} is no LoRA tensor of the UNet")
-        module = _dotted(match[2]) if match[1] else match[2]
-        modules.setdefault(module, {})[PARTS[match[3]]] = value.float()
+        module, part, about = _dotted(match[2]) if match[1] else match[2], PARTS[match[3]], file.get_slice(key)
+        shape, kind = about.get_shape(), str(about.get_dtype())
+        numbers += (size := math.prod(shape))
+        right = kind in TYPES and len(shape) in (2, 4) and size > 0
+        if part == ALPHA:
+            right = kind in TYPES + WHOLE and size == 1
+        if not right or numbers > MOST_NUMBERS:
+            raise _unreadable(path, f"{key} is {kind} of shape {shape}")
+        if part in found.setdefault(module, {}):
+            raise _unreadable(path, f"{key} is there twice, by two names")
+        found[module][part] = key
+    return {module: {part: file.get_tensor(key) for part, key in parts.items()} for module, parts in found.items()}
+
+
+def _rank(path: Path, modules: dict[str, dict[str, torch.Tensor]]) -> int:
+    """The one rank of all modules. Errors: EXPORT-03."""
     if not modules or (halves := [name for name, parts in modules.items() if not {A, B} <= parts.keys()]):
         raise _unreadable(path, f"{halves[0]} has only one half" if modules else "it holds no tensors")
-    if len(ranks := {parts[A].shape[0] for parts in modules.values()} | {parts[B].shape[1] for parts in modules.values()}) > 1:
-        raise _unreadable(path, f"ranks {', '.join(map(str, sorted(ranks)))} in one file")
-    [rank], targets, common = ranks, _targets(path, modules), _alpha(path, notes)
-    adapter = {}
-    for module, parts in modules.items():
-        scale = float(parts.get(ALPHA, common or rank)) / rank
-        adapter |= {f"{module}.{A}": parts[A], f"{module}.{B}": parts[B] * scale}
-    return Lora({key: adapter[key].contiguous() for key in sorted(adapter)}, rank, targets)
+    ranks = {parts[A].shape[0] for parts in modules.values()} | {parts[B].shape[1] for parts in modules.values()}
+    if len(ranks) > 1 or max(ranks) > MOST_RANK:
+        listed = ", ".join(map(str, sorted(ranks)))
+        raise _unreadable(path, f"ranks {listed} in one file, which may have one up to {MOST_RANK}")
+    return ranks.pop()
 
 
 def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:
@@ -159,11 +194,34 @@ def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:
 def _run_config(folder: Path) -> dict[str, Any]:
     """The run's configuration by Flower's names: from its provenance, its history, or as much as PEFT's file says."""
     for notes in (folder / "provenance.json", folder.parent / "provenance.json", folder.parent / "history.json"):
-        if notes.exists() and (config := json.loads(notes.read_text()).get("config")):
-            return {key.replace("_", "-"): value for key, value in config.items()}
+        if notes.exists() and isinstance(config := _object(notes).get("config"), dict):
+            known = {key.replace("_", "-"): value for key, value in config.items()}
+            prompts = str(known.get("sample-prompts", "")).split("|")[:MOST_PROMPTS]  # an older run's may be more
+            return known | {"sample-prompts": "|".join(prompt.strip()[:LONGEST_PROMPT] for prompt in prompts)}
     settings = folder / "adapter_config.json"
-    base = json.loads(settings.read_text()).get("base_model_name_or_path") if settings.exists() else None
+    base = _object(settings).get("base_model_name_or_path") if settings.exists() else None
     return {"base-model": base} if base else {}
+
+
+def _object(path: Path, text: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file, or in a text that stands in it. Errors: EXPORT-03."""
+    try:
+        if text is None:
+            if not path.is_file() or path.stat().st_size > MOST_NOTES:
+                raise ValueError(f"no file, or larger than {MOST_NOTES >> 20} MiB")
+            text = path.read_text()
+        if isinstance(found := json.loads(text), dict):
+            return found
+        raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, f"its JSON cannot be read ({type(error).__name__} {error})") from None
+
+
+def _number(path: Path, alpha: object) -> float:
+    """An alpha. Errors: EXPORT-03, where it is no number, or none that a tensor can be multiplied by."""
+    if type(alpha) not in (int, float) or not -1e6 < alpha < 1e6:
+        raise _unreadable(path, f"its alpha is {str(alpha)[:40] if type(alpha) is not int else 'a large number'}")
+    return float(alpha)
 
 
 def _dotted(flat: str) -> str:
@@ -187,14 +245,16 @@ def _alpha(path: Path, notes: dict[str, str]) -> float | None:
     """The alpha that stands beside the tensors: in PEFT's config, or in diffusers' metadata; None where the file has none."""
     settings: dict[str, Any] = {}
     if path.name == PEFT and (beside := path.with_name("adapter_config.json")).exists():
-        settings = json.loads(beside.read_text())
+        settings = _object(beside)
     elif "lora_adapter_metadata" in notes:
-        settings = {key.removeprefix("unet."): value for key, value in json.loads(notes["lora_adapter_metadata"]).items()}
+        found = _object(path, notes["lora_adapter_metadata"])
+        settings = {key.removeprefix("unet."): value for key, value in found.items()}
     if unknown := [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if settings.get(key)]:
         raise _unreadable(path, f"{unknown[0]} is set")
-    return settings.get("lora_alpha")
+    alpha = settings.get("lora_alpha")
+    return None if alpha is None else _number(path, alpha)
 
 
 def _unreadable(path: Path, why: str) -> AdapterError:
     fix = "give a safetensors file with a plain LoRA of one rank on the UNet alone, in PEFT's, diffusers' or kohya's names"
-    return AdapterError("EXPORT-03", "This LoRA cannot become an adapter.", found=f"{path}: {why}", fix=fix)
+    return AdapterError("EXPORT-03", "This LoRA cannot become an adapter.", found=f"{path}: {why[:500]}", fix=fix)

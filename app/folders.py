@@ -4,7 +4,9 @@ Enters: a folder. Leaves: one `Entry` a picture, its bytes not read yet. A folde
   - `metadata.jsonl` beside its pictures (an imagefolder): {"file_name": "0001.png", "text": "a red poppy"};
   - parquet or arrow files as the hub stores them: an image column (struct of bytes, path) with text, caption or label;
   - bare pictures; the name of the sub-folder is the label, which `caption.txt` can use.
-Everything in the folder counts; hidden files do not. Nothing is read through a link that leads out of the folder.
+Everything in the folder counts; hidden files do not. Nothing is read through a link that leads out of the folder, and
+nothing without a bound: a list 200 MB, its lines a megabyte each and a million, a caption 10,000 characters (a text
+encoder sees 77 tokens) and a label 200, and what is longer is cut.
 """
 
 from __future__ import annotations
@@ -12,17 +14,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from app.errors import SiteError
-from app.images import MAX_BYTES, BadImage
-from app.tables import TableError, rows
+from app.images import MAX_BYTES, BadImage, open_inside
+from app.tables import MAX_ROWS, TableError, rows
+from app.text import printable
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 OTHER_PICTURES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"}  # set aside as "format"
+MAX_LINE = 1_000_000  # bytes of a list's line
+MAX_TEXT = 4_000  # bytes of a text file with one line
+MAX_CAPTION, MAX_LABEL = 10_000, 200  # characters; the rest is cut off
 LABEL_TEMPLATE = "a photo of a {label}"  # for a table that names its classes
 
 
@@ -47,7 +53,7 @@ def entries(root: Path) -> Iterator[Entry]:
     for source in (tables, listed, bare, (_bare(root, name) for name in closed)):
         for entry in source:
             seen.add(entry.name)
-            yield entry
+            yield replace(entry, name=printable(entry.name))
 
 
 def statuses(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
@@ -59,31 +65,51 @@ def statuses(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
             yield name, None
 
 
-def read_inside(root: Path, name: str) -> bytes:
-    """The bytes of `name` below `root`. Errors: BadImage "outside", "unreadable" or "too-large"."""
+def read_inside(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
+    """The bytes of `name` below `root`, at most `most`. Errors: BadImage "outside", "unreadable" or "too-large"."""
     try:
-        path = Path(os.path.realpath(root / name))
-        if not path.is_relative_to(root):
-            raise BadImage("outside")
-        if not path.is_file():
-            raise BadImage("unreadable")
-        if path.stat().st_size > MAX_BYTES:
-            raise BadImage("too-large")
-        return path.read_bytes()
-    except (OSError, ValueError):  # ValueError: a name with a null byte
+        with open_inside(root, name) as file:
+            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    except OSError:
         raise BadImage("unreadable") from None
+    if data is None or len(data) > most:
+        raise BadImage("too-large")
+    return data
+
+
+def text_inside(root: Path, name: str) -> str | None:
+    """A short text file below `root`; None where there is none. Errors: BadImage, UnicodeDecodeError."""
+    return read_inside(root, name, MAX_TEXT).decode() if os.path.lexists(root / name) else None
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
     """Sorted names below `root`, without hidden ones: files, and folders closed to us (links out, no permission)."""
     files: list[str] = []
     closed: list[str] = []
-    for folder, subfolders, names in os.walk(root, onerror=lambda error: closed.append(error.filename)):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        links = [path for name in subfolders if os.path.islink(path := os.path.join(folder, name))]
-        closed += [path for path in links if not Path(os.path.realpath(path)).is_relative_to(root)]
+    left = [str(root)]
+    while left:  # os.walk calls itself, and a folder may lie a thousand deep
+        folder = left.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError:
+            closed.append(folder)
+            continue
+        for entry in entries:
+            if not _is_folder(entry):
+                files.append(entry.path)
+            elif not entry.is_symlink():
+                left.append(entry.path)
+            elif not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                closed.append(entry.path)
     return sorted(os.path.relpath(f, root) for f in files), sorted(os.path.relpath(c, root) for c in closed)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _suffix(name: str) -> str:
@@ -92,24 +118,34 @@ def _suffix(name: str) -> str:
 
 def _bare(root: Path, name: str) -> Entry:
     label = os.path.basename(os.path.dirname(name)).replace("_", " ")
-    return Entry(name, partial(read_inside, root, name), label=label or None)
+    return Entry(name, partial(read_inside, root, name), label=_label(label))
 
 
 def _listed(root: Path, list_name: str) -> Iterator[Entry]:
     """The pictures that one metadata.jsonl names, relative to its own folder."""
     try:
-        lines = read_inside(root, list_name).decode().splitlines()
-    except (BadImage, UnicodeDecodeError) as error:
+        with open_inside(root, list_name) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise BadImage("too-large")
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
+                if len(line) > MAX_LINE or number > MAX_ROWS:
+                    what = f"line {number}: more than {MAX_LINE} bytes, or than {MAX_ROWS} lines"
+                    raise _list_error(root / list_name, what)
+                for part in line.decode().splitlines():
+                    if part.strip():
+                        yield _line(root, list_name, part, number)
+    except (BadImage, OSError, UnicodeDecodeError) as error:
         raise _list_error(root / list_name, str(error)) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name = os.path.normpath(os.path.join(os.path.dirname(list_name), row["file_name"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _list_error(root / list_name, f"line {number}: {type(error).__name__} {error}") from None
-        yield Entry(name, partial(read_inside, root, name), caption=_text(row))
+
+
+def _line(root: Path, list_name: str, line: str, number: int) -> Entry:
+    """The picture that one line names. Errors: SITE-06."""
+    try:
+        row = json.loads(line)
+        name = os.path.normpath(os.path.join(os.path.dirname(list_name), row["file_name"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _list_error(root / list_name, f"line {number}: {type(error).__name__} {error}"[:500]) from None
+    return Entry(name, partial(read_inside, root, name), caption=_text(row))
 
 
 def _list_error(path: Path, found: str) -> SiteError:
@@ -120,7 +156,16 @@ def _list_error(path: Path, found: str) -> SiteError:
 def _text(row: dict[str, Any]) -> str | None:
     """The caption of a row, on one line."""
     text = row.get("text") or row.get("caption")
-    return " ".join(text.split()) or None if isinstance(text, str) else None
+    return " ".join(_whole(text[:MAX_CAPTION]).split()) or None if isinstance(text, str) else None
+
+
+def _label(text: str | None) -> str | None:
+    return _whole(text[:MAX_LABEL]) or None if text else None
+
+
+def _whole(text: str) -> str:
+    """The text with ? for what no encoding holds: half a character in JSON, a file's name that is no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_table(name: str) -> bool:
@@ -130,16 +175,15 @@ def _is_table(name: str) -> bool:
 
 def _table(root: Path, name: str) -> Iterator[Entry]:
     """The rows of one parquet or arrow file."""
-    if not Path(os.path.realpath(root / name)).is_relative_to(root):
-        yield Entry(name, partial(read_inside, root, name))  # its load() says "outside"
-        return
     try:
-        for row in rows(root / name):
+        for row in rows(root, name):
             if row.file:
                 place, load = os.path.normpath(row.file), partial(read_inside, root, row.file)
             else:
                 place, load = f"{name} {row.place}", row.load
-            yield Entry(place, load, _text(row.texts), row.label, LABEL_TEMPLATE)
+            yield Entry(place, load, _text(row.texts), _label(row.label), LABEL_TEMPLATE)
+    except BadImage:
+        yield Entry(name, partial(read_inside, root, name))  # its load() says why
     except TableError as error:
         found = f"{root / name}: {error}"
         fix = "store it as the hub does: an image column (struct of bytes and path) with text, caption or label"

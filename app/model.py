@@ -2,7 +2,10 @@
 
 Enters: a base model's name and the folder of base models. Leaves: a frozen UNet with a trainable LoRA adapter, and the
 adapter as a plain dict of float32 tensors under PEFT's keys (`….lora_A.weight`), applied strictly and hashed.
-Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine), MODEL-03 (incomplete), ADAPTER-01 (does not fit).
+Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine), MODEL-03 (incomplete or damaged), ADAPTER-01 (does not
+fit), ADAPTER-02 (not finite).
+
+The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle or a copy in half precision.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from app.config import LORA_TARGETS, RunConfig
 from app.errors import AdapterError, ModelError
@@ -21,6 +28,16 @@ HUB = {  # name: (repository, revision); a site may instead keep a folder of tha
     "stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
 }
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+CLASSES = {  # what is loaded, and what a plain base model's index says; the scheduler's is in its own file too
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+}
+WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") | {"text_encoder": "model.safetensors"}
+LOCAL = {"local_files_only": True, "use_safetensors": True}  # of every part that has weights
+LARGEST = 64_000_000  # bytes of a text file: a tokenizer's are some
 Adapter = dict[str, torch.Tensor]
 
 
@@ -53,52 +70,157 @@ def locate(name: str, models: Path) -> Path:
 
 
 def fingerprint(folder: Path, memory: Path | None = None) -> dict[str, str]:
-    """SHA-256 by part ('unet', 'vae', …) over names and bytes of its files, and of all parts together ('base').
+    """SHA-256 by part ('unet', 'vae', …) over names and bytes of what is loaded of it, and of all parts ('base').
 
-    `memory` is a folder in which the sums are remembered by size and modification time, so that gigabytes are read once.
+    `memory` is a folder in which the sums are remembered by each file's place, size and times, so that gigabytes are
+    read once. Errors: MODEL-03.
     """
-    sums: dict[str, str] = {}
-    for part in PARTS:
-        files = sorted(p for p in (folder / part).glob("*") if p.suffix in {".safetensors", ".json", ".txt"})
-        if not files:
-            raise ModelError(
-                "MODEL-03",
-                "The base model is incomplete.",
-                found=f"{folder} has no {part}/",
-                fix=f"copy the whole model in diffusers layout: {', '.join(PARTS)}",
-            )
-        stamp = hashlib.sha256(repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()).hexdigest()
-        note = memory / f"sum-{stamp[:32]}.json" if memory else None
-        if note and note.exists():
-            sums[part] = json.loads(note.read_text())
-            continue
-        total = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        sums[part] = total.hexdigest()
-        if note:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(sums[part]))
-            temporary.replace(note)
-    sums["base"] = hashlib.sha256("".join(sums[part] for part in PARTS).encode()).hexdigest()
+    sums = {part: _remembered(_files(folder, part), memory) for part in PARTS}
+    index, scheduler = read_json(folder / "model_index.json"), read_json(folder / "scheduler" / "scheduler_config.json")
+    plain = CLASSES | {"scheduler": ["diffusers", scheduler.get("_class_name")]}
+    said = {key: index.get(key) for key in plain}
+    other = json.dumps(said, sort_keys=True) if said != plain else ""  # so a plain one's is of its parts alone
+    sums["base"] = hashlib.sha256(("".join(sums[part] for part in PARTS) + other).encode()).hexdigest()
     return sums
 
 
+def is_base(folder: Path, base: str, known: str) -> bool:
+    """Whether `known`, a fingerprint of other days, is this base model's; `base` is today's.
+
+    At first it was of every .safetensors, .json and .txt file, with the ends of lines as they were, and of nothing
+    else: kits and the histories of runs have kept such ones. For a plain base model the two are equal.
+    """
+    return known == base or known == _former(folder)
+
+
+def _former(folder: Path) -> str:
+    total = hashlib.sha256()
+    for part in PARTS:
+        files = (p for p in (folder / part).glob("*") if p.suffix in {".safetensors", ".json", ".txt"} and p.is_file())
+        total.update(_sum(sorted(files), as_it_is=True).encode())
+    return total.hexdigest()
+
+
+def _files(folder: Path, part: str) -> list[Path]:
+    """What is loaded of a part, by name. Errors: MODEL-03."""
+    here, weights = folder / part, WEIGHTS.get(part)
+    texts = {p for p in here.glob("*") if p.suffix in {".json", ".txt"}}
+    if not texts:
+        raise _incomplete(f"{folder} has no {part}/")
+    files = texts if part == "tokenizer" else {here / ("config.json" if weights else "scheduler_config.json")}
+    if weights:
+        if (here / "adapter_config.json").exists():  # transformers would load what it names as well
+            raise _incomplete(f"{here} has an adapter of its own")
+        index = here / f"{weights}.index.json"
+        shards = _shards(index) if index.exists() else set()
+        files |= shards | ({index} if shards else set()) | ({here / weights} if (here / weights).exists() else set())
+        if len(files) == 1:
+            raise _incomplete(f"{here} has no weights as safetensors ({weights}); other formats are not read")
+    if missing := sorted(p.name for p in files if not p.is_file()):
+        raise _incomplete(f"{here} lacks {', '.join(missing)}"[:500])
+    return sorted(files)
+
+
+def _shards(index: Path) -> set[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(_is_shard(name) for name in names.values()):
+        raise _incomplete(f"{index} names no safetensors files beside it")
+    return {index.parent / name for name in names.values()}
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
+def _remembered(files: list[Path], memory: Path | None) -> str:
+    """The files' sum, from `memory` where they are as they were."""
+    if memory is None:
+        return _sum(files)
+    seen = [(str(p.resolve()), (s := p.stat()).st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files]
+    note = memory / f"sum-{hashlib.sha256(repr(('loaded', seen)).encode()).hexdigest()[:32]}.json"
+    if note.exists():
+        return json.loads(note.read_text())
+    total = _sum(files)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(total))
+    temporary.replace(note)
+    return total
+
+
+def _sum(files: list[Path], as_it_is: bool = False) -> str:
+    """SHA-256 over names and bytes, of text with lines ended as on Unix. Errors: MODEL-03, unless `as_it_is`."""
+    total = hashlib.sha256()
+    for path in files:
+        if as_it_is or path.suffix == ".safetensors":
+            if not as_it_is:
+                with readable(path), safe_open(path, "pt"):  # its header
+                    pass
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+        else:
+            if path.suffix == ".json":
+                read_json(path)
+            digest = hashlib.sha256(_text(path).replace(b"\r\n", b"\n")).digest()
+        total.update(path.name.encode() + digest)
+    return total.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Errors: MODEL-03."""
+    with readable(path):
+        found = json.loads(_text(path).decode())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    return found
+
+
+def _text(path: Path) -> bytes:
+    """Errors: MODEL-03."""
+    if not path.is_file():
+        raise _incomplete(f"{path} is missing, or no file")
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise _incomplete(f"{path} has more than {LARGEST} bytes")
+    return data
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What is read of a base model within. Errors: MODEL-03, whatever its reader says, unless it lacks GPU memory."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _incomplete(f"{path} cannot be read: {type(error).__name__} {error}"[:500]) from error
+
+
+def _incomplete(found: str) -> ModelError:
+    fix = f"copy the whole model in diffusers layout, weights as safetensors: {', '.join(PARTS)}, model_index.json"
+    return ModelError("MODEL-03", "The base model is incomplete or damaged.", found=found, fix=fix)
+
+
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The UNet alone, frozen, without the rest of the pipeline."""
+    """The UNet alone, frozen, without the rest of the pipeline. Errors: MODEL-03."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, local_files_only=True)
+    with readable(folder / "unet"):
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **LOCAL)
     return unet.requires_grad_(False)
 
 
 def load_scheduler(folder: Path):
-    """The model's noise schedule as a DDPMScheduler (training needs no other)."""
+    """The model's noise schedule as a DDPMScheduler (training needs no other). Errors: MODEL-03."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    settings = folder / "scheduler" / "scheduler_config.json"
+    with readable(settings):
+        steps = read_json(settings).get("num_train_timesteps", 1000)
+        if type(steps) is not int or not 1 <= steps <= 100_000:
+            raise ValueError("num_train_timesteps is no number from 1 to 100000")
+        return DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
 
 
 def lora_config(config: RunConfig):

@@ -12,19 +12,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from app.config import RunConfig
-from app.model import Adapter, add_adapter, apply_adapter
+from app.model import LOCAL, Adapter, add_adapter, apply_adapter, readable
 
 INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17  # pixels between pictures, and from line to line of a name
 BATCH = 8  # pictures at a time
 
 
 def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
-    """The base model's own pipeline with an adapter of the run's shape on its UNet (B = 0: it draws like the base)."""
+    """The base model's own pipeline with an adapter of the run's shape on its UNet (B = 0: it draws like the base).
+
+    Errors: MODEL-03.
+    """
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(
-        base, safety_checker=None, requires_safety_checker=False, local_files_only=True, dtype=torch.float32
-    )
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    with readable(base):
+        pipe = StableDiffusionPipeline.from_pretrained(
+            base, dtype=torch.float32, requires_safety_checker=False, **LOCAL, **unused
+        )
     pipe.set_progress_bar_config(disable=True)
     add_adapter(pipe.unet.requires_grad_(False), config)
     pipe.unet.eval()

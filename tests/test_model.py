@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from app import model
+from app import cache, model, sample
 from app.config import RunConfig
 from app.errors import AdapterError, ModelError
 from tests import tiny
@@ -85,7 +88,8 @@ def test_a_parts_fingerprint_is_the_sha256_of_its_names_and_file_hashes():
 def test_one_changed_byte_changes_its_part_and_the_whole_and_no_other_part(tmp_path, part, file):
     folder = copy(tmp_path)
     path = folder / part / file
-    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"1", b"2", 1) if path.suffix == ".json" else data[:-1] + b" ")
     before, after = model.fingerprint(tiny.base()), model.fingerprint(folder)
     assert {key for key in before if before[key] != after[key]} == {part, "base"}
 
@@ -101,12 +105,198 @@ def test_a_missing_part_is_refused_by_name(tmp_path):
 def test_remembered_sums_are_used_again_and_a_changed_file_is_read_again(tmp_path, monkeypatch):
     folder, memory = copy(tmp_path), tmp_path / "memory"
     first = model.fingerprint(folder, memory)
-    read, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    read, add_up = [], model._sum
+    monkeypatch.setattr(model, "_sum", lambda files: read.extend(files) or add_up(files))
     assert model.fingerprint(folder, memory) == first and read == []
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     assert model.fingerprint(folder, memory)["base"] != first["base"]
-    assert read == [str(folder / "scheduler" / "scheduler_config.json")]
+    assert read == [folder / "scheduler" / "scheduler_config.json"]
+
+
+WEIGHTS = {part: tiny.base() / part / file for part, file in model.WEIGHTS.items()}
+
+
+def turn_into_pickle(folder, part: str, more: float = 0.0) -> None:
+    """What repositories of old hold: the same numbers as .bin, and no safetensors."""
+    path = folder / part / WEIGHTS[part].name
+    tensors = {key: value + more for key, value in load_file(path).items()}
+    path.unlink()
+    torch.save(
+        tensors, path.parent / ("pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin")
+    )
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_a_part_without_safetensors_is_refused_by_name_whatever_else_it_has(tmp_path, part):
+    folder = copy(tmp_path)
+    turn_into_pickle(folder, part)
+    with pytest.raises(ModelError, match="MODEL-03") as caught:
+        model.fingerprint(folder)
+    assert str(folder / part) in caught.value.found and "safetensors" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("part", "load"),
+    [
+        ("unet", model.load_unet),
+        ("vae", lambda folder: cache._encode_photos([], folder, 16, torch.device("cpu"))),
+        ("text_encoder", lambda folder: cache._encode_captions(["a rose"], folder, torch.device("cpu"))),
+        ("unet", lambda folder: sample.pipeline(folder, tiny.CONFIG)),
+        ("text_encoder", lambda folder: sample.pipeline(folder, tiny.CONFIG)),
+    ],
+)
+def test_no_pickle_is_loaded(tmp_path, part, load):
+    folder = copy(tmp_path)
+    turn_into_pickle(folder, part, more=0.01)
+    with pytest.raises(ModelError, match="MODEL-03"):
+        load(folder)
+
+
+def test_a_weights_file_that_is_a_pointer_is_refused_by_name(tmp_path):
+    folder = copy(tmp_path)
+    (folder / "vae" / WEIGHTS["vae"].name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    with pytest.raises(ModelError, match="MODEL-03") as caught:
+        model.fingerprint(folder)
+    assert "vae" in caught.value.found
+
+
+def test_a_text_encoder_that_brings_an_adapter_from_elsewhere_is_refused(tmp_path):
+    folder = copy(tmp_path)
+    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ModelError, match="MODEL-03") as caught:
+        model.fingerprint(folder)
+    assert "adapter" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.non_ema.safetensors",
+        "diffusion_pytorch_model.bin",
+    ],
+)
+def test_copies_of_the_weights_that_are_not_loaded_do_not_count(tmp_path, name):
+    folder = copy(tmp_path)
+    (folder / "unet" / name).write_bytes(b"the same in half precision")
+    assert model.fingerprint(folder) == model.fingerprint(tiny.base())
+
+
+def test_lines_that_end_as_windows_ends_them_do_not_count(tmp_path):
+    folder, changed = copy(tmp_path), 0
+    for path in folder.glob("*/*.json"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"\n", b"\r\n"))
+        changed += path.read_bytes() != data
+    assert changed >= 4 and model.fingerprint(folder) == model.fingerprint(tiny.base())
+
+
+def shards(folder) -> list:
+    """The UNet as two files and their index, as diffusers writes a large one."""
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel.from_pretrained(tiny.base(), subfolder="unet").save_pretrained(
+        folder / "new", max_shard_size="40KB"
+    )
+    shutil.rmtree(folder / "unet")
+    (folder / "new").rename(folder / "unet")
+    return sorted((folder / "unet").glob("*-of-*.safetensors"))
+
+
+def test_weights_in_shards_are_covered_whole(tmp_path):
+    folder = copy(tmp_path)
+    files = [
+        folder / "unet" / "config.json",
+        *shards(folder),
+        folder / "unet" / "diffusion_pytorch_model.safetensors.index.json",
+    ]
+    by_hand = hashlib.sha256()
+    for path in files:
+        by_hand.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    before = model.fingerprint(folder)
+    assert len(files) >= 4 and before["unet"] == by_hand.hexdigest()
+    for path in files[1:-1]:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert model.fingerprint(folder)["unet"] != before["unet"]
+        path.write_bytes(data)
+    model.load_unet(folder)
+
+
+def test_a_shard_that_is_missing_or_lies_elsewhere_is_refused(tmp_path):
+    folder = copy(tmp_path)
+    shard, index = shards(folder)[0], folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for name in ("../vae/diffusion_pytorch_model.safetensors", str(tiny.base()), "weights.bin", 3, None, []):
+        index.write_text(json.dumps(good | {"weight_map": {"conv_in.weight": name}}))
+        with pytest.raises(ModelError, match="MODEL-03"):
+            model.fingerprint(folder)
+    index.write_text(json.dumps(good))
+    shard.unlink()
+    with pytest.raises(ModelError, match="MODEL-03") as caught:
+        model.fingerprint(folder)
+    assert shard.name in caught.value.found
+
+
+def test_a_plain_base_models_fingerprint_is_of_its_parts_alone_as_it_always_was():
+    sums = model.fingerprint(tiny.base())
+    assert sums["base"] == hashlib.sha256("".join(sums[part] for part in model.PARTS).encode()).hexdigest()
+    assert (
+        model.fingerprint(tiny.ROOT / "models" / "mini")["base"]
+        == json.loads((tiny.ROOT / "models/mini/comparison.json").read_text())["base"]["fingerprint"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_class_name", "StableDiffusionXLPipeline"),
+        ("text_encoder", ["transformers", "T5EncoderModel"]),
+        ("scheduler", ["diffusers", "EulerDiscreteScheduler"]),
+    ],
+)
+def test_what_the_index_says_of_the_parts_counts(tmp_path, key, value):
+    folder = copy(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {key: value}))
+    before, after = model.fingerprint(tiny.base()), model.fingerprint(folder)
+    assert {name for name in before if before[name] != after[name]} == {"base"}
+
+
+def test_a_fingerprint_from_before_copies_were_left_out_is_still_known(tmp_path):
+    folder = copy(tmp_path)
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
+    by_hand = ""
+    for part in model.PARTS:  # every .safetensors, .json and .txt file, by name
+        total = hashlib.sha256()
+        for path in sorted((folder / part).iterdir()):
+            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        by_hand += total.hexdigest()
+    former, today = hashlib.sha256(by_hand.encode()).hexdigest(), model.fingerprint(folder)["base"]
+    assert former != today
+    assert model.is_base(folder, today, today) and model.is_base(folder, today, former)
+    assert not model.is_base(folder, today, "0" * 64) and not model.is_base(tiny.base(), today, former)
+
+
+def test_a_file_exchanged_for_one_of_its_size_and_time_is_read_again(tmp_path):
+    folder, memory = copy(tmp_path), tmp_path / "memory"
+    path = folder / "unet" / WEIGHTS["unet"].name
+    first, times, data = model.fingerprint(folder, memory), path.stat().st_mtime_ns, path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(times, times))
+    assert model.fingerprint(folder, memory)["unet"] != first["unet"]
+
+
+def test_a_sum_that_an_older_version_remembered_is_not_taken(tmp_path):
+    folder, memory = copy(tmp_path), tmp_path / "memory"
+    memory.mkdir()
+    for part in model.PARTS:
+        files = sorted(p for p in (folder / part).iterdir())
+        seen = repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+        (memory / f"sum-{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json").write_text(json.dumps("0" * 64))
+    assert model.fingerprint(folder, memory) == model.fingerprint(tiny.base())
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
