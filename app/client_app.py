@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from app import limits
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError
+from app.privacy import Secret
 
 if TYPE_CHECKING:
     from app.train import Site
@@ -64,34 +65,37 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
-    from app import gpu, journal, model, train, wire  # torch is imported only once there is work
+    from app import gpu, journal, model, wire  # torch is imported only once there is work
 
     config, order = RunConfig.read(context.run_config), message.content["config"]
-    limits.check(config, str(context.node_config.get("limits", "")))
+    own = str(context.node_config.get("limits", ""))
+    limits.Limits.read(own).check(config)
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
-    name, folder, models, cached = places(context)
+    name, folder, models, cached, secret = places(context)
+    number = int(order["round"])
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
-        made_from = (context.run_id, config, models, folder, cached)
+        made_from = (context.run_id, config, models, folder, cached, own, secret)
         site = take_up(made_from, str(order["base-fingerprint"]))
-        print(f"bouquet: {name}: {site.partition.report()}", flush=True)
+        site.limits.check_budget(config, str(context.run_id), journal.read(cached))
+        print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
         applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
         metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
         if training:
-            metrics["train-loss"] = site.fit(train.seed_of(config.seed, name, int(order["round"])))
+            metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number))
             sent = wire.rounded(model.adapter_of(site.unet), config.wire_precision)
             reply["arrays"] = wire.pack(sent, config.wire_precision)
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
-    reply["metrics"] = MetricRecord(metrics)
+    reply["metrics"] = MetricRecord(site.privacy.told(metrics))
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
-    told = {"run": str(context.run_id), "round": order["round"], "images": metrics["num-examples"], "applied": applied}
+    told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
     if training and os.environ.get("BOUQUET_KEEP"):
         kept[made_from] = site
-    print(f"bouquet: {name}: round {order['round']}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
+    print(f"bouquet: {name}: round {number}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
     return reply
 
 
@@ -103,24 +107,25 @@ def take_up(made_from: tuple, base_fingerprint: str) -> Site:
     site = kept.pop(made_from, None)
     kept.clear()
     if site is None:
-        return train.Site(*made_from[1:], base_fingerprint, began)
+        *places_, own, secret = made_from[1:]
+        return train.Site(*places_, base_fingerprint, began, limits=limits.Limits.read(own), secret=secret)
     site.get_ready(base_fingerprint, began)
     return site
 
 
-def places(context: Context) -> tuple[str, Path, Path, Path]:
-    """(site name, data folder, base models, cache): the site's own choice, never the run's.
+def places(context: Context) -> tuple[str, Path, Path, Path, Secret]:
+    """(site name, data folder, base models, cache, the site's secret): the site's own choice, never the run's.
 
     In deployment they are the SuperNode's node config; in simulation the environment's, by partition-id.
     """
     own = context.node_config
     if all(key in own for key in KEYS):
         name, *paths = (str(own[key]) for key in KEYS)
-        return name, *map(Path, paths)
+        return name, *map(Path, paths), Secret.MADE
     if "partition-id" in own and all(name in os.environ for name in FOLDERS):
         name = f"site-{int(own['partition-id']) + 1}"
         data, models, cached = (Path(os.environ[folder]) for folder in FOLDERS)
-        return name, data / name, models, cached / name
+        return name, data / name, models, cached / name, Secret.NONE
     raise SiteError(
         "SITE-12",
         "The site does not say where its data are.",

@@ -1,4 +1,4 @@
-"""A site's photos: a folder in; checked photos with captions, a held-out split and public counts out.
+"""A site's photos: a folder in; checked photos with captions, and public counts out.
 
 Enters: the site's data folder (see folders.py for what may lie in it). Leaves: `Partition`, whose counts may be sent
 to the hub while its names and captions stay here. `scan` reads every file once (its hash is the photo's identity) but
@@ -8,17 +8,16 @@ looks only at headers; pixels are decoded one photo at a time by `Photo.read`, w
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import SiteError
-from app.folders import Entry, entries, statuses
+from app.folders import Entry, entries, statuses, text_inside
 from app.images import REASONS, BadImage, check, rgb, to_pixels
 
 if TYPE_CHECKING:
@@ -76,7 +75,8 @@ class Partition:
             raise SiteError("SITE-04", "Captions are missing.", found=summary, fix=fix)
         if not self.photos:
             raise SiteError("SITE-01", "No training images.", found=summary, fix=SET_FOLDER)
-        found, fix = f"{summary}; the run needs {min_images}", "add photos, or ask the hub for a smaller min-images"
+        found = f"{summary}; {min_images} are needed"
+        fix = "add photos; private photos need as many as this site's floors say, and SITE_LIMITS lowers them (docs/site.md)"
         raise SiteError("SITE-02", "Too few training images.", found=found, fix=fix)
 
     def report(self, limit: int = 20) -> str:
@@ -124,26 +124,6 @@ def stamp(folder: Path) -> str:
     for name, status in statuses(root):
         total.update(repr((name, status and (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))).encode())
     return total.hexdigest()
-
-
-def split(photos: Iterable[Photo], fraction: float, seed: int) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
-    """(training, validation) with about `fraction` of the photos held out, at least one in each, in their given order.
-
-    A photo's side depends on nothing but its bytes and the seed, so that adding one never moves another. The exception
-    is a handful of photos that would all fall on one side: then the nearest to the line changes sides.
-    """
-    photos = tuple(photos)
-    assert len(photos) >= 2 and 0 < fraction < 1
-    score = {photo.key: int(_key(f"{seed}:{photo.key}".encode())[:16], 16) / 2**64 for photo in photos}  # in [0, 1)
-    ranked = sorted(photos, key=lambda photo: score[photo.key])
-    held_out = sum(score[photo.key] < fraction for photo in photos)
-    held = {photo.key for photo in ranked[: min(max(held_out, 1), len(photos) - 1)]}
-    return tuple(p for p in photos if p.key not in held), tuple(p for p in photos if p.key in held)
-
-
-def fingerprint(photos: Iterable[Photo]) -> str:
-    """sha256 (hex) of all bytes and captions, whatever their order and file names."""
-    return _key(json.dumps(sorted((photo.key, photo.caption) for photo in photos)).encode())
 
 
 def pixels(photo: Photo, resolution: int) -> Tensor:
@@ -200,11 +180,10 @@ def _template(root: Path, given: str | None) -> str | None:
     if given is not None:
         return checked_template(given)
     try:
-        return checked_template((root / "caption.txt").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_inside(root, "caption.txt")
+    except (BadImage, UnicodeDecodeError) as error:
         raise _template_error(f"{root / 'caption.txt'}: {error}") from None
+    return None if text is None else checked_template(text)
 
 
 def _template_error(found: str) -> SiteError:

@@ -6,11 +6,18 @@ Shapes: latents_BChw, C=4, h=H/8 (mini: H/4), scaled by vae.config.scaling_facto
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from app.errors import ConfigError
+
+Digest = Callable[[str], bytes]
+
+
+def sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -65,13 +72,16 @@ def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(unet, scheduler, photos, device: torch.device, *, timesteps: int, batch_size: int) -> float:
+def validation_loss(
+    unet, scheduler, photos, device: torch.device, *, timesteps: int, batch_size: int, digest: Digest = sha256
+) -> float:  # fmt: skip
     """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in every round of every run.
 
-    Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
+    Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule. `digest` makes its
+    noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
     """
     shape, steps = photos.latents_NChw.shape[1:], scheduler.config.num_train_timesteps
-    noise, t = (torch.cat(part) for part in zip(*(_fixed_noise(key, shape, timesteps, steps) for key in photos.keys), strict=True))
+    noise, t = (torch.cat(part) for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True))
     image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
     for part in torch.arange(len(image)).split(batch_size):
         latents, text = (to_device(rows, device) for rows in photos.batch(image[part]))
@@ -79,7 +89,7 @@ def validation_loss(unet, scheduler, photos, device: torch.device, *, timesteps:
     return sum(torch.stack(totals).tolist()) / len(image)
 
 
-def _fixed_noise(key: str, shape: torch.Size, strata: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     where = (torch.arange(strata) + torch.rand(strata, generator=generator)) / strata
     return torch.randn((strata, *shape), generator=generator), (where * steps).long().clamp(max=steps - 1)

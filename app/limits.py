@@ -1,43 +1,148 @@
-"""What a site allows a run to ask of it: the site's own limits against the run's config.
+"""What a site allows a run to ask of it: the site's own limits, floors and budget against the run's config.
 
 Signing says who wrote the code; limits say what that code may be told to do. A site gives them where no run can reach, as
-`limits` of its node config (SITE_LIMITS in its .env): `max-KEY=NUMBER` is the most of any numeric run-config key that it
-does, `base-models=NAME,NAME` the base models that it lends: `max-local-steps=200 base-models=mini,stable-diffusion-v1-5`.
-Errors: TRUST-03 (a run asks for more), TRUST-04 (a limit that cannot be read limits everything, never nothing).
+`limits` of its node config (SITE_LIMITS in its .env), words separated by spaces:
+
+  max-KEY=NUMBER, min-KEY=NUMBER   the most and the least of any numeric run-config key: max-local-steps=200 min-batch-size=8
+  base-models=NAME,NAME            the base models that it lends
+  min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week    below; with a default where photos are private
+
+The more photos a number is about, and the fewer numbers there are, the less it says of one photo.
+Errors: TRUST-03 (a run asks for what the site does not allow), TRUST-04 (a limit that cannot be read limits everything, never
+nothing), TRUST-10 (the week's budget is used up), SITE-02 (the folder has fewer photos than the floors need).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import fields
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from app.config import RunConfig
 from app.errors import SiteError
 
 MODELS = "base-models"
-NUMBERS = {f"max-{f.name.replace('_', '-')}": f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
+KEYS = {f.name.replace("_", "-"): f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
+NUMBERS = {f"{end}-{key}": name for end in ("max", "min") for key, name in KEYS.items()}
+PRIVATE = {  # what holds where photos are private, unless the site says otherwise: the value, and what it is about
+    "min-held-out": (8, "photos that the validation loss is a mean of; photos are held out in groups of as many"),
+    "min-photos": (8, "photos that a round trains on"),
+    "min-step-images": (4, "images an optimiser step: batch-size times gradient-accumulation"),
+    "min-local-steps": (4, "optimiser steps of a round"),
+    "max-runs-a-week": (50, "runs that the site takes part in, in seven days"),
+    "max-messages-a-week": (2000, "rounds and evaluations that it answers, in seven days"),
+}
+OWN = PRIVATE.keys() - NUMBERS.keys()  # of these, what no run-config key says
+WEEK = 7 * 86_400  # seconds
 
 
-def check(config: RunConfig, limits: str) -> None:
-    """Hold a run's config against a site's limits; none where `limits` is empty."""
-    for limit in limits.split():
-        key, _, value = limit.partition("=")
-        asked = config.base_model if key == MODELS else getattr(config, NUMBERS.get(key, ""), None)
-        if not value or asked is None:
-            raise _unreadable(limit, key)
-        try:
-            allowed = asked in value.split(",") if key == MODELS else asked <= float(value)
-        except ValueError:
-            raise _unreadable(limit, key) from None
-        if not allowed:
-            name = "base-model" if key == MODELS else key.removeprefix("max-")
+@dataclass(frozen=True)
+class Limits:
+    """A site's limits as it wrote them; `bounds` by name, `models` where it names any."""
+
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> Limits:
+        """Errors: TRUST-04."""
+        bounds: dict[str, float] = {}
+        models: tuple[str, ...] = ()
+        for word in text.split():
+            name, _, value = word.partition("=")
+            try:
+                if name == MODELS and all(value.split(",")):
+                    models = tuple(value.split(","))
+                elif name in NUMBERS or name in OWN:
+                    tighter = min if name.startswith("max-") else max
+                    bounds[name] = tighter(float(value), bounds.get(name, float(value)))
+                else:
+                    raise ValueError(name)
+            except ValueError:
+                raise _unreadable(word, name) from None
+        return cls(bounds, models)
+
+    def check(self, config: RunConfig) -> None:
+        """A run's config against what the site itself wrote, before anything is done for it. Errors: TRUST-03."""
+        if self.models and config.base_model not in self.models:
+            raise _not_allowed("base-model", config.base_model, f"{MODELS}={','.join(self.models)}")
+        _check(config, self.bounds)
+
+    def private(self) -> Limits:
+        """These with the floors and budget of private photos, where the site has not set its own."""
+        return Limits({name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds), self.models)
+
+    def floor(self, name: str) -> int:
+        """A floor of PRIVATE; 1 where there is none."""
+        return max(1, int(self.bounds.get(name, 1)))
+
+    @property
+    def least_photos(self) -> int:
+        """Photos that a folder must have: to train on, and to hold out."""
+        return self.floor("min-photos") + self.floor("min-held-out")
+
+    def check_photos(self, config: RunConfig, trained: int, held_out: int) -> None:
+        """What a round would be about, with the photos that there are. Errors: TRUST-03, SITE-02."""
+        _check(config, self.bounds)
+        images = config.batch_size * config.gradient_accumulation
+        if images < self.floor("min-step-images"):
+            raise _not_allowed("batch-size times gradient-accumulation", images, f"min-step-images={self.floor('min-step-images')}")
+        if held_out < self.floor("min-held-out") or trained < self.floor("min-photos"):
             raise SiteError(
-                "TRUST-03",
-                f"The run's {name!r} is not within what this site allows.",
-                found=f"{name} = {asked!r}, and the site's limit is {limit}",
-                fix="agree on a run that fits, or change SITE_LIMITS and start the SuperNode again",
+                "SITE-02",
+                "Too few training images.",
+                found=f"{trained} to train on and {held_out} to hold out; this site's floors are {self.floor('min-photos')} and "
+                f"{self.floor('min-held-out')}",
+                fix="add photos, or lower the floors for this site: SITE_LIMITS='min-photos=4 min-held-out=4' (docs/security.md says "
+                "what a number about so few gives away)",
             )
+        if (seen := min(trained, images * config.local_steps)) < self.floor("min-photos"):
+            raise _not_allowed("local-steps", f"{config.local_steps}, which sees {seen} photos", f"min-photos={self.floor('min-photos')}")
+
+    def check_budget(self, config: RunConfig, run: str, journal: Iterable[Mapping[str, Any]], now: float | None = None) -> None:
+        """What this site has answered in seven days, and whether a run that begins now can end. Errors: TRUST-10."""
+        since = (time.time() if now is None else now) - WEEK
+        answered = [str(entry.get("run")) for entry in journal if entry.get("time", 0) > since]
+        runs, needs = {*answered, run}, len(answered) + (1 if run in answered else config.rounds + 1)
+        for name, used, what in (("max-runs-a-week", len(runs), "runs"), ("max-messages-a-week", needs, "messages")):
+            if used > (most := self.bounds.get(name, float("inf"))):
+                raise SiteError(
+                    "TRUST-10",
+                    "The site has answered as much as it allows in a week.",
+                    found=f"{len(set(answered))} runs and {len(answered)} messages in seven days; with this one {used} {what}, "
+                    f"and the site's budget is {name}={most:g}",
+                    fix=f"wait, ask for fewer rounds, or raise it: SITE_LIMITS='{name}=...', and start the SuperNode again",
+                )
+
+
+def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:
+    for name, bound in bounds.items():
+        if name in OWN:
+            continue
+        asked = getattr(config, NUMBERS[name])
+        if not (asked <= bound if name.startswith("max-") else asked >= bound):  # nan allows nothing
+            raise _not_allowed(name[4:], asked, f"{name}={bound:g}")
+
+
+def _not_allowed(name: str, asked: object, limit: str) -> SiteError:
+    return SiteError(
+        "TRUST-03",
+        f"The run's {name!r} is not within what this site allows.",
+        found=f"{name} = {asked!r}, and the site's limit is {limit}",
+        fix="agree on a run that fits, or change SITE_LIMITS and start the SuperNode again",
+    )
+
+
+def _unreadable(word: str, name: str) -> SiteError:
+    close = [known for known in difflib.get_close_matches(name, [MODELS, *OWN, *NUMBERS], n=1) if known != name]
+    return SiteError(
+        "TRUST-04",
+        "The site's own limits cannot be read.",
+        found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
+        fix="write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated by spaces",
+    )
 
 
 def wants_checkpointing(env: Mapping[str, str]) -> bool:
@@ -51,14 +156,4 @@ def wants_checkpointing(env: Mapping[str, str]) -> bool:
         "A setting of the join kit is missing or wrong.",
         found=f"SITE_CHECKPOINTING={env['SITE_CHECKPOINTING']}",
         fix="set SITE_CHECKPOINTING to 1, or leave it out",
-    )
-
-
-def _unreadable(limit: str, key: str) -> SiteError:
-    close = [word for word in difflib.get_close_matches(key, [MODELS, *NUMBERS], n=1) if word != key]
-    return SiteError(
-        "TRUST-04",
-        "The site's own limits cannot be read.",
-        found=f"{limit!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
-        fix="write max-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated by spaces",
     )

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app import data, folders, gpu, limits, reach
+from app import data, folders, gpu, limits, privacy, reach
 from app.config import RunConfig
 from app.errors import BouquetError
 from app.images import BadImage
@@ -46,11 +46,12 @@ class Settings:
     key: Path  # SITE_KEY, /run/secrets/site.key
     gpu: str  # SITE_GPU: an index, a UUID, or none; else NVIDIA_VISIBLE_DEVICES
     fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
+    limits: limits.Limits  # SITE_LIMITS
     config: RunConfig  # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
 
     @classmethod
     def read(cls, env: Mapping[str, str], run_config: str = "") -> Settings:
-        """Errors: CONFIG-01, CONFIG-02, CHECK-09."""
+        """Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04."""
         from flwr.common.config import parse_config_args
 
         values = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
@@ -66,6 +67,7 @@ class Settings:
             hub=env.get("HUB", ""),
             gpu="" if pin in ("none", "void", "cpu") else pin,
             fingerprint=env.get("BASE_FINGERPRINT", ""),
+            limits=limits.Limits.read(env.get("SITE_LIMITS", "")),
             config=RunConfig.read(values),
             **{field: Path(env.get(name) or usual.get(field, f"/{field}")) for field, name in paths.items()},
         )
@@ -218,15 +220,16 @@ class Preflight:
         sums = model.fingerprint(self.base, memory)["base"]
         if not self.own.fingerprint:
             raise Warn(f"{name} {sums[:16]}, not compared", "set BASE_FINGERPRINT to the one in the hub's join kit")
-        train.check_base(name, self.base, sums, self.own.fingerprint)
+        if not model.is_base(self.base, sums, self.own.fingerprint):  # an older kit's may be of the former rule
+            train.check_base(name, self.base, sums, self.own.fingerprint)
         return f"{name} {sums[:16]}, the same as the hub's"
 
     def check_data(self) -> str:
         """What the fast part may ask: is there something to read at all?"""
-        root = self.own.data.resolve()
+        root, private = self.own.data.resolve(), self.own.limits.private()
         self.photos = sum(1 for _ in islice(folders.entries(root), COUNTED))
-        if self.photos < 2:
-            data.scan(root)  # says what is wrong
+        if self.photos < private.least_photos:
+            self._enough(data.scan(root))  # says what is wrong
         return f"{self.photos}{' or more' if self.photos == COUNTED else ''} pictures in {root}, not yet looked at"
 
     def check_decode(self) -> str:
@@ -238,9 +241,19 @@ class Preflight:
             except BadImage as error:
                 bad[photo.key] = error.reason
         self.partition = partition.without(bad).require(2)
+        kind = self._enough(self.partition)
         if self.partition.quarantined:
             raise Warn(self.partition.report(), "they are left out of the training; mend or remove them when you can")
-        return f"all {len(self.partition.photos)} pictures can be read"
+        return f"all {len(self.partition.photos)} pictures can be read; they are {kind}"
+
+    def _enough(self, partition: data.Partition) -> str:
+        """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of them."""
+        config, public = self.own.config, privacy.is_public(partition.folder, partition.photos)
+        rules = self.own.limits if public else self.own.limits.private()
+        some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))  # how many are held out does not depend on the secret
+        train, held_out = some.split(partition.require(rules.least_photos).photos, config.validation_fraction, config.seed, rules.floor("min-held-out"))
+        rules.check_photos(config, len(train), len(held_out))
+        return str(some)
 
     # --- training --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ and metrics. `accelerate` drives device, precision and gradient accumulation; th
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +14,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from app import cache, data, diffusion, model
+from app import cache, data, diffusion, model, privacy
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
+from app.limits import Limits
 
 WIDER = 4  # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
 
@@ -54,17 +54,16 @@ def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple:
     return model.load_scheduler(base), unet.to(accelerator.device)
 
 
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from (run seed, site, round): the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
 class Site:
     """One site's model and encoded photos, ready to take a round, and another one."""
 
-    def __init__(self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str, began: float | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str, began: float | None = None,
+        *, limits: Limits = Limits(), secret: privacy.Secret = privacy.Secret.KEPT,
+    ) -> None:  # fmt: skip
         """As `get_ready`, for the first time."""
         self.config, self.models, self.folder, self.cached = config, models, folder, cached
+        self.limits, self.secret = limits, secret
         self.fits = config  # the images a pass that fit into the GPU's memory
         self.accelerator = accelerator(config)
         self.encoded_from: tuple = ()  # what the encoded photos, and the UNet, were made from
@@ -72,7 +71,7 @@ class Site:
         self.get_ready(base_fingerprint, began)
 
     def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
-        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, SITE-01..07.
+        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, SITE-01..07, -14, TRUST-03.
 
         base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
         """
@@ -81,7 +80,7 @@ class Site:
         base = model.locate(self.config.base_model, self.models)
         sums = model.fingerprint(base, self.cached)
         check_base(self.config.base_model, base, sums["base"], base_fingerprint)
-        if (now := (sums["vae"], sums["text_encoder"], sums["tokenizer"], data.stamp(self.folder))) != self.encoded_from:
+        if (now := (sums["vae"], sums["text_encoder"], sums["tokenizer"], data.stamp(self.folder), privacy.stamp(self.folder))) != self.encoded_from:
             self._encode(base, sums)
             self.encoded_from = now
         self.clock.lap("encode")
@@ -91,9 +90,21 @@ class Site:
         self.clock.lap("load")
 
     def _encode(self, base: Path, sums: dict[str, str]) -> None:
-        partition, rows = cache.encode(data.scan(self.folder), base, sums, self.config.resolution, self.cached, self.accelerator.device)
-        train, held_out = data.split(partition.photos, self.config.validation_fraction, self.config.seed)
-        self.partition, self.train, self.held_out = partition, rows(train), rows(held_out)
+        partition = data.scan(self.folder)
+        self.privacy = privacy.of(self.folder, partition.photos, self.cached, self.secret)
+        if self.privacy.private:
+            self.limits = self.limits.private()
+        self._divide(partition)  # before the work of encoding
+        self.partition, self.rows = cache.encode(partition, base, sums, self.config.resolution, self.cached, self.accelerator.device)
+        self.photos, held_out = self._divide(self.partition)
+        self.train, self.held_out = self.rows(self.photos), self.rows(held_out)
+
+    def _divide(self, partition: data.Partition) -> tuple[tuple[data.Photo, ...], tuple[data.Photo, ...]]:
+        """(training, validation). Errors: SITE-02, TRUST-03 where a round would be about too few photos."""
+        group = self.limits.floor("min-held-out")
+        train, held_out = self.privacy.split(partition.require(self.limits.least_photos).photos, self.config.validation_fraction, self.config.seed, group)
+        self.limits.check_photos(self.config, len(train), len(held_out))
+        return train, held_out
 
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""
@@ -101,8 +112,9 @@ class Site:
         self.unet.eval()
         with self.accelerator.autocast():
             loss = diffusion.validation_loss(
-                self.unet, self.scheduler, self.held_out, self.accelerator.device, timesteps=timesteps, batch_size=size
-            )
+                self.unet, self.scheduler, self.held_out, self.accelerator.device,
+                timesteps=timesteps, batch_size=size, digest=self.privacy.digest,
+            )  # fmt: skip
         self.clock.lap("evaluate")
         return loss
 

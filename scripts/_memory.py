@@ -9,6 +9,7 @@ Source: Carlini et al. 2023, Extracting Training Data from Diffusion Models, arX
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+
+from app.limits import Limits
 
 NEIGHBOURS = 50
 SPACE = "latents of the base model's autoencoder"
@@ -40,11 +43,11 @@ def latents(pipe, images: Sequence[Image.Image]) -> torch.Tensor:
 
 def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: int) -> dict[str, Any]:
     """One site's column of memory.json: sorted, so that no number belongs to a photo."""
-    from app import data, export, model, sample, train
+    from app import export, model, sample, train
 
     adapter, config = export.open_adapter(run)
-    site = train.Site(config, models, folder, cached, "")
-    photos, _ = data.split(site.partition.photos, config.validation_fraction, config.seed)
+    site = train.Site(config, models, folder, cached, "", limits=Limits.read(os.environ.get("SITE_LIMITS", "")))
+    photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))
     pipe = sample.pipeline(model.locate(config.base_model, models), config)
     drawn = sample.render(pipe, adapter, [photo.caption for photo in chosen], replace(config, sample_prompts=""))
@@ -56,6 +59,6 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
         "space": SPACE,
         "seed": config.seed,
         "photos": len(photos),
-        "held_out": sorted(round(value, 5) for value in numbers(site.held_out.latents_NChw.flatten(1), known)),
-        "samples": sorted(round(value, 5) for value in numbers(latents(pipe, drawn), known)),
+        "held_out": sorted(site.privacy.number(round(value, 5)) for value in numbers(site.held_out.latents_NChw.flatten(1), known)),
+        "samples": sorted(site.privacy.number(round(value, 5)) for value in numbers(latents(pipe, drawn), known)),
     }

@@ -7,6 +7,7 @@ measure   at the site NAME: trains alone on its photos, with the steps and seeds
           and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in FILE (default:
           NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all sites' steps. --judge,
           for the demo's base model, adds the share of COUNT pictures a species in which the judge sees what was asked for.
+          Photos that are private need the site's own cache folder, where its secret is, and its SITE_LIMITS.
           --pictures draws the first RUN's prompts under each contender, from the same seeds, into FILE's .png: look at it, and
           send it along if you agree to it being shown.
 collect   at the hub: worth.json in RUN's folder, for scripts/report; a picture that lies beside a COLUMN comes along.
@@ -19,15 +20,18 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.config import RunConfig
 from app.errors import BouquetError
+from app.limits import Limits
 from scripts._report import pictures, worth
 
 
@@ -96,20 +100,22 @@ def measure(
 
     loss: dict[str, list[float]] = {contender: [] for contender in worth.CONTENDERS if pool or contender != "pooled"}
     judged: dict[str, list[float]] = {contender: [] for contender in loss}
-    configs = alike(runs)
+    configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
     base, held_out = model.locate(configs[0].base_model, models), []
     for run, config in zip(runs, configs, strict=True):
-        site = train.Site(config, models, data, cached, "")
+        site = train.Site(config, models, data, cached, "", limits=own)
         held_out.append(len(site.held_out.keys))
         fresh = model.new_adapter(base, config)
         adapters = {"base": fresh, "alone": alone(site, fresh, name, config.rounds), "federated": checkpoint.read_adapter(run / "final")}
         if pool:
             with tempfile.TemporaryDirectory() as scratch:
-                everyone = train.Site(config, models, together([data, *pool], Path(scratch) / "photos"), Path(scratch) / "cache", "")
+                aside = site.held_out.keys if site.privacy.private else ()
+                photos = together([data, *pool], Path(scratch) / "photos", aside)
+                everyone = train.Site(config, models, photos, Path(scratch) / "cache", "")
                 adapters["pooled"] = alone(everyone, fresh, "pooled", config.rounds * (1 + len(pool)))
         for contender, adapter in adapters.items():
             model.apply_adapter(site.unet, adapter)
-            loss[contender].append(site.evaluate())
+            loss[contender].append(site.privacy.number(site.evaluate()))
             if judge:
                 judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
         if shown and run == runs[0]:
@@ -126,22 +132,29 @@ def alone(site, start, name: str, rounds: int):
 
     model.apply_adapter(site.unet, start)
     for number in range(1, rounds + 1):
-        site.fit(train.seed_of(site.config.seed, name, number))
+        site.fit(site.privacy.seed(site.config.seed, name, number))
     return model.adapter_of(site.unet)
 
 
-def together(folders: list[Path], target: Path) -> Path:
-    """All photos and captions in one folder. A photo is held out by its bytes, so that the same ones are held out here."""
-    from app import data
+def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> Path:
+    """All photos and captions in one folder, but for those set aside by their keys.
+
+    Where photos are public one is held out by its bytes, so that the same ones are held out here; those that a site with private photos
+    has held out by its secret are set aside. Whoever may read this folder has all of it: no hub asks about it.
+    """
+    from app import data, privacy
 
     target.mkdir()
     lines = []
     for number, folder in enumerate(folders):
         for photo in data.scan(folder).photos:
+            if photo.key in aside:
+                continue
             file = f"{number}-{photo.key}{Path(photo.name).suffix or '.png'}"
             (target / file).write_bytes(photo.load())
             lines.append(json.dumps({"file_name": file, "text": photo.caption}))
     (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    privacy.declare_public(target, data.scan(target).photos)
     return target
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,13 +72,13 @@ class MemoryGrid(Grid):
 class Federation:
     """Two sites and a hub on one disk."""
 
-    def __init__(self, root: Path, **run_config) -> None:
+    def __init__(self, root: Path, public: bool = True, counts: Mapping[str, int] = COUNTS, **run_config) -> None:
         self.root, self.run_config = root, tiny.RUN | {k.replace("_", "-"): v for k, v in run_config.items()}
         self.adapters = root / "adapters"
         self.adapters.mkdir(parents=True)
         self.own = {}
-        for seed, (name, count) in enumerate(COUNTS.items()):
-            folder = tiny.site(root / "data" / name, count, seed)
+        for seed, (name, count) in enumerate(counts.items()):
+            folder = tiny.site(root / "data" / name, count, seed, public)
             paths = {"data-path": folder, "models-path": tiny.models(), "cache-path": root / "cache" / name}
             self.own[name] = {"site-name": name} | {key: str(path) for key, path in paths.items()}
         self.grid = MemoryGrid(self.own, self.run_config)

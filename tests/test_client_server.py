@@ -19,8 +19,9 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from app import checkpoint, client_app, model, server_app, train, wire
+from app import checkpoint, client_app, data, metrics, model, privacy, server_app, train, wire
 from app.errors import BouquetError, ConfigError, HubError
+from app.privacy import Secret
 from tests import tiny
 from tests.memory import COUNTS, Federation
 
@@ -73,7 +74,7 @@ def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished
     federation, folder = finished
     here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", "")
     model.apply_adapter(here.unet, checkpoint.read_adapter(folder / "round-0001"))
-    here.fit(train.seed_of(42, "site-2", 2))
+    here.fit(here.privacy.seed(42, "site-2", 2))
     assert tiny.equal(model.adapter_of(here.unet), federation.grid.adapters("2", federation.grid.came)["site-2"])
 
 
@@ -184,6 +185,7 @@ def test_a_person_can_follow_the_run_line_by_line(federation, monkeypatch, capsy
 def test_sites_that_have_different_things_to_report_are_averaged_all_the_same(federation, monkeypatch):
     path = federation.root / "data" / "site-1" / "0001.png"
     path.write_bytes(path.read_bytes()[:400])
+    privacy.declare_public(path.parent, data.scan(path.parent).photos)
     federation.go(monkeypatch)
     sites = federation.history()["rounds"][0]["sites"]
     assert sites["site-1"]["photos-undecodable"] == 1 and "photos-undecodable" not in sites["site-2"]
@@ -219,6 +221,7 @@ def test_nothing_that_a_site_sends_names_a_file_a_caption_or_a_path(finished):
     for site, _, reply in federation.grid.came:
         assert set(reply.content) <= {"arrays", "metrics", "info"}
         assert all(allowed.fullmatch(name) for name in reply.content["metrics"])
+        assert metrics.sane(reply.content["metrics"]) == (dict(reply.content["metrics"]), 0)  # the hub keeps all that a site sends
         assert set(reply.content["info"]) == {"site", "applied", "gpu"} and reply.content["info"]["site"] == site
         assert not reply.content.config_records["info"]["applied"].strip("0123456789abcdef")
 
@@ -239,14 +242,14 @@ def context(**node_config) -> Context:
 
 def test_in_deployment_the_node_config_says_where_everything_is():
     own = context(site_name="garden", data_path="/data", models_path="/models", cache_path="/cache")
-    assert client_app.places(own) == ("garden", Path("/data"), Path("/models"), Path("/cache"))
+    assert client_app.places(own) == ("garden", Path("/data"), Path("/models"), Path("/cache"), Secret.MADE)
 
 
 def test_in_a_simulation_the_partition_says_it(monkeypatch):
     for name in ("DATA", "MODELS", "CACHE"):
         monkeypatch.setenv(f"BOUQUET_{name}", f"/{name.lower()}")
     own = context(partition_id=1, num_partitions=2)
-    assert client_app.places(own) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"))
+    assert client_app.places(own) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"), Secret.NONE)
 
 
 def test_a_runs_config_cannot_say_where_a_sites_data_are(monkeypatch):

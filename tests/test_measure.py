@@ -68,7 +68,7 @@ def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path)
     from app import data, model, train
 
     here = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "cache", "")
-    photos, _ = data.split(here.partition.photos, tiny.CONFIG.validation_fraction, tiny.CONFIG.seed)
+    photos = here.photos
     images = [Image.open(site / photo.name) for photo in photos]
     torch.testing.assert_close(_memory.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3)  # the cache holds float16
     assert isinstance(here.train, cache.Encoded) and model.locate("tiny", tiny.models())

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 APP = sorted((ROOT / "app").glob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
+    {"text"},
     {"errors"},
-    {"config", "images", "gpu", "reach"},
-    {"tables", "limits"},
+    {"config", "images", "gpu", "reach", "unpacked"},
+    {"tables", "limits", "metrics"},
     {"folders"},
     {"data", "model", "diffusion"},
-    {"cache", "wire", "memory", "journal"},
+    {"cache", "wire", "memory", "journal", "privacy"},
     {"train", "aggregate", "checkpoint", "sample"},
     {"export", "spool", "preflight", "gallery", "tracking"},
     {"strategy"},

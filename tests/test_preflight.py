@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
-from app import model, preflight, reach, train
+from app import data, model, preflight, privacy, reach, train
 from app.errors import BouquetError
 from app.preflight import Preflight, Settings
 from scripts._deployment import Processes, free_port
@@ -319,11 +319,25 @@ def test_damaged_hostile_and_foreign_files_are_set_aside_by_name(site: dict[str,
     (tmp_path / "private.png").write_bytes((photos / "0001.png").read_bytes())
     (photos / "link.png").symlink_to(tmp_path / "private.png")
     (photos / "caption.txt").write_text("a flower")
+    privacy.declare_public(photos, data.scan(photos).photos)
     line = lines(site, "decode")["decode"]
     assert line.state == "warn"
     assert "8 usable" in line.text
     for said in ("bomb.png: more than 50 million", "cut.png: the header or the pixels", "link.png: a link", "old.gif: not PNG"):
         assert said in line.text
+
+
+def test_a_site_learns_before_it_joins_that_private_photos_need_more_than_a_few(site: dict[str, str], tmp_path: Path) -> None:
+    few, enough = (str(tiny.site(tmp_path / f"private-{count}", count, public=False)) for count in (12, 16))
+    line = lines(site, "data", BOUQUET_DATA=few)["data"]
+    assert line.state == "fail" and line.text.startswith("SITE-02") and "12 usable" in line.text and "16 are needed" in line.text
+    assert lines(site, "decode", BOUQUET_DATA=enough)["decode"].text == "all 16 pictures can be read; they are private"
+    assert lines(site, "decode", BOUQUET_DATA=few, SITE_LIMITS="min-photos=4 min-held-out=4")["decode"].state == "pass"
+
+
+def test_limits_with_a_slip_are_named_before_a_site_joins(site: dict[str, str]) -> None:
+    with pytest.raises(BouquetError, match="TRUST-04"):
+        Settings.read(site | {"SITE_LIMITS": "max-local-step=5"})
 
 
 def test_a_cache_that_cannot_be_written_fails(site: dict[str, str], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from app.checkpoint import read_adapter
 from app.client_app import places
 from app.config import RunConfig
 from app.errors import SiteError
+from app.privacy import Secret
 from scripts._deployment import free_port
 from tests import tiny
 
@@ -127,7 +128,7 @@ def trained_here(folder: Path, work: Path, number: int, start: model.Adapter) ->
     for name in ("site-1", "site-2"):
         site = train.Site(config, tiny.models(), folder / name, work / name, "")
         model.apply_adapter(site.unet, start)
-        site.fit(train.seed_of(config.seed, name, number))
+        site.fit(site.privacy.seed(config.seed, name, number))
         trained[name] = len(site.train.keys), model.adapter_of(site.unet)
     return trained
 
@@ -196,8 +197,8 @@ def simulated(partition: int) -> Context:
 def test_a_simulated_site_finds_its_own_folders_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DATA", "MODELS", "CACHE"):
         monkeypatch.setenv(f"BOUQUET_{name}", f"/{name.lower()}")
-    assert places(simulated(0)) == ("site-1", Path("/data/site-1"), Path("/models"), Path("/cache/site-1"))
-    assert places(simulated(1)) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"))
+    assert places(simulated(0)) == ("site-1", Path("/data/site-1"), Path("/models"), Path("/cache/site-1"), Secret.NONE)
+    assert places(simulated(1)) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"), Secret.NONE)
 
 
 @pytest.mark.parametrize("missing", ["DATA", "MODELS", "CACHE"])

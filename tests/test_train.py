@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from app import cache, diffusion, model, train
+from app import cache, data, diffusion, model, privacy, train
 from app.aggregate import update_norm
 from app.errors import ModelError, SiteError
 from tests import tiny
@@ -99,14 +99,14 @@ def test_another_seed_gives_another_adapter():
 
 
 def test_a_seed_comes_from_run_site_and_round_and_from_nothing_else():
-    assert train.seed_of(42, "site-1", 1) == train.seed_of(42, "site-1", 1)
-    others = [train.seed_of(*parts) for parts in itertools.product((42, 43), ("site-1", "site-2"), (1, 2))]
+    assert privacy.PUBLIC.seed(42, "site-1", 1) == privacy.PUBLIC.seed(42, "site-1", 1)
+    others = [privacy.PUBLIC.seed(*parts) for parts in itertools.product((42, 43), ("site-1", "site-2"), (1, 2))]
     assert len(set(others)) == 8 and all(0 <= seed < 2**63 for seed in others)
 
 
 def test_another_round_takes_its_batches_in_another_order():
     def first(number):
-        draw = torch.Generator().manual_seed(train.seed_of(42, "site-1", number))
+        draw = torch.Generator().manual_seed(privacy.PUBLIC.seed(42, "site-1", number))
         return next(train._batches(100, 8, draw)).tolist()
 
     assert first(1) == first(1) != first(2)
@@ -213,6 +213,7 @@ def test_an_empty_folder_is_refused_by_name_in_the_private_report_alone(tmp_path
 def test_an_undecodable_photo_does_not_stop_the_training(folder):
     path = folder / "0001.png"
     path.write_bytes(path.read_bytes()[:400])
+    privacy.declare_public(folder, data.scan(folder).photos)
     here = site(folder)
     assert here.partition.counts == {"images": 7, "undecodable": 1}
     assert here.fit(1) > 0

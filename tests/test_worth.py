@@ -53,7 +53,7 @@ def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_o
     model.apply_adapter(here.unet, tiny.fresh(tiny.config(seed=2)))
     assert column["loss"]["base"][1] == here.evaluate()
     for number in (1, 2):
-        here.fit(train.seed_of(2, "rose", number))
+        here.fit(here.privacy.seed(2, "rose", number))
     assert column["loss"]["alone"][1] == here.evaluate()
 
 

@@ -19,7 +19,7 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
-from app import model
+from app import data, model, privacy
 from app.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,8 +137,8 @@ def batch(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 24, 16, generator=generator)
 
 
-def site(folder: Path, count: int = 8, seed: int = 0) -> Path:
-    """A site's data folder: `count` pictures of noise with captions."""
+def site(folder: Path, count: int = 8, seed: int = 0, public: bool = True) -> Path:
+    """A site's data folder: `count` pictures of noise with captions; where they are public, every figure can be repeated."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     lines = []
@@ -147,6 +147,8 @@ def site(folder: Path, count: int = 8, seed: int = 0) -> Path:
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": CAPTIONS[number % len(CAPTIONS)]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    if public and count > 1:
+        privacy.declare_public(folder, data.scan(folder).photos)
     return folder
 
 

@@ -101,6 +101,7 @@ class World:
         """Drawn flowers of mini's species, as large as photos: mini can learn them, and any other model can read them."""
         from PIL import Image
 
+        from app import data, privacy
         from models.mini import draw
 
         side = (self.sizes.side, self.sizes.side)
@@ -111,6 +112,7 @@ class World:
                 picture.resize(side, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
                 lines.append(json.dumps({"file_name": f"{index}.jpg", "text": caption}))
             (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+            privacy.declare_public(folder, data.scan(folder).photos)
 
     def _base(self) -> str:
         """models/bench, and its fingerprint; sites remember a fingerprint, and it is noted for them here."""

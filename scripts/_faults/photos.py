@@ -21,7 +21,7 @@ from app import train
 from app.config import RunConfig
 from app.errors import SiteError
 from scripts._deployment import ROOT
-from scripts._faults.bench import RUN, pictures
+from scripts._faults.bench import RUN, everybodys, pictures
 from scripts._faults.case import Case
 from scripts._faults.outcome import Outcome
 
@@ -101,6 +101,7 @@ def _add(folder: Path, put: Callable[[Path], object]) -> None:
     put(data / SECRET)
     with (data / "metadata.jsonl").open("a") as lines:
         lines.write(f'{{"file_name": "{SECRET}", "text": "a flower"}}\n')
+    everybodys(data)
 
 
 def _a_file(folder: Path, content: bytes, reason: str) -> list[str]:
