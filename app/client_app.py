@@ -89,6 +89,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
+    metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
     reply["metrics"] = MetricRecord(site.privacy.told(metrics))
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}

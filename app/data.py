@@ -1,29 +1,33 @@
 """A site's photos: a folder in; checked photos with captions, and public counts out.
 
 Enters: the site's data folder (see folders.py for what may lie in it). Leaves: `Partition`, whose counts may be sent
-to the hub while its names and captions stay here. `scan` reads every file once (its hash is the photo's identity) but
-looks only at headers; pixels are decoded one photo at a time by `Photo.read`, where damage shows up as `BadImage`.
+to the hub while its names and captions stay here. `scan` reads every photo once (its hash is the photo's identity), and
+none that `Seen` remembers, but looks only at headers; pixels are decoded one photo at a time by `Photo.read`, where
+damage shows up as `BadImage`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.captions import checked_template
 from app.errors import SiteError
-from app.folders import Entry, entries, statuses, text_inside
+from app.folders import Entry, entries, statuses
 from app.images import REASONS, BadImage, check, rgb, to_pixels
+from app.seen import Seen
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+OF_THE_FILE = ("animated", "empty", "format", "pointer", "too-large", "undecodable")  # as long as its bytes are these
+LATE = ("unused-caption", "not-a-picture", "system")  # in the site's log after what is about photos
 SET_FOLDER = "set this site's data folder in .env, then: docker compose up -d"
 
 
@@ -46,11 +50,15 @@ class Photo:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a site has: `photos` with unique keys, and `quarantined` (private name, reason) pairs."""
+    """What a site has: `photos` with unique keys; `quarantined` (private name, reason) pairs, of all else in the folder.
+
+    cut: photos whose captions are longer than what the base model reads of them (cache.py finds out).
+    """
 
     folder: Path = field(repr=False)
     photos: tuple[Photo, ...] = field(repr=False)
     quarantined: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    cut: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -67,11 +75,12 @@ class Partition:
         """Itself, when it has enough photos. Errors: SITE-01 none, SITE-02 too few, SITE-04 no captions."""
         if len(self.photos) >= min_images:
             return self
-        counts, summary = self.counts, f"{self.folder} {self._summary()}"
+        counts, summary = self.counts, self.report(5)
         mute = counts.get("no-caption", 0)
         if mute and (not self.photos or mute + len(self.photos) >= min_images):
-            fix = 'add metadata.jsonl with lines like {"file_name": "0001.png", "text": "a red poppy"}, or caption.txt'
-            fix += " with one line for all, like: a photo of a {label} (the sub-folder's name)"
+            fix = 'add metadata.jsonl with lines like {"file_name": "0001.png", "text": "a red poppy"}, or a .txt beside'
+            fix += " each picture, or caption.txt with one line for all, like: a photo of a {label} (the sub-folder's"
+            fix += " name); a table needs a column text, caption, prompt or label"
             raise SiteError("SITE-04", "Captions are missing.", found=summary, fix=fix)
         if not self.photos:
             raise SiteError("SITE-01", "No training images.", found=summary, fix=SET_FOLDER)
@@ -82,7 +91,9 @@ class Partition:
     def report(self, limit: int = 20) -> str:
         """The private summary for this machine's log: counts, then the quarantined names."""
         lines = [f"{self.folder} {self._summary()}"]
-        lines += [f"  set aside  {name}: {REASONS[reason]}" for name, reason in self.quarantined[:limit]]
+        lines += [f"  {self.cut} captions are longer than what the base model reads, and cut"] if self.cut else []
+        first = sorted(self.quarantined, key=lambda pair: LATE.index(pair[1]) if pair[1] in LATE else -1)
+        lines += [f"  set aside  {name}: {REASONS[reason]}" for name, reason in first[:limit]]
         more = len(self.quarantined) - limit
         return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))
 
@@ -92,25 +103,28 @@ class Partition:
         return f"{usable} (set aside: {reasons})" if reasons else usable
 
 
-def scan(folder: Path, *, caption_template: str | None = None, min_images: int = 2) -> Partition:
+def scan(
+    folder: Path, *, caption_template: str | None = None, min_images: int = 2, memory: Path | None = None
+) -> Partition:
     """Read what a site has. The least that makes sense is 2: one photo to train on and one to hold out.
 
-    `caption_template` ("a photo of a {label}") captions photos that come without; else the folder's caption.txt does.
-    Errors: SITE-01 to SITE-07.
+    `caption_template` ("a photo of a {label}") captions photos that come without; else the nearest caption.txt does.
+    `memory` is the cache folder, in which hashes are remembered. Errors: SITE-01 to SITE-07.
     """
     assert min_images >= 2, min_images
     root = _root(folder)
-    template = _template(root, caption_template)
+    template = None if caption_template is None else checked_template(caption_template)
     photos: dict[str, Photo] = {}
-    quarantined = []
-    for entry in entries(root):
+    quarantined, seen = [], Seen(root, memory)
+    for entry in entries(root, template, seen):
         try:
-            photo = _photo(entry, template)
+            photo = _photo(entry, seen)
             if photo.key in photos:
                 raise BadImage("duplicate")
             photos[photo.key] = photo
         except BadImage as bad:
             quarantined.append((entry.name, bad.reason))
+    seen.save()
     return Partition(root, tuple(photos.values()), tuple(quarantined)).require(min_images)
 
 
@@ -131,34 +145,31 @@ def pixels(photo: Photo, resolution: int) -> Tensor:
     return to_pixels(photo.read(), resolution)
 
 
-def checked_template(text: str) -> str:
-    """A caption template on one line. Errors: SITE-05 when it is empty or has a placeholder other than {label}."""
-    template = " ".join(text.split())
-    unknown = sorted(set(re.findall(r"{(.*?)}", template)) - {"label"})
-    if not template or unknown:
-        raise _template_error(f"the placeholder {{{unknown[0]}}}" if unknown else "an empty template")
-    return template
-
-
-def fill(template: str | None, label: str | None) -> str | None:
-    """The caption of a photo that came without; None when there is no template, or no label for it."""
-    if template is None or ("{label}" in template and label is None):
-        return None
-    return template.replace("{label}", label or "")
-
-
 def _key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _photo(entry: Entry, template: str | None) -> Photo:
+def _photo(entry: Entry, seen: Seen) -> Photo:
     """Read once, check the header, find the caption. Errors: BadImage."""
-    data = entry.load()
-    check(data)
-    caption = entry.caption or fill(template or entry.template, entry.label)
-    if not caption:
+    if entry.reason:
+        raise BadImage(entry.reason)
+    found = seen.get(entry.file) if entry.file else None
+    if found is None:
+        try:
+            data = entry.load()
+            check(data)
+            found = _key(data)
+        except BadImage as bad:
+            if bad.reason not in OF_THE_FILE:
+                raise
+            found = f"!{bad.reason}"
+        if entry.file:
+            seen.put(entry.file, found)
+    if found.startswith("!"):
+        raise BadImage(found[1:])
+    if not entry.caption:
         raise BadImage("no-caption")
-    return Photo(_key(data), caption, entry.name, entry.load)
+    return Photo(found, entry.caption, entry.name, entry.load)
 
 
 def _root(folder: Path) -> Path:
@@ -173,19 +184,3 @@ def _root(folder: Path) -> Path:
     if found:
         raise SiteError("SITE-03", "The data folder cannot be opened.", found=found, fix=SET_FOLDER)
     return folder.resolve()
-
-
-def _template(root: Path, given: str | None) -> str | None:
-    """The given template, else the line in caption.txt, else None. Errors: SITE-05."""
-    if given is not None:
-        return checked_template(given)
-    try:
-        text = text_inside(root, "caption.txt")
-    except (BadImage, UnicodeDecodeError) as error:
-        raise _template_error(f"{root / 'caption.txt'}: {error}") from None
-    return None if text is None else checked_template(text)
-
-
-def _template_error(found: str) -> SiteError:
-    fix = "write one line, where {label} stands for the class or sub-folder name: a photo of a {label}"
-    return SiteError("SITE-05", "The caption template cannot be used.", found=found, fix=fix)

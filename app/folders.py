@@ -1,108 +1,349 @@
-"""What lies in a site's data folder: the picture files and table rows, with the caption or label each one came with.
+"""What lies in a site's data folder: every file of it, as a picture with its caption or with the reason why it is none.
 
-Enters: a folder. Leaves: one `Entry` a picture, its bytes not read yet. A folder may hold any mix of
-  - `metadata.jsonl` beside its pictures (an imagefolder): {"file_name": "0001.png", "text": "a red poppy"};
-  - parquet or arrow files as the hub stores them: an image column (struct of bytes, path) with text, caption or label;
-  - bare pictures; the name of the sub-folder is the label, which `caption.txt` can use.
-Everything in the folder counts; hidden files do not. Nothing is read through a link that leads out of the folder, and
-nothing without a bound: a list 200 MB, its lines a megabyte each and a million, a caption 10,000 characters (a text
-encoder sees 77 tokens) and a label 200, and what is longer is cut.
+Enters: a folder. Leaves: one `Entry` a picture, its bytes not read yet, and one for every file that is not used. A
+folder may hold any mix of
+  - parquet or arrow files as the hub stores them: an image column (bytes, or paths) and text or label;
+  - lists, caption files and templates (captions.py);
+  - pictures: what a file is, its first bytes say, where its name does not end like a picture's or a text's.
+A picture's caption is its list's or table's; else its caption file's; else its template's, by its label. What is nearer
+to the picture counts. One that a list names, or that has a caption file, never has the template's.
+Nothing is read through a link that leads out of the folder. What computers put into folders for themselves is counted.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from app import captions
+from app.captions import LABEL_TEMPLATE, TEMPLATE, Mention, fill
 from app.errors import SiteError
-from app.images import MAX_BYTES, BadImage, open_inside
-from app.tables import MAX_ROWS, TableError, rows
+from app.images import FORMATS, BadImage, kind, open_inside, read_inside
+from app.seen import Seen
+from app.tables import NoPictures, TableError, rows
 from app.text import printable
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+PICTURES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".mpo"}
 OTHER_PICTURES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"}  # set aside as "format"
-MAX_LINE = 1_000_000  # bytes of a list's line
-MAX_TEXT = 4_000  # bytes of a text file with one line
-MAX_CAPTION, MAX_LABEL = 10_000, 200  # characters; the rest is cut off
-LABEL_TEMPLATE = "a photo of a {label}"  # for a table that names its classes
+TABLES = {".parquet", ".arrow"}
+LISTS = {".jsonl", ".csv", ".tsv", ".txt"}
+BESIDE = (".txt", ".caption")  # caption files; of two the first counts
+LONGEST = 4096  # characters of a name in a list: Linux opens no longer one
+OURS = (".public", "partition.json")  # what privacy.py and scripts/partition write
+SYSTEM = {
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+    "lost+found", "system volume information", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+PASSING = re.compile(  # hidden, an open document's lock, half a copy, a backup copy, two computers' conflict
+    r"\.|~\$|.*(~|\.te?mp|\.part|\.partial|\.crdownload|\.download)$|.*(\.sync-conflict-\d{8}-|\(.*conflicted copy)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture, unread. `name` and `caption` are private; `load()` gives the bytes or raises BadImage."""
+    """One file. `name` and `caption` are private. `load()` gives a picture's bytes or raises BadImage; `file` is where
+    they lie, if in a file of their own. With a `reason` it is none, and `load` is not called.
+    """
 
     name: str
-    load: Callable[[], bytes]
+    load: Callable[[], bytes] = bytes
     caption: str | None = None
-    label: str | None = None
-    template: str | None = None  # makes a caption from the label where the site gives no template of its own
+    file: str = ""
+    reason: str = ""
 
 
-def entries(root: Path) -> Iterator[Entry]:
-    """Every picture under `root` (a resolved folder), in a stable order. Errors: SITE-06, SITE-07."""
-    names, closed = _walk(root)
-    seen = set()
-    tables = (entry for name in names if _is_table(name) for entry in _table(root, name))
-    listed = (entry for name in names if os.path.basename(name) == "metadata.jsonl" for entry in _listed(root, name))
-    bare = (_bare(root, name) for name in names if _suffix(name) in PICTURES | OTHER_PICTURES and name not in seen)
-    for source in (tables, listed, bare, (_bare(root, name) for name in closed)):
-        for entry in source:
-            seen.add(entry.name)
-            yield replace(entry, name=printable(entry.name))
+@dataclass
+class Found:
+    """What a walk comes across, as sorted names below the root; folders that are closed lead out or let nobody in."""
+
+    files: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    system: list[str] = field(default_factory=list)
+
+
+def entries(root: Path, template: str | None = None, seen: Seen | None = None) -> Iterator[Entry]:
+    """Every file under `root` (a resolved folder), in a stable order; `template` in place of every caption.txt.
+
+    Errors: SITE-05, SITE-06, SITE-07.
+    """
+    for entry in _Folder(root, template, seen or Seen(root)).entries():
+        yield replace(entry, name=printable(entry.name))
 
 
 def statuses(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Name and status of every file and closed folder below `root`, in a stable order; None where it cannot be asked."""
-    for name in (name for names in _walk(root) for name in names):
+    """Name and status of every file and folder not entered, in a stable order; None where it cannot be asked."""
+    found = _walk(root)
+    for name in (*found.files, *found.closed, *found.system):
         try:
             yield name, os.stat(root / name)
         except OSError:
             yield name, None
 
 
-def read_inside(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
-    """The bytes of `name` below `root`, at most `most`. Errors: BadImage "outside", "unreadable" or "too-large"."""
-    try:
-        with open_inside(root, name) as file:
-            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
-    except OSError:
-        raise BadImage("unreadable") from None
-    if data is None or len(data) > most:
-        raise BadImage("too-large")
-    return data
+class _Folder:
+    """A data folder's files by what they are used for; what is left over is counted."""
+
+    def __init__(self, root: Path, template: str | None, seen: Seen) -> None:
+        self.root, self.seen, self.found = root, seen, _walk(root)
+        self.left = dict.fromkeys(name for name in self.found.files if name not in OURS)  # without a use so far
+        self.names = _Names(root, self.left)
+        self.templates = {} if template is None else {"": template}
+        for name in [name for name in self.left if os.path.basename(name).lower() == TEMPLATE]:
+            del self.left[name]
+            if template is None:
+                self.templates[os.path.dirname(name)] = captions.read_template(root, name)
+        self.why: dict[str, str] = {}  # of files that are none of pictures
+        self.tables = self._take(lambda name: _suffix(name) in TABLES)
+        self.pictures = dict.fromkeys(name for name in self.left if self._is_picture(name))
+        self.beside = self._beside()
+        self.captioned = {os.path.dirname(name) for name in self.beside}  # folders with caption files
+        self.lists = self._take(lambda name: _suffix(name) in LISTS and name not in self.beside)
+        self.said: dict[str, tuple[int, Mention]] = {}  # by file: how near the list lies to it, and what it says
+
+    def entries(self) -> Iterator[Entry]:
+        for name in self.tables:
+            yield from self._table(name)
+        for name in self.lists:
+            yield from self._list(name)
+        for name, (_, mention) in self.said.items():
+            self.left.pop(name, None)
+            made = fill(self._template(name) or LABEL_TEMPLATE, mention.label) if mention.label else None
+            caption = mention.caption or made
+            yield from self._picture(name, caption, named=True)
+        for name in [name for name in self.pictures if name not in self.said]:
+            self.left.pop(name, None)
+            yield from self._picture(name, fill(self._template(name), captions.folder_label(name)))
+        for name in self.left:
+            yield Entry(name, reason=self.why.get(name) or self._why_not(name))
+        for name in self.found.closed:
+            yield Entry(name, partial(read_inside, self.root, name))
+        for name in self.found.system:
+            yield Entry(name, reason="system")
+
+    def _take(self, wanted: Callable[[str], bool]) -> list[str]:
+        taken = [name for name in self.left if wanted(name)]
+        for name in taken:
+            del self.left[name]
+        return taken
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def _is_picture(self, name: str) -> bool:
+        """By its name, or by its first bytes; those of texts are not asked."""
+        if (suffix := _suffix(name)) in PICTURES | OTHER_PICTURES:
+            return True
+        if suffix in LISTS or suffix in BESIDE:
+            return False
+        reason = self.seen.get(name) or self._first_bytes(name)
+        if reason.startswith("!") and reason[1:] in ("not-a-picture", "empty", "outside", "unreadable"):
+            self.why[name] = "not-a-picture" if reason == "!empty" else reason[1:]
+            return False
+        return True
+
+    def _first_bytes(self, name: str) -> str:
+        """'' of a picture, else ! and the reason."""
+        try:
+            with open_inside(self.root, name) as file:
+                found = kind(file.read(16))
+        except OSError:
+            return "!unreadable"
+        except BadImage as bad:
+            return f"!{bad.reason}"
+        if found in FORMATS:
+            return ""
+        self.seen.put(name, f"!{found}")
+        return f"!{found}"
+
+    def _picture(self, name: str, caption: str | None, named: bool = False) -> Iterator[Entry]:
+        """A picture by what lists say, by its caption file, or by the caption given."""
+        load = partial(read_inside, self.root, name)
+        first, *others = self.beside.get(name, ()) or ("",)
+        for other in others:
+            if self.left.pop(other, "used") is None:
+                yield Entry(other, reason="unused-caption")
+        if first and (not named or not caption):
+            self.left.pop(first, None)
+            try:
+                caption, more = captions.read_file(self.root, first)
+            except BadImage as bad:
+                yield Entry(name, reason=bad.reason)
+                return
+            if more:
+                yield Entry(first, reason="unused-caption")
+        elif first and self.left.pop(first, "used") is None:
+            yield Entry(first, reason="unused-caption")
+        yield Entry(name, load, caption, name)
+
+    def _template(self, name: str) -> str | None:
+        """The nearest one, from the picture's folder upwards."""
+        while name:
+            name = os.path.dirname(name)
+            if name in self.templates:
+                return self.templates[name]
+        return None
+
+    # --- captions -----------------------------------------------------------------------------------------------------
+
+    def _beside(self) -> dict[str, list[str]]:
+        """Caption files by picture, and every caption file of a picture by its own name."""
+        stems: dict[str, list[str]] = {}
+        for name in self.pictures:
+            for stem in {os.path.splitext(name)[0], name}:
+                stems.setdefault(_loose(stem), []).append(name)
+        beside: dict[str, list[str]] = {}
+        for suffix in BESIDE:
+            for name in [name for name in self.left if _suffix(name) == suffix]:
+                stem = os.path.splitext(name)[0]
+                near = stems.get(_loose(stem), ())
+                for picture in [p for p in near if stem in (p, os.path.splitext(p)[0])] or near:
+                    beside.setdefault(picture, []).append(name)
+                    beside.setdefault(name, [])
+        return beside
+
+    def _list(self, name: str) -> Iterator[Entry]:
+        folder = os.path.dirname(name)
+        try:
+            for mention in captions.read_list(self.root, name, lambda file: self.names.find(folder, file) is not None):
+                yield from self._mention(name, mention)
+        except captions.NoList as no:
+            yield Entry(name, reason=self._why_not(name) if no.reason == "not-a-picture" else no.reason)
+
+    def _mention(self, name: str, mention: Mention) -> Iterator[Entry]:
+        """Take down what a list or table says of a picture; what it says in vain is counted."""
+        folder, called = os.path.dirname(name), mention.file[:LONGEST]
+        file = self.names.find(folder, called)
+        if file is None:
+            yield self._absent(folder, called)
+            return
+        near = 1 + len(Path(folder).parts) if _is_below(file, folder) else 0
+        known = self.said.get(file)
+        if known is None or near > known[0]:
+            self.said[file] = near, mention
+        if known is not None or mention.more:
+            yield Entry(file, reason="unused-caption")
+
+    def _absent(self, folder: str, name: str) -> Entry:
+        """A name in a list that is no file's: absent, or something that is not read."""
+        if re.match(r"[a-zA-Z][\w+.-]+:", name):
+            return Entry(name[:300], reason="address")
+        place = os.path.normpath(os.path.join(folder, name))[:300]
+        try:
+            if os.path.lexists(self.root / place) or not _is_below(os.path.normpath(self.root / place), str(self.root)):
+                return Entry(place, partial(read_inside, self.root, place))
+        except ValueError:  # a null byte
+            return Entry(place, reason="unreadable")
+        return Entry(place, reason="absent")
+
+    def _table(self, name: str) -> Iterator[Entry]:
+        """The rows of one parquet or arrow file."""
+        if os.path.basename(name).startswith("cache-") and _suffix(name) == ".arrow":  # `datasets` leaves these behind
+            yield Entry(name, reason="system")
+            return
+        try:
+            for row in rows(self.root, name):
+                if row.file:
+                    yield from self._mention(name, Mention(row.file, row.caption, row.label, row.more))
+                    continue
+                template = self._template(name) or (LABEL_TEMPLATE if row.label else None)
+                caption = row.caption or (None if row.worded and not row.label else fill(template, row.label))
+                yield Entry(f"{name} {row.place}", row.load, caption)
+                if row.more:
+                    yield Entry(f"{name} {row.place}", reason="unused-caption")
+        except BadImage:
+            yield Entry(name, partial(read_inside, self.root, name))  # its load() says why
+        except NoPictures as what:
+            yield Entry(f"{name} ({what})", reason="not-a-picture")
+        except TableError as error:
+            what = "Git LFS's pointer to the file: git lfs pull" if self._first_bytes(name) == "!pointer" else error
+            found = f"{self.root / name}: {what}"
+            fix = "store it as the hub does: an image column (struct of bytes and path) with text, caption or label"
+            raise SiteError("SITE-07", "The data set's table cannot be read.", found=found, fix=fix) from None
+
+    def _why_not(self, name: str) -> str:
+        """Of a text: a caption file without a picture, where others lie; else what it is not."""
+        lost = _suffix(name) in BESIDE and os.path.dirname(name) in self.captioned
+        return "unused-caption" if lost else "not-a-picture"
 
 
-def text_inside(root: Path, name: str) -> str | None:
-    """A short text file below `root`; None where there is none. Errors: BadImage, UnicodeDecodeError."""
-    return read_inside(root, name, MAX_TEXT).decode() if os.path.lexists(root / name) else None
+class _Names:
+    """Files by their names, and by what people and other systems make of these: backslashes, case, composed and
+    decomposed letters; a picture's without its ending, or with the one that it had in another format.
+    """
+
+    def __init__(self, root: Path, files: dict[str, None]) -> None:
+        self.root, self.exact = f"{root}/", set(files)
+        self.loose, self.stems = dict[str, str | None](), dict[str, str | None]()
+        for name in files:
+            _file(self.loose, _loose(name), name)
+            if _suffix(name) in PICTURES:
+                _file(self.stems, _stem(name), name)
+
+    def find(self, folder: str, name: str) -> str | None:
+        """The file that a list in `folder` calls so, from there or from the root."""
+        if not name or "\0" in name:
+            return None
+        name = name.removeprefix(self.root)
+        spelled = [os.path.join(above, one) for one in (name, name.replace("\\", "/")) for above in (folder, "")]
+        spelled = list(map(os.path.normpath, spelled))
+        if exact := next((place for place in spelled if place in self.exact), None):
+            return exact
+        for place in spelled[2:]:
+            if found := self.loose.get(_loose(place)) or self.stems.get(_stem(place)):
+                return found
+        return None
 
 
-def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """Sorted names below `root`, without hidden ones: files, and folders closed to us (links out, no permission)."""
-    files: list[str] = []
-    closed: list[str] = []
+def _file(names: dict[str, str | None], key: str, name: str) -> None:
+    names[key] = None if key in names else name  # two that differ in this alone are not taken for each other
+
+
+def _stem(name: str) -> str:
+    """The name without a picture's ending, loosely."""
+    return _loose(os.path.splitext(name)[0] if _suffix(name) in PICTURES | OTHER_PICTURES else name)
+
+
+def _loose(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _is_below(name: str, folder: str) -> bool:
+    return not folder or name.startswith(folder.rstrip("/") + "/")
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _walk(root: Path) -> Found:
+    found = Found()
     left = [str(root)]
     while left:  # os.walk calls itself, and a folder may lie a thousand deep
         folder = left.pop()
         try:
-            with os.scandir(folder) as found:
-                entries = [entry for entry in found if not entry.name.startswith(".")]
+            with os.scandir(folder) as listed:
+                inside = list(listed)
         except OSError:
-            closed.append(folder)
+            found.closed.append(folder)
             continue
-        for entry in entries:
-            if not _is_folder(entry):
-                files.append(entry.path)
+        for entry in inside:
+            if folder == str(root) and entry.name in OURS:
+                continue
+            if entry.name.lower() in SYSTEM or PASSING.match(entry.name):
+                found.system.append(entry.path)
+            elif not _is_folder(entry):
+                found.files.append(entry.path)
             elif not entry.is_symlink():
                 left.append(entry.path)
             elif not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                closed.append(entry.path)
-    return sorted(os.path.relpath(f, root) for f in files), sorted(os.path.relpath(c, root) for c in closed)
+                found.closed.append(entry.path)
+    names = ([os.path.relpath(path, root) for path in paths] for paths in (found.files, found.closed, found.system))
+    return Found(*map(sorted, names))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -110,81 +351,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link in a circle
         return False
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _bare(root: Path, name: str) -> Entry:
-    label = os.path.basename(os.path.dirname(name)).replace("_", " ")
-    return Entry(name, partial(read_inside, root, name), label=_label(label))
-
-
-def _listed(root: Path, list_name: str) -> Iterator[Entry]:
-    """The pictures that one metadata.jsonl names, relative to its own folder."""
-    try:
-        with open_inside(root, list_name) as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise BadImage("too-large")
-            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
-                if len(line) > MAX_LINE or number > MAX_ROWS:
-                    what = f"line {number}: more than {MAX_LINE} bytes, or than {MAX_ROWS} lines"
-                    raise _list_error(root / list_name, what)
-                for part in line.decode().splitlines():
-                    if part.strip():
-                        yield _line(root, list_name, part, number)
-    except (BadImage, OSError, UnicodeDecodeError) as error:
-        raise _list_error(root / list_name, str(error)) from None
-
-
-def _line(root: Path, list_name: str, line: str, number: int) -> Entry:
-    """The picture that one line names. Errors: SITE-06."""
-    try:
-        row = json.loads(line)
-        name = os.path.normpath(os.path.join(os.path.dirname(list_name), row["file_name"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _list_error(root / list_name, f"line {number}: {type(error).__name__} {error}"[:500]) from None
-    return Entry(name, partial(read_inside, root, name), caption=_text(row))
-
-
-def _list_error(path: Path, found: str) -> SiteError:
-    fix = 'write one object a line, in UTF-8, like {"file_name": "0001.png", "text": "a red poppy"}'
-    return SiteError("SITE-06", "The list of captions cannot be read.", found=f"{path}: {found}", fix=fix)
-
-
-def _text(row: dict[str, Any]) -> str | None:
-    """The caption of a row, on one line."""
-    text = row.get("text") or row.get("caption")
-    return " ".join(_whole(text[:MAX_CAPTION]).split()) or None if isinstance(text, str) else None
-
-
-def _label(text: str | None) -> str | None:
-    return _whole(text[:MAX_LABEL]) or None if text else None
-
-
-def _whole(text: str) -> str:
-    """The text with ? for what no encoding holds: half a character in JSON, a file's name that is no UTF-8."""
-    return text.encode(errors="replace").decode()
-
-
-def _is_table(name: str) -> bool:
-    suffix, cached = _suffix(name), os.path.basename(name).startswith("cache-")  # `datasets` leaves these behind
-    return suffix == ".parquet" or (suffix == ".arrow" and not cached)
-
-
-def _table(root: Path, name: str) -> Iterator[Entry]:
-    """The rows of one parquet or arrow file."""
-    try:
-        for row in rows(root, name):
-            if row.file:
-                place, load = os.path.normpath(row.file), partial(read_inside, root, row.file)
-            else:
-                place, load = f"{name} {row.place}", row.load
-            yield Entry(place, load, _text(row.texts), _label(row.label), LABEL_TEMPLATE)
-    except BadImage:
-        yield Entry(name, partial(read_inside, root, name))  # its load() says why
-    except TableError as error:
-        found = f"{root / name}: {error}"
-        fix = "store it as the hub does: an image column (struct of bytes and path) with text, caption or label"
-        raise SiteError("SITE-07", "The data set's table cannot be read.", found=found, fix=fix) from None

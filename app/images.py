@@ -1,7 +1,9 @@
-"""One picture: unchecked bytes in, an upright RGB picture or training pixels out.
+"""One picture: unchecked bytes in, an upright picture in sRGB or training pixels out.
 
-Enters: a file that nobody has looked at, maybe damaged, maybe hostile, and its bytes. Leaves: a PIL picture in RGB, a
+Enters: a file that nobody has looked at, maybe damaged, maybe hostile, and its bytes. Leaves: a PIL picture in sRGB, a
 float32 tensor CHW in [−1, 1], or `BadImage` with one of REASONS. Reasons may be counted and sent; names stay here.
+Colours are converted by the picture's profile; one that is damaged, says sRGB or has over 4 MB changes no pixel. What a
+PNG says in text is not unpacked. A JPEG of more than 50 megapixels is decoded at half its width.
 """
 
 from __future__ import annotations
@@ -10,37 +12,59 @@ import os
 import re
 import stat
 import warnings
+import zlib
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REASONS = {  # why a picture is set aside (quarantined), and what it means to a person
+REASONS = {  # why a file is set aside (quarantined), and what it means to a person
+    "absent": "a list or table names it, and it is not in the folder",
+    "address": "an address in a list or table, not a picture: nothing is fetched",
     "animated": "an animation, not a photo",
+    "caption-unreadable": "its caption file is not text in UTF-8, or cannot be read",
     "changed": "its bytes are no longer those that were scanned",
     "duplicate": "the same bytes as a picture before it",
     "empty": "zero bytes",
     "format": "not PNG, JPEG or WebP by its content",
     "no-caption": "no caption, and no template to make one from",
+    "not-a-picture": "neither a picture nor a list, table or caption of one",
     "outside": "a link or path that leads out of the data folder",
-    "too-large": "more than 50 million pixels or 200 MB, or packed so that reading it is the work of many photos",
+    "pointer": "Git LFS's pointer to the file, not the file: git lfs pull",
+    "system": "hidden, or a computer's own: thumbnails, recycle bins, half a copy, a conflict (a folder counts as one)",
+    "too-large": "more than 50 million pixels (a JPEG in one scan: 200 million) or 200 MB, or packed so that reading "
+    "it is the work of many photos",
     "undecodable": "the header or the pixels are damaged or cut off",
-    "unreadable": "absent, not a file, or this process may not read it",
+    "unreadable": "not a file, or this process may not read it",
+    "unused-caption": "a caption without its picture, after another one, or in a caption file's second line",
 }
+READING = 2  # the version of what this module makes of bytes: what was kept of another one's pixels is made anew
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 50_000_000  # 150 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
+MAX_PIXELS = 50_000_000  # 200 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
+MAX_JPEG = 4 * MAX_PIXELS  # of a JPEG in one scan, decoded at half its width; of several, all would lie in memory
 MAX_BYTES = 200_000_000
 MAX_PASSES = 2_000_000_000  # pixels times scans of a progressive JPEG: 40 scans of the largest photo, which has 10; 3 s
 MAX_PIECES = 100_000  # chunks or segments of a file: a PNG of 200 MB has 25,000; each costs Pillow some microseconds
 MAX_EXIF = 16  # segments of EXIF in a JPEG, which has one; Pillow joins them, and each joining copies what there was
+MAX_PROFILE = 4_000_000  # bytes of an ICC profile; a printer's have 0.5 to 3 MB
+MAX_TEXT = 1_000_000  # bytes of a text that turns a PNG upright
+Image.MAX_IMAGE_PIXELS = MAX_JPEG  # Pillow's own bound, which knows no difference between formats; ours are below
 
-
+OTHERS = (  # how other pictures begin
+    b"GIF8", b"BM", b"II*\0", b"MM\0*", b"8BPS", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ",
+)  # fmt: skip
+BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")  # and HEIF's
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # a PNG's chunks
+UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # texts that may say how to turn the picture
 FOLDER = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: of a folder that may be passed but not listed
+DEVICES = (b"mntr", b"scnr", b"prtr", b"spac")  # a profile of these: screen, scanner, printer, space
+SAME = 2  # of 255: how far a profile's colours are from sRGB's where it is sRGB's own, of another maker
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a JPEG's scan: the next segment
 
 
@@ -82,6 +106,33 @@ def open_inside(root: Path, name: str) -> BinaryIO:
     return file
 
 
+def read_inside(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
+    """The bytes of `name` below `root`, at most `most`. Errors: BadImage "outside", "unreadable" or "too-large"."""
+    try:
+        with open_inside(root, name) as file:
+            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    except OSError:
+        raise BadImage("unreadable") from None
+    if data is None or len(data) > most:
+        raise BadImage("too-large")
+    return data
+
+
+def kind(head: bytes) -> str:
+    """What a file is by its first 16 bytes: one of FORMATS, or the reason why it is set aside."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if (head[:4], head[8:12]) == (b"RIFF", b"WEBP"):
+        return "WEBP"
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://"):
+        return "pointer"
+    return "format" if head.startswith(OTHERS) or (head[4:8] == b"ftyp" and head[8:12] in BRANDS) else "not-a-picture"
+
+
 def check(data: bytes) -> None:
     """Look at the header only: no pixel is decoded. Errors: BadImage."""
     _open(data).close()
@@ -93,6 +144,7 @@ def rgb(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _shrink(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # a copy of 50 million pixels is 200 MB
             return _to_rgb(image)
@@ -116,11 +168,10 @@ def to_pixels(image: Image.Image, resolution: int) -> Tensor:
 
 def _open(data: bytes) -> Image.Image:
     """The picture with its header read. Errors: BadImage."""
-    if not data:
-        raise BadImage("empty")
-    if not (data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")):
-        raise BadImage("format")
-    scans = _pieces(data)
+    if (found := kind(data[:16])) not in FORMATS:
+        raise BadImage("format" if found == "not-a-picture" else found)
+    scans = _scans(data) if found == "JPEG" else 1
+    data, profile = _without_texts(data) if found == "PNG" else (data, None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged EXIF block: it does not spoil the pixels
@@ -130,41 +181,129 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("too-large") from None
     except Exception:
         raise BadImage("undecodable") from None
-    if image.width * image.height > MAX_PIXELS or image.width * image.height * scans > MAX_PASSES:
+    pixels = image.width * image.height
+    if pixels > (MAX_JPEG if found == "JPEG" and scans == 1 else MAX_PIXELS) or pixels * scans > MAX_PASSES:
         raise BadImage("too-large")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's JPEG with a preview beside it
         raise BadImage("animated")
+    if profile is not None:
+        image.info["icc_profile"] = profile
     return image
 
 
-def _pieces(data: bytes) -> int:
-    """Scans of a JPEG, 1 of others; what is cut off or odd is Pillow's to find. Errors: BadImage, too many pieces."""
-    at, pieces, scans, exif = 8, 0, 1, 0
-    if data[:1] == b"\x89":
-        while at < len(data):
-            at += 12 + int.from_bytes(data[at : at + 4])
-            pieces += 1
-            if pieces > MAX_PIECES:
-                raise BadImage("too-large")
-    elif data[:1] == b"\xff":
-        at, scans = 2, 0
-        while (found := MARKER.search(data, at)) and (kind := data[found.start() + 1]) != 0xD9:  # D9: the end
-            at = found.end()
-            if kind not in (0x01, 0xD8):  # these two have no length
-                at += max(2, int.from_bytes(data[at : at + 2]))
-            pieces += 1
-            scans += kind == 0xDA
-            exif += kind == 0xE1 and data[found.end() + 2 : found.end() + 6] == b"Exif"
-            if pieces > MAX_PIECES // 10 or exif > MAX_EXIF:
-                raise BadImage("too-large")
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG; what is cut off or odd is Pillow's to find. Errors: BadImage, too many pieces."""
+    at, pieces, scans, exif = 2, 0, 0, 0
+    while (found := MARKER.search(data, at)) and (mark := data[found.start() + 1]) != 0xD9:  # D9: the end
+        at = found.end()
+        if mark not in (0x01, 0xD8):  # these two have no length
+            at += max(2, int.from_bytes(data[at : at + 2]))
+        pieces += 1
+        scans += mark == 0xDA
+        exif += mark == 0xE1 and data[found.end() + 2 : found.end() + 6] == b"Exif"
+        if pieces > MAX_PIECES // 10 or exif > MAX_EXIF:
+            raise BadImage("too-large")
     return max(1, scans)
 
 
+def _without_texts(data: bytes) -> tuple[bytes, bytes]:
+    """(a PNG without its texts and its colour profile, the profile), of which Pillow unpacks a megabyte and then gives
+    the picture up. What turns it upright stays. Errors: BadImage, too many pieces.
+    """
+    at, done, kept, upright, profile = 8, 0, [], set(UPRIGHT), b""
+    for _ in range(MAX_PIECES + 1):
+        if at >= len(data):
+            return (b"".join([*kept, data[done:]]) if kept else data), profile
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if end <= len(data) and (name := data[at + 4 : at + 8]) in (b"iCCP", *TEXTS):
+            word, _, rest = data[at + 8 : end - 4].partition(b"\0")
+            if name == b"iCCP":
+                profile = profile or _unpacked(rest[1:], MAX_PROFILE)
+            if name == b"iCCP" or word not in upright or not _is_small(name, rest):
+                kept.append(data[done:at])
+                done = end
+            upright.discard(word)
+        at = end
+    raise BadImage("too-large")
+
+
+def _is_small(name: bytes, rest: bytes) -> bool:
+    """Whether what follows a text's first word is at most a megabyte, unpacked."""
+    if name == b"zTXt":
+        return bool(_unpacked(rest[1:], MAX_TEXT))
+    if name == b"iTXt" and rest[:1] == b"\1":  # after two flags, a language and a translated first word
+        return bool(_unpacked(rest[2:].split(b"\0", 2)[-1], MAX_TEXT))
+    return len(rest) <= MAX_TEXT
+
+
+def _unpacked(data: bytes, most: int) -> bytes:
+    """Nothing where it is damaged, or more than that."""
+    reader = zlib.decompressobj()
+    try:
+        found = reader.decompress(data, most)
+    except zlib.error:
+        return b""
+    return found if reader.eof else b""
+
+
+def _shrink(image: Image.Image) -> None:
+    """Have a JPEG of more than MAX_PIXELS decoded at half its width and height: a block of it gives fewer pixels."""
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(image.mode, (image.width // 2, image.height // 2))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, 16-bit, palette, CMYK and transparent pictures as RGB."""
+    """Grey, 16-bit, palette, CMYK and transparent pictures as RGB, in sRGB's colours."""
+    profile = image.info.get("icc_profile") or b""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert() would clip everything above 255 to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _eight_bits(image)
+    space = {"1": "GRAY", "L": "GRAY", "LA": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB ")
+    to_srgb = _to_srgb(profile, space)
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
+        if to_srgb:
+            alpha = image.getchannel("A")
+            image = _converted(image, space, to_srgb)
+            image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    elif to_srgb:
+        image = _converted(image, space, to_srgb)
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper byte of a 16-bit grey picture; where it names a grey that is transparent, with transparency."""
+    grey, clear = np.asarray(image), image.info.get("transparency")
+    eight = Image.fromarray((grey >> 8).astype(np.uint8))
+    if isinstance(clear, int):
+        eight.putalpha(Image.fromarray(((grey != clear) * 255).astype(np.uint8)))
+    return eight
+
+
+def _converted(image: Image.Image, space: str, to_srgb: Any) -> Image.Image:
+    return ImageCms.applyTransform(image.convert({"GRAY": "L", "RGB ": "RGB"}.get(space, space)), to_srgb)
+
+
+@lru_cache(maxsize=4)
+def _to_srgb(profile: bytes, space: str) -> Any:
+    """A transform by that profile; None where it is not of this colour space, damaged, or changes nothing to speak of.
+
+    Relative colorimetric with black point compensation, as the programs that show photos do it.
+    """
+    if not 128 < len(profile) <= MAX_PROFILE or profile[12:16] not in DEVICES or profile[16:20] != space.encode():
+        return None
+    mode = {"GRAY": "L", "RGB ": "RGB"}.get(space, space)
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+        if mode == "CMYK":
+            return transform
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        every = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, len(steps), 3)
+        before = Image.fromarray(every if mode == "RGB" else np.tile(steps, (4, 1)))
+        after = np.asarray(ImageCms.applyTransform(before, transform), dtype=int)
+        return transform if np.abs(after - np.asarray(before.convert("RGB"), dtype=int)).max() > SAME else None
+    except Exception:  # littleCMS's own, and what Pillow makes of them
+        return None

@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu-peak-mib": (0, 1e8),
     "gpu-utilisation": (0, 100),
     "gpu-joules": (0, 1e12),
+    "captions-cut": (0, 10**9),  # photos with a caption of which the base model reads only the beginning
     **{f"photos-{reason}": (0, 10**9) for reason in REASONS},
 }
 ADMITTED, SHARE = "admitted number", "largest-share"  # what may bound the images that a site counts for

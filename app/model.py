@@ -1,11 +1,12 @@
-"""The base model by name, its fingerprint, and the adapter on its UNet.
+"""The base model by name, its fingerprint, its parts, and the adapter on its UNet.
 
-Enters: a base model's name and the folder of base models. Leaves: a frozen UNet with a trainable LoRA adapter, and the
-adapter as a plain dict of float32 tensors under PEFT's keys (`….lora_A.weight`), applied strictly and hashed.
-Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine), MODEL-03 (incomplete or damaged), ADAPTER-01 (does not
-fit), ADAPTER-02 (not finite).
+Enters: a base model's name and the folder of base models. Leaves: its parts, each loaded whole or not at all; a frozen
+UNet with a trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys
+(`….lora_A.weight`), applied strictly and hashed. Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine), MODEL-03
+(incomplete or damaged), MODEL-05 (family.py's), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
 
-The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle or a copy in half precision.
+The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle, and a copy in half precision
+(`….fp16.safetensors`) only where a part has no other.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from app import family
 from app.config import LORA_TARGETS, RunConfig
 from app.errors import AdapterError, ModelError
+from app.family import PARTS, incomplete, read_json, read_text, readable
 
 HUB = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
     "stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
 }
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CLASSES = {  # what is loaded, and what a plain base model's index says; the scheduler's is in its own file too
     "_class_name": "StableDiffusionPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -36,8 +36,7 @@ CLASSES = {  # what is loaded, and what a plain base model's index says; the sch
     "tokenizer": ["transformers", "CLIPTokenizer"],
 }
 WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") | {"text_encoder": "model.safetensors"}
-LOCAL = {"local_files_only": True, "use_safetensors": True}  # of every part that has weights
-LARGEST = 64_000_000  # bytes of a text file: a tokenizer's are some
+HALF = "fp16"  # as the files of a copy in half precision are named, which is all that many people download
 Adapter = dict[str, torch.Tensor]
 
 
@@ -48,7 +47,7 @@ def locate(name: str, models: Path) -> Path:
         raise ModelError(
             "MODEL-01",
             "Unknown base model.",
-            found=f"base-model = {name!r}; known here: {', '.join(known) or 'none'}",
+            found=f"base-model = {name!r}{_instead(name, models)}; known here: {', '.join(known) or 'none'}",
             fix="choose a known name, or put the model in diffusers layout into a folder of that name among the base models",
         )
     folder = models / name
@@ -67,6 +66,21 @@ def locate(name: str, models: Path) -> Path:
             found=f"no folder {folder}, and {repository} at {revision[:8]} cannot be fetched ({type(error).__name__})",
             fix=f"put the model into {folder}, or allow this machine to reach the model hub",
         ) from error
+
+
+def _instead(name: str, models: Path) -> str:
+    """What lies there under that name and is no base model, or ''."""
+    place = models / name
+    if Path(name).name != name or len(name) > 200:
+        return ""
+    if place.is_symlink() and not place.exists():
+        return f", and {place} is a link that leads nowhere on this machine"
+    if place.is_dir():
+        return f", and {place} has no model_index.json"
+    if files := [path for end in ("", ".safetensors", ".ckpt") if (path := models / f"{name}{end}").is_file()]:
+        how = "StableDiffusionPipeline.from_single_file and save_pretrained make a folder of it"
+        return f", and {files[0]} is a checkpoint in one file: {how}"
+    return ""
 
 
 def fingerprint(folder: Path, memory: Path | None = None) -> dict[str, str]:
@@ -106,25 +120,40 @@ def _files(folder: Path, part: str) -> list[Path]:
     here, weights = folder / part, WEIGHTS.get(part)
     texts = {p for p in here.glob("*") if p.suffix in {".json", ".txt"}}
     if not texts:
-        raise _incomplete(f"{folder} has no {part}/")
+        family.check(folder)  # another kind has other parts, and is not damaged
+        raise incomplete(f"{folder} has no {part}/")
     files = texts if part == "tokenizer" else {here / ("config.json" if weights else "scheduler_config.json")}
     if weights:
         if (here / "adapter_config.json").exists():  # transformers would load what it names as well
-            raise _incomplete(f"{here} has an adapter of its own")
-        index = here / f"{weights}.index.json"
-        shards = _shards(index) if index.exists() else set()
-        files |= shards | ({index} if shards else set()) | ({here / weights} if (here / weights).exists() else set())
+            raise incomplete(f"{here} has an adapter of its own")
+        single, index = _names(weights, _variant(folder, part))
+        shards = _shards(here / index) if (here / index).exists() else set()
+        files |= shards | {here / index for _ in shards} | {path for path in (here / single,) if path.exists()}
         if len(files) == 1:
-            raise _incomplete(f"{here} has no weights as safetensors ({weights}); other formats are not read")
+            others = ", ".join(sorted(p.name for p in here.glob("*") if p not in texts))
+            raise incomplete(f"{here} has no weights as safetensors ({weights}); other formats are not read: {others}"[:500])
     if missing := sorted(p.name for p in files if not p.is_file()):
-        raise _incomplete(f"{here} lacks {', '.join(missing)}"[:500])
+        raise incomplete(f"{here} lacks {', '.join(missing)}"[:500])
     return sorted(files)
+
+
+def _names(weights: str, variant: str | None) -> tuple[str, str]:
+    """(the one file, the index of many) as diffusers and transformers name them."""
+    if variant is None:
+        return weights, f"{weights}.index.json"
+    return weights.replace(".safetensors", f".{variant}.safetensors"), f"{weights}.index.{variant}.json"
+
+
+def _variant(folder: Path, part: str) -> str | None:
+    """Which files of a part are loaded: those in full precision (None), else the copy in half."""
+    there = [any((folder / part / name).exists() for name in _names(WEIGHTS[part], variant)) for variant in (None, HALF)]
+    return HALF if there == [False, True] else None
 
 
 def _shards(index: Path) -> set[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(_is_shard(name) for name in names.values()):
-        raise _incomplete(f"{index} names no safetensors files beside it")
+        raise incomplete(f"{index} names no safetensors files beside it")
     return {index.parent / name for name in names.values()}
 
 
@@ -161,54 +190,73 @@ def _sum(files: list[Path], as_it_is: bool = False) -> str:
         else:
             if path.suffix == ".json":
                 read_json(path)
-            digest = hashlib.sha256(_text(path).replace(b"\r\n", b"\n")).digest()
+            digest = hashlib.sha256(read_text(path).replace(b"\r\n", b"\n")).digest()
         total.update(path.name.encode() + digest)
     return total.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object. Errors: MODEL-03."""
-    with readable(path):
-        found = json.loads(_text(path).decode())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    return found
+# --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> bytes:
-    """Errors: MODEL-03."""
-    if not path.is_file():
-        raise _incomplete(f"{path} is missing, or no file")
-    with path.open("rb") as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise _incomplete(f"{path} has more than {LARGEST} bytes")
-    return data
+def check(folder: Path) -> None:
+    """All that sites will load of a base model but its UNet, loaded once: what is wrong is known before they are asked.
 
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """What is read of a base model within. Errors: MODEL-03, whatever its reader says, unless it lacks GPU memory."""
-    try:
-        yield
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise _incomplete(f"{path} cannot be read: {type(error).__name__} {error}"[:500]) from error
-
-
-def _incomplete(found: str) -> ModelError:
-    fix = f"copy the whole model in diffusers layout, weights as safetensors: {', '.join(PARTS)}, model_index.json"
-    return ModelError("MODEL-03", "The base model is incomplete or damaged.", found=found, fix=fix)
+    Errors: MODEL-03, MODEL-05.
+    """
+    family.check(folder)
+    load_scheduler(folder)
+    load_vae(folder)
+    if (words := len(load_tokenizer(folder))) > (known := load_text_encoder(folder).config.vocab_size):
+        raise incomplete(f"the tokenizer in {folder} has {words} words, the text encoder knows {known}")
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The UNet alone, frozen, without the rest of the pipeline. Errors: MODEL-03."""
+    """The UNet alone, frozen, without the rest of the pipeline. Errors: MODEL-03, MODEL-05."""
     from diffusers import UNet2DConditionModel
 
-    with readable(folder / "unet"):
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **LOCAL)
-    return unet.requires_grad_(False)
+    return _whole(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
+
+
+def load_vae(folder: Path) -> torch.nn.Module:
+    """The autoencoder, frozen, float32. Errors: MODEL-03, MODEL-05."""
+    from diffusers import AutoencoderKL
+
+    return _whole(AutoencoderKL, folder, "vae", torch_dtype=torch.float32)
+
+
+def load_text_encoder(folder: Path) -> torch.nn.Module:
+    """Frozen, float32. Errors: MODEL-03, MODEL-05."""
+    from transformers import CLIPTextModel
+
+    return _whole(CLIPTextModel, folder, "text_encoder", dtype=torch.float32)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Errors: MODEL-03."""
+    from transformers import CLIPTokenizer
+
+    with readable(folder / "tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+
+def _whole(kind: Any, folder: Path, part: str, **how: torch.dtype) -> torch.nn.Module:
+    """A part with every tensor from its file: what is missing there, both libraries would draw at random and go on.
+
+    Tensors in the file that the part has no place for mean other settings than its own; a text encoder may be cut shorter
+    (people leave out its last layer on purpose) or lie in a file with the picture's. Errors: MODEL-03, MODEL-05.
+    """
+    family.check(folder)
+    how |= {"variant": _variant(folder, part), "local_files_only": True, "use_safetensors": True}
+    with readable(folder / part):
+        loaded, told = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **how)
+    lost = sorted(map(str, told["missing_keys"])) + sorted(map(str, told["mismatched_keys"]))
+    strange = sorted(map(str, told["unexpected_keys"])) if part != "text_encoder" else []
+    if lost or strange:
+        found = f"{folder / part}: its weights lack {len(lost)} tensors and have {len(strange)} others"
+        raise incomplete(f"{found}; first: {(lost + strange)[0]}")
+    if broken := [name for name, value in loaded.named_parameters() if not value.isfinite().all()]:
+        raise incomplete(f"{folder / part}: {len(broken)} tensors with numbers that are not finite; first: {broken[0]}")
+    return loaded.requires_grad_(False)
 
 
 def load_scheduler(folder: Path):
@@ -220,7 +268,11 @@ def load_scheduler(folder: Path):
         steps = read_json(settings).get("num_train_timesteps", 1000)
         if type(steps) is not int or not 1 <= steps <= 100_000:
             raise ValueError("num_train_timesteps is no number from 1 to 100000")
-        return DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        signal = scheduler.alphas_cumprod
+        if len(signal) != steps or not (signal.isfinite() & (signal >= 0) & (signal < 1)).all():
+            raise ValueError(f"{len(signal)} betas for {steps} timesteps, or betas that are none")
+    return scheduler
 
 
 def lora_config(config: RunConfig):
@@ -246,11 +298,22 @@ def add_adapter(unet: torch.nn.Module, config: RunConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+def add_layers(net: torch.nn.Module, adapter: Adapter) -> None:
+    """Room for that very adapter on a frozen net, whatever its layers. Errors: ADAPTER-01 (the net has no such layer)."""
+    from peft import LoraConfig
+
+    layers, known = sorted({key.rsplit(".lora_", 1)[0] for key in adapter}), dict(net.named_modules())
+    if lost := [name for name in layers if not isinstance(known.get(name), (torch.nn.Linear, torch.nn.Conv2d))]:
+        raise _misfit(f"{len(lost)} of its {len(layers)} layers are not in this base model; first: {lost[0]}")
+    rank = next(iter(adapter.values())).shape[0]
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+
+
 def adapter_of(unet: torch.nn.Module) -> Adapter:
     """A copy of the adapter: PEFT's keys without the adapter's name, float32, on the CPU, in key order."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(unet)
+    state = get_peft_model_state_dict(unet, save_embedding_layers=False)  # "auto" looks for the base model by its name
     return {key: state[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in sorted(state)}
 
 
@@ -259,12 +322,8 @@ def check_adapter(adapter: Adapter, reference: Adapter) -> None:
     missing, extra = sorted(reference.keys() - adapter.keys()), sorted(adapter.keys() - reference.keys())
     wrong = [k for k in adapter.keys() & reference.keys() if (adapter[k].shape, adapter[k].dtype) != (reference[k].shape, reference[k].dtype)]
     if missing or extra or wrong:
-        raise AdapterError(
-            "ADAPTER-01",
-            "The adapter does not fit this model.",
-            found=f"{len(missing)} keys missing, {len(extra)} extra, {len(wrong)} of another shape or type; first: {(missing + extra + sorted(wrong))[0]}",
-            fix="use the same base-model, lora-rank and lora-targets as the run that made it",
-        )
+        found = f"{len(missing)} keys missing, {len(extra)} extra, {len(wrong)} of another shape or type"
+        raise _misfit(f"{found}; first: {(missing + extra + sorted(wrong))[0]}")
     if broken := [key for key, value in adapter.items() if not torch.isfinite(value).all()]:
         raise AdapterError(
             "ADAPTER-02",
@@ -272,6 +331,11 @@ def check_adapter(adapter: Adapter, reference: Adapter) -> None:
             found=f"NaN or infinity in {len(broken)} of {len(adapter)} tensors; first: {broken[0]}",
             fix="lower learning-rate, or use precision = \"fp32\"",
         )
+
+
+def _misfit(found: str) -> AdapterError:
+    fix = "use the same base-model, lora-rank and lora-targets as the run that made it"
+    return AdapterError("ADAPTER-01", "The adapter does not fit this model.", found=found, fix=fix)
 
 
 def apply_adapter(unet: torch.nn.Module, adapter: Adapter) -> str:

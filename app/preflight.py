@@ -213,9 +213,10 @@ class Preflight:
     # --- model and data --------------------------------------------------------------------------------------------------
 
     def check_model(self) -> str:
-        from app import model, train
+        from app import family, model, train
 
         self.base = model.locate(self.own.config.base_model, self.own.models)
+        family.check(self.base)
         name, memory = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
         sums = model.fingerprint(self.base, memory)["base"]
         if not self.own.fingerprint:
@@ -227,24 +228,32 @@ class Preflight:
     def check_data(self) -> str:
         """What the fast part may ask: is there something to read at all?"""
         root, private = self.own.data.resolve(), self.own.limits.private()
-        self.photos = sum(1 for _ in islice(folders.entries(root), COUNTED))
+        self.photos = sum(1 for _ in islice((entry for entry in folders.entries(root) if not entry.reason), COUNTED))
         if self.photos < private.least_photos:
-            self._enough(data.scan(root))  # says what is wrong
+            self._enough(data.scan(root, memory=self.own.cache))  # says what is wrong
         return f"{self.photos}{' or more' if self.photos == COUNTED else ''} pictures in {root}, not yet looked at"
 
     def check_decode(self) -> str:
         """Every photo to its last pixel, as training will."""
-        partition, bad = data.scan(self.own.data), {}
+        partition, bad = data.scan(self.own.data, memory=self.own.cache), {}
         for photo in partition.photos:
             try:
                 photo.read()
             except BadImage as error:
                 bad[photo.key] = error.reason
-        self.partition = partition.without(bad).require(2)
-        kind = self._enough(self.partition)
-        if self.partition.quarantined:
-            raise Warn(self.partition.report(), "they are left out of the training; mend or remove them when you can")
-        return f"all {len(self.partition.photos)} pictures can be read; they are {kind}"
+        self.partition = replace(partition.without(bad).require(2), cut=self._cut(partition))
+        kind, counts = self._enough(self.partition), self.partition.counts
+        if counts.keys() - {"images", "system"} or self.partition.cut:
+            fix = "what is set aside is left out, and what is cut is not read; mend or remove it when you can"
+            raise Warn(self.partition.report(), fix)
+        own = f", and {counts['system']} files are a computer's own" if "system" in counts else ""
+        return f"all {len(self.partition.photos)} pictures can be read; they are {kind}{own}"
+
+    def _cut(self, partition: data.Partition) -> int:
+        """Captions that the base model reads only the beginning of; 0 where no base model is at hand."""
+        from app import cache
+
+        return cache.too_long((photo.caption for photo in partition.photos), self.base) if self.base else 0
 
     def _enough(self, partition: data.Partition) -> str:
         """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of them."""

@@ -11,39 +11,75 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from app import cache, model
 from app.config import RunConfig
-from app.model import LOCAL, Adapter, add_adapter, apply_adapter, readable
+from app.lora_files import LoraFile, shaped
+from app.model import Adapter
 
 INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17  # pixels between pictures, and from line to line of a name
 BATCH = 8  # pictures at a time
 
 
-def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
-    """The base model's own pipeline with an adapter of the run's shape on its UNet (B = 0: it draws like the base).
+def plain(base: Path, device: torch.device | None = None):
+    """The base model's own pipeline, of the very parts that the training loads; a prompt has as many tokens as a caption.
 
-    Errors: MODEL-03.
+    Errors: MODEL-03, MODEL-05.
     """
     from diffusers import StableDiffusionPipeline
 
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    with readable(base):
-        pipe = StableDiffusionPipeline.from_pretrained(
-            base, dtype=torch.float32, requires_safety_checker=False, **LOCAL, **unused
-        )
+    parts = {"unet": model.load_unet(base), "vae": model.load_vae(base), "text_encoder": model.load_text_encoder(base)}
+    parts["tokenizer"] = tokenizer = model.load_tokenizer(base)
+    tokenizer.model_max_length = cache.tokens(base)
+    parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    with model.readable(base):
+        pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
-    add_adapter(pipe.unet.requires_grad_(False), config)
+    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
+    """`plain` with an adapter of the run's shape on its UNet (B = 0: it draws like the base). Errors: as `plain`."""
+    pipe = plain(base, torch.device("cpu"))
+    model.add_adapter(pipe.unet, config)
     pipe.unet.eval()
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def render(pipe, adapter: Adapter | None, prompts: Sequence[str], config: RunConfig, seed: int | None = None) -> list[Image.Image]:
-    """One picture a prompt; picture i starts from noise seeded by (seed + i), whatever the adapter."""
-    first = config.seed if seed is None else seed
+def dressed(base: Path, file: LoraFile, device: torch.device | None = None):
+    """`plain` with a LoRA file on its UNet and its text encoder, every tensor of it, as strong as the file says.
+
+    Errors: as `plain`, ADAPTER-01, ADAPTER-02.
+    """
+    pipe = plain(base, torch.device("cpu"))
+    for net, adapter in ((pipe.unet, file.unet), (pipe.text_encoder, file.text)):
+        if adapter:
+            model.add_layers(net, adapter)
+            wear(net.eval(), adapter)
+    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def wear(net, adapter: Adapter | None) -> None:
+    """Draw under this adapter from now on, where the net has room for one; None is the base model."""
+    if not net._hf_peft_config_loaded:
+        return
     if adapter is None:
-        pipe.unet.disable_adapters()
+        net.disable_adapters()
     else:
-        pipe.unet.enable_adapters()
-        apply_adapter(pipe.unet, adapter)
+        net.enable_adapters()
+        model.apply_adapter(net, shaped(adapter, model.adapter_of(net)))
+
+
+def render(
+    pipe, adapter: Adapter | None, prompts: Sequence[str], config: RunConfig, seed: int | None = None,
+    *, text: Adapter | None = None,
+) -> list[Image.Image]:  # fmt: skip
+    """One picture a prompt; picture i starts from noise seeded by (seed + i), whatever the adapter.
+
+    text: what is on the text encoder, where the pipeline has room for it (`dressed`).
+    """
+    first = config.seed if seed is None else seed
+    wear(pipe.unet, adapter)
+    wear(pipe.text_encoder, text)
     side, images = config.resolution, []
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])

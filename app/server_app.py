@@ -8,6 +8,7 @@ when it cannot go on, failed with a public sentence.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -18,13 +19,24 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, metrics, model, text, tracking, wire
+from app import aggregate, checkpoint, export, lora_files, metrics, model, text, tracking, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.exchange import Exchange
 from app.gallery import Gallery
 from app.strategy import Strategy
 
+
+class _Named(logging.Filter):
+    """A named error ends the ServerApp with its report, which `main` prints; a hundred lines of traceback hid that."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], BouquetError):
+            record.exc_info = None
+        return True
+
+
+logging.getLogger("flwr").addFilter(_Named())
 text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
 SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
@@ -47,6 +59,7 @@ class Run:
         adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
         self.folder = adapters / str(context.run_id)
         self.base = model.locate(self.config.base_model, models)
+        model.check(self.base)
         fingerprint = model.fingerprint(self.base)["base"]
         self.history: dict[str, Any] = {
             "run": str(context.run_id),
@@ -105,8 +118,11 @@ class Run:
         """
         fresh = model.new_adapter(self.base, self.config)
         if self.config.start_from:
-            adapter = export.read_lora(self.folder.parent / self.config.start_from).adapter
+            lora = export.read_lora(self.folder.parent / self.config.start_from)
+            adapter, layers = lora_files.begun(lora.adapter, fresh), len(lora.adapter) // 2
             model.check_adapter(adapter, fresh)
+            taken = f"{layers} of {len(fresh) // 2} layers, up to rank {lora.rank}; the rest anew"
+            print(f"bouquet: starting from {self.config.start_from}  {taken}", flush=True)
             self.history["started_from"] = {"file": self.config.start_from, "adapter": model.adapter_hash(adapter)}
             return 0, adapter, {}
         if not self.config.resume:

@@ -1,7 +1,8 @@
 """Parquet and arrow files as the hub stores image data sets: a file in, one `Row` a picture out.
 
-Enters: a file with an image column (struct of bytes and path, or plain bytes) and maybe `text`, `caption` or `label`,
-whose class names stand in the schema's metadata under `huggingface`. Leaves: rows whose picture is fetched on demand.
+Enters: a file with an image column (struct of bytes and path, plain bytes, or text: a path) and maybe `text`, `caption`
+or `label`, whose class names stand in the schema's metadata under `huggingface`; of a list of texts the first counts.
+Leaves: rows whose picture is fetched on demand. A table that has no such column is none of pictures (`NoPictures`).
 Both formats can name gigabytes in a few bytes: compressed, in a dictionary, as "the value before once more". So a
 file's own headers are asked what it unpacks to before anything is unpacked (unpacked.py), and parquet is decoded row by
 row, once where pictures are read in order. Pictures do not pack: what is read of a file may come to 256 MiB and four
@@ -21,30 +22,39 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app import unpacked
+from app.captions import MAX_ROWS, NAMES, TEXTS, label, one_line
 from app.images import MAX_BYTES, BadImage, open_inside
 
-MAX_ROWS = 1_000_000  # of any file or list
 MAX_NOTES = 4_000_000  # bytes of metadata: 20,000 class names are half a million
 At = tuple[int, int]  # row group or record batch, and row in it
 
 
 class TableError(Exception):
-    """The file is damaged, has no image column or unpacks to too much; `str()` is private."""
+    """The file is damaged or unpacks to too much; `str()` is private."""
+
+
+class NoPictures(Exception):
+    """The table holds other things than pictures; `str()` says which, and is private."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of a table: `load()` gives its bytes, unless it lies in `file`, relative to the data folder."""
+    """One picture of a table: `load()` gives its bytes, unless it lies in `file`, a path as the table writes it.
+
+    `worded`: the table has captions, so that a row without one is without; `more`: the row has further captions.
+    """
 
     place: str
     load: Callable[[], bytes]
     file: str | None
-    texts: dict[str, Any]
+    caption: str | None
     label: str | None
+    worded: bool
+    more: bool
 
 
 def rows(root: Path, name: str) -> Iterator[Row]:
-    """Every row of the file `name` below `root`, in order. Errors: TableError; BadImage where it cannot be opened."""
+    """Every row of the file `name` below `root`, in order. Errors: TableError, NoPictures; BadImage: cannot be opened."""
     _open.cache_clear()  # the file may be another one than the last time
     try:
         table = _open(root, name)
@@ -55,14 +65,17 @@ def rows(root: Path, name: str) -> Iterator[Row]:
                 what = f"{most} rows, or pictures of more than {allowed(table.size) >> 20} MiB together"
                 raise TableError(f"its {table.size} bytes hold more than {what}")
             picture = row[columns.image]
+            texts = [row[text].as_py() for text in columns.texts]
             yield Row(
                 place=f"group {at[0]} row {at[1]}",
                 load=partial(_picture, root, name, at),
                 file=None if _stored(picture) else _path(picture),
-                texts={text: row[text].as_py() for text in columns.texts},
-                label=_class_name(row[columns.label].as_py(), columns.classes) if columns.label else None,
+                caption=next(filter(None, map(one_line, texts)), None),
+                label=class_name(row[columns.label].as_py(), columns.classes) if columns.label else None,
+                worded=bool(texts),
+                more=any(isinstance(text, list) and len(text) > 1 for text in texts[:1]),
             )
-    except (BadImage, TableError):
+    except (BadImage, TableError, NoPictures):
         raise
     except Exception as error:  # the file is anybody's, and its readers fail in many ways
         raise TableError(f"{type(error).__name__}: {error}"[:500]) from None
@@ -116,24 +129,24 @@ class _Columns:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """As parquet names them."""
+        """As parquet names them, or what their names begin with."""
         return (*(f"{self.image}.{field}" for field in self.fields), *self.names[bool(self.fields) :])
 
 
 def _columns(schema: Any) -> _Columns:
-    """Errors: TableError, where no column holds pictures."""
+    """Errors: NoPictures; TableError where two columns have one name."""
     features = _features((schema.metadata or {}).get(b"huggingface", b"{}"))
     kinds = [(name, feature.get("_type")) for name, feature in features.items() if isinstance(feature, dict)]
-    images = [name for name in ("image", *(n for n, kind in kinds if kind == "Image")) if name in schema.names]
+    images = [name for name in ("image", *(n for n, kind in kinds if kind == "Image"), *NAMES) if name in schema.names]
     labels = [name for name in ("label", *(n for n, kind in kinds if kind == "ClassLabel")) if name in schema.names]
     if not images:
-        raise TableError(f"no image column among {schema.names}"[:500])
+        raise NoPictures(f"no image column among {', '.join(schema.names)}"[:300])
     image, kind = images[0], _only(schema, images[0])
     fields = tuple(field for field, right in (("bytes", _is_bytes), ("path", _is_text)) if right(_field(kind, field)))
-    if not fields and not _is_bytes(kind):
-        raise TableError(f"its column {image} holds {kind}, no pictures"[:500])
+    if not fields and not _is_bytes(kind) and not _is_text(kind):
+        raise NoPictures(f"its column {image} holds {kind}, no pictures"[:300])
     label = next((name for name in labels if _is_label(_only(schema, name))), None)
-    texts = tuple(name for name in ("text", "caption") if name in schema.names and _is_text(_only(schema, name)))
+    texts = tuple(name for name in TEXTS if name in schema.names and _is_text(_only(schema, name), lists=True))
     about = features.get(label)
     classes = about.get("names") if isinstance(about, dict) else None
     classes = classes if isinstance(classes, list) else []
@@ -170,9 +183,12 @@ def _is_bytes(kind: Any) -> bool:
     return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(kind: Any, lists: bool = False) -> bool:
+    """lists: or a list of texts."""
     import pyarrow as pa
 
+    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        kind = kind.value_type
     of = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
     return of in (pa.string(), pa.large_string(), pa.string_view())
 
@@ -183,11 +199,11 @@ def _is_label(kind: Any) -> bool:
     return pa.types.is_integer(kind) or _is_text(kind)
 
 
-def _class_name(value: Any, classes: list[Any]) -> str | None:
+def class_name(value: Any, classes: list[Any]) -> str | None:
     """A label as words: 0 with ["pink_primrose"] is "pink primrose"; −1 (the hub's "no label") is None."""
     if isinstance(value, int):
         value = classes[value] if 0 <= value < len(classes) else None
-    return value.replace("_", " ").strip() or None if isinstance(value, str) else None
+    return label(value)
 
 
 def _stored(value: Any) -> Any:
@@ -196,6 +212,8 @@ def _stored(value: Any) -> Any:
 
     if isinstance(value, pa.StructScalar):
         value = value["bytes"] if value.is_valid and "bytes" in value.type.names else None
+    if value is not None and _is_text(value.type):
+        return b""
     return (value.as_buffer() if value is not None and value.is_valid and hasattr(value, "as_buffer") else None) or b""
 
 
@@ -205,7 +223,7 @@ def _path(value: Any) -> str | None:
 
     if isinstance(value, pa.StructScalar) and value.is_valid and "path" in value.type.names:
         return value["path"].as_py()
-    return None
+    return value.as_py() if _is_text(value.type) else None
 
 
 def _length(value: Any) -> int:
@@ -214,6 +232,8 @@ def _length(value: Any) -> int:
 
     if isinstance(value, pa.StructScalar):
         return sum(_length(part) for part in value.values()) if value.is_valid else 0
+    if isinstance(value, (pa.ListScalar, pa.LargeListScalar)):
+        return sum(map(_length, value)) if value.is_valid else 0
     if isinstance(value, pa.DictionaryScalar):
         value = value.value
     return len(value.as_buffer() or b"") if hasattr(value, "as_buffer") else 8
@@ -270,8 +290,10 @@ class _Parquet(_Table):
     def _check(self, group: int) -> None:
         """TableError where a row group's pages unpack to too much: by their own headers, since metadata may lie."""
         about, most = self.parquet.metadata.row_group(group), 0
+        leaves = self.columns.leaves
         for chunk in (about.column(number) for number in range(about.num_columns)):
-            if chunk.path_in_schema in self.columns.leaves:
+            path = chunk.path_in_schema  # of a list's values it goes on: caption.list.element
+            if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves):
                 begin = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o)
                 most += unpacked.pages(self.file, begin, begin + chunk.total_compressed_size)
         if most > allowed(self.size):

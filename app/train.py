@@ -71,7 +71,7 @@ class Site:
         self.get_ready(base_fingerprint, began)
 
     def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
-        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, SITE-01..07, -14, TRUST-03.
+        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, -06, SITE-01..07, -14, TRUST-03.
 
         base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
         """
@@ -90,7 +90,7 @@ class Site:
         self.clock.lap("load")
 
     def _encode(self, base: Path, sums: dict[str, str]) -> None:
-        partition = data.scan(self.folder)
+        partition = data.scan(self.folder, memory=self.cached)
         self.privacy = privacy.of(self.folder, partition.photos, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()

@@ -24,6 +24,7 @@ import torch
 from app import checkpoint, export, model, sample
 from app.config import RunConfig
 from app.errors import AdapterError
+from app.lora_files import LoraFile
 
 LIMIT = {"fp32": 0.001, "fp16": 0.005}
 STEPS, SIDE = 4, 256  # denoising steps, and the largest side in pixels: a wrong file shows at once
@@ -95,7 +96,7 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
             del pipe
             gc.collect()
     with tempfile.TemporaryDirectory(prefix="bouquet-merged-") as folder:
-        export.merge(base, adapter, config, Path(folder))
+        export.merge(base, LoraFile(adapter, {}), Path(folder))
         yield Drawn("merged", "fp32", float(np.abs(drawn(stock(Path(folder)), config) - expected).mean() / effect))
 
 

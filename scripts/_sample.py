@@ -1,7 +1,8 @@
 """Pictures of an adapter: an adapter and prompts in; one labelled sheet out. `scripts/sample` says what a person types.
 
 Rows are strengths of the adapter (0 is the base model alone), columns are prompts; picture i of every row starts from noise
-seeded by (seed + i). Runs on the GPU where there is one. Errors: EXPORT-02 to EXPORT-04, MODEL-01, MODEL-02, ADAPTER-01.
+seeded by (seed + i). Runs on the GPU where there is one.
+Errors: EXPORT-02 to EXPORT-04, MODEL-01 to -03, MODEL-05, ADAPTER-01, ADAPTER-02.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from app.errors import BouquetError  # noqa: E402
 
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0)
-LATEST = [ROOT / ".bouquet" / "adapters" / "latest", ROOT / "adapters" / "latest"]  # after scripts/demo; after docker compose cp
+FOLDERS = [ROOT / ".bouquet" / "adapters", ROOT / "adapters"]  # of runs, after scripts/demo; after docker compose cp
+VOLUME = [Path(os.environ["BOUQUET_ADAPTERS"])] if os.environ.get("BOUQUET_ADAPTERS") else []  # in the operator's container
+LATEST = [folder / "latest" for folder in VOLUME + FOLDERS]
 
 
 def main() -> int:
@@ -45,7 +50,7 @@ def arguments() -> argparse.Namespace:
     option("--steps", type=int, help="denoising steps (the run's)")
     option("--guidance", type=float, help="classifier-free guidance (the run's)")
     option("--size", type=int, help="side of the pictures in pixels, a multiple of 8 (the run's)")
-    option("--out", type=Path, default=Path("sample.png"), metavar="FILE", help="where the sheet goes (sample.png)")
+    option("--out", type=Path, default=Path("sample.png"), metavar="FILE", help="where the sheet goes (sample.png); - is standard output")
     option("--merge", type=Path, metavar="DIR", help="write base model and adapter as one pipeline folder, and draw nothing")
     args = parser.parse_args()
     if args.grid and args.strength != 1.0:
@@ -77,38 +82,57 @@ def chosen(args: argparse.Namespace) -> Path:
 
 
 def opened(args: argparse.Namespace):
-    """(adapter, the configuration of its run, its base model's folder)."""
+    """(what the LoRA file holds, the configuration of its run, its base model's folder)."""
     from app import export, model
 
-    adapter, config = export.open_adapter(chosen(args), args.base)
-    return adapter, config, model.locate(config.base_model, args.models)
+    file, config = export.open_file(chosen(args), args.base)
+    return file, config, model.locate(config.base_model, args.models)
 
 
 def draw(args: argparse.Namespace) -> None:
     from app import sample
     from app.config import RunConfig
 
-    adapter, config, base = opened(args)
+    file, config, base = opened(args)
     asked = {"sample-steps": args.steps, "sample-guidance": args.guidance, "resolution": args.size, "seed": args.seed}
     given = {key: value for key, value in asked.items() if value is not None}
     RunConfig.read(given)  # CONFIG-02 where one is out of range
     config = replace(config, **{key.replace("-", "_"): value for key, value in given.items()})
     prompts, strengths = args.prompt or list(config.prompts), SWEEP if args.grid else (0.0, args.strength)
-    pipe, rows = sample.pipeline(base, config), []
+    pipe, rows = sample.dressed(base, file), []
     for strength in strengths:
-        rows.append(sample.render(pipe, sample.scaled(adapter, strength) if strength else None, prompts, config))
+        unet, text = (sample.scaled(adapter, strength) if strength else None for adapter in file)
+        rows.append(sample.render(pipe, unet, prompts, config, text=text))
     names = ["base" if not strength else f"{strength:g}" if args.grid else "adapter" + f" × {strength:g}" * (strength < 1) for strength in strengths]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    sample.grid(rows, names, prompts, cell=max(128, min(256, config.resolution))).save(args.out)
+    sheet = sample.grid(rows, names, prompts, cell=max(128, min(256, config.resolution)))
     seeds = f"seed {config.seed}" + f" to {config.seed + len(prompts) - 1}" * (len(prompts) > 1)
-    print(f"drawn    {args.out}   {len(prompts)} prompts, {', '.join(names)}, {seeds}, on {pipe.device}")
+    drawn = f"drawn    {args.out}   {len(prompts)} prompts, {', '.join(names)}, {seeds}, on {pipe.device}"
+    if str(args.out) == "-":
+        sheet.save(sys.stdout.buffer, format="PNG")
+        print(drawn, file=sys.stderr)
+        return
+    with writing(args.out, ValueError):  # of a suffix that is no picture's
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(args.out)
+    print(drawn)
+
+
+@contextmanager
+def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
+    """Errors: EXPORT-08."""
+    try:
+        yield
+    except (OSError, *also) as error:
+        fix = "name another place: --out FILE.png, --merge DIR; in the operator's container: --out - >FILE.png"
+        raise BouquetError("EXPORT-08", "The result cannot be written there.", found=f"{place}: {getattr(error, 'strerror', '') or error}", fix=fix) from None
 
 
 def merge(args: argparse.Namespace) -> None:
     from app import export, sample
 
-    adapter, config, base = opened(args)
-    export.merge(base, sample.scaled(adapter, args.strength), config, args.merge)
+    file, _, base = opened(args)
+    with writing(args.merge):
+        export.merge(base, type(file)(*(sample.scaled(adapter, args.strength) for adapter in file)), args.merge)
     print(f'merged   {args.merge}   StableDiffusionPipeline.from_pretrained("{args.merge}", safety_checker=None)')
 
 

@@ -1,7 +1,8 @@
 """The hub's data sets, for scripts/partition: a name or folder in; each site's encoded pictures and captions out.
 
 Enters: a data set that `datasets` can load, with an image column and text, caption or label. Leaves: a function from
-site number (from 1) to (encoded picture, caption) pairs. Nothing is decoded or re-encoded.
+site number (from 1) to (encoded picture, caption) pairs, with the captions that a site would give the same rows itself.
+Nothing is decoded or re-encoded.
 Errors: SITE-04, SITE-05, SITE-08, SITE-10.
 """
 
@@ -12,14 +13,16 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.data import checked_template, fill
+from app.captions import LABEL_TEMPLATE, TEXTS, checked_template, fill, one_line
 from app.errors import SiteError
-from app.folders import LABEL_TEMPLATE
+from app.images import BadImage
+from app.tables import class_name
 
-Sample = tuple[bytes, str]  # encoded picture, caption
+Sample = tuple[Callable[[], bytes], str | None]  # gives the encoded picture or raises BadImage; caption
 
 
 @contextmanager
@@ -97,28 +100,25 @@ def divide_error(found: str, fix: str) -> SiteError:
     return SiteError("SITE-10", "The data set cannot be divided like this.", found=found, fix=fix)
 
 
-def captioner(dataset: Any, args: Namespace) -> Callable[[dict[str, Any]], str]:
-    """A function from row to caption: the template over the class name, or the text column. Errors: SITE-04."""
+def captioner(dataset: Any, args: Namespace) -> Callable[[dict[str, Any]], str | None]:
+    """A function from row to caption: the text column, or the template over the class name. Errors: SITE-04."""
     import datasets
 
     label = column(dataset, "label", datasets.ClassLabel)
-    text = next((name for name in ("text", "caption") if name in dataset.features), None)
-    if args.caption_template is None and text:
-        return lambda row: row[text] or ""
+    text = [name for name in TEXTS if name in dataset.features] if args.caption_template is None else []
     template = checked_template(args.caption_template or LABEL_TEMPLATE)
-    if label is None and "{label}" in template:
-        found = f"no text, caption or label column among {dataset.column_names}"
+    if label is None and "{label}" in template and not text:
+        found = f"no text, caption, prompt or label column among {dataset.column_names}"
         fix = 'give one caption for all: --caption-template "a photo of a flower"'
         raise SiteError("SITE-04", "Captions are missing.", found=found, fix=fix)
-    names = getattr(dataset.features.get(label), "names", None)
+    names = getattr(dataset.features.get(label), "names", None) or []
 
-    def words(row: dict[str, Any]) -> str | None:
-        value = row.get(label)
-        if names is not None:
-            value = names[value] if value is not None and value >= 0 else None
-        return None if value is None else str(value).replace("_", " ").strip()
+    def caption(row: dict[str, Any]) -> str | None:
+        words = class_name(row.get(label), names)
+        said = next(filter(None, (one_line(row[name]) for name in text)), None)
+        return said or (fill(template, words) if words or not text else None)
 
-    return lambda row: fill(template, words(row)) or ""
+    return caption
 
 
 def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: Namespace) -> Iterator[Sample]:
@@ -127,14 +127,20 @@ def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: Namesp
 
     image = column(part, "image", datasets.Image)
     for row in part.select(range(min(len(part), args.images_per_site or len(part)))):
-        yield encoded(row[image]), caption(row)
+        yield partial(encoded, row[image]), caption(row)
 
 
 def encoded(value: Any) -> bytes:
-    """The bytes of a picture column's value: plain, in a struct, or in the file that the struct names; else none."""
-    if not isinstance(value, dict):
-        return value or b""
-    try:
-        return value.get("bytes") or Path(value.get("path") or "").read_bytes()
-    except OSError:
-        return b""  # counted as "empty"
+    """The bytes of a picture column's value: plain, in a struct, or in the file that it names. Errors: BadImage."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        if "://" in value[:20]:
+            raise BadImage("address")
+        try:
+            return Path(value).read_bytes()
+        except (OSError, ValueError):
+            raise BadImage("absent") from None
+    if value and not isinstance(value, bytes):
+        raise BadImage("not-a-picture")
+    return value or b""  # which is counted as "empty"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from app import cache, data, model
-from app.errors import SiteError
+from app.errors import ModelError, SiteError
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -223,3 +225,127 @@ def test_the_cache_holds_no_caption_and_no_file_name(folder, kept):
     everything = b"".join(path.read_bytes() for path in kept.iterdir())
     for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
         assert row["text"].encode() not in everything and row["file_name"].encode() not in everything
+
+
+# --- a site that is killed while it encodes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Photos encoded one at a time, and two written down at a time."""
+    monkeypatch.setattr(cache, "PIXELS", 1)
+    monkeypatch.setattr(cache, "PART", 2)
+
+
+def killed_at(monkeypatch, number: int) -> None:
+    """End the process when it comes to that photo, the first being 0; the next process has no such end."""
+    decode, seen = cache.pixels_of, []
+
+    def end(photo, resolution):
+        seen.append(photo)
+        if len(seen) > number:
+            monkeypatch.setattr(cache, "pixels_of", decode)
+            raise KeyboardInterrupt
+        return decode(photo, resolution)
+
+    monkeypatch.setattr(cache, "pixels_of", end)
+
+
+def test_a_killed_site_goes_on_where_it_was(folder, kept, tmp_path, monkeypatch, one_by_one):
+    _, whole = encode(folder, tmp_path / "whole")
+    killed_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, kept)
+    decode, decoded = cache.pixels_of, []
+    monkeypatch.setattr(cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution))
+    _, again = encode(folder, kept)
+    assert decoded == ["0004.png", "0005.png"]  # two twos were written down, the fifth was not
+    assert torch.equal(again.latents_NChw, whole.latents_NChw) and again.keys == whole.keys
+    assert sorted(path.name.split("-")[0] for path in kept.iterdir()) == ["latents", "text"]  # and the parts are gone
+
+
+def test_a_killed_site_keeps_what_it_found_undecodable(folder, kept, monkeypatch, one_by_one):
+    cut_off(folder / "0000.png")
+    killed_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, kept)
+    decode, decoded = cache.pixels_of, []
+    monkeypatch.setattr(cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution))
+    assert encode(folder, kept)[0].counts == {"images": 5, "undecodable": 1}
+    assert decoded == ["0004.png", "0005.png"]
+
+
+def test_a_part_that_was_torn_is_noticed_and_encoded_again(folder, kept, tmp_path, monkeypatch, one_by_one, capsys):
+    _, whole = encode(folder, tmp_path / "whole")
+    killed_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, kept)
+    first, _ = sorted(kept.glob("*.part*"))
+    first.write_bytes(first.read_bytes()[:-1])
+    _, again = encode(folder, kept)
+    assert f"{first.name} is damaged" in capsys.readouterr().out
+    assert torch.equal(again.latents_NChw, whole.latents_NChw)
+
+
+def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again(folder, kept, monkeypatch, loads, one_by_one):
+    write = cache._write
+    monkeypatch.setattr(cache, "_write", lambda path, *what: write(path, *what) if ".part" in path.name else cut_short())
+
+    def cut_short():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, kept)
+    loads.clear()
+    monkeypatch.setattr(cache, "_write", write)
+    assert len(encode(folder, kept)[1].keys) == 6 and loads == ["CLIPTextModel"]
+
+
+# --- what another version kept, and what must not be kept -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, name", [("latents-", "AutoencoderKL"), ("text-", "CLIPTextModel")])
+def test_what_the_version_before_kept_is_encoded_again_and_removed(folder, kept, loads, kind, name):
+    encode(folder, kept)
+    (now,) = kept.glob(f"{kind}*")
+    before = now.rename(now.with_name(now.name.rpartition("-")[0] + ".safetensors"))
+    loads.clear()
+    encode(folder, kept)
+    assert loads == [name] and now.exists() and not before.exists()
+
+
+def test_another_reading_of_pictures_encodes_all_photos_again(folder, kept, loads, monkeypatch):
+    encode(folder, kept)
+    loads.clear()
+    monkeypatch.setattr(cache, "READING", 99)
+    encode(folder, kept)
+    assert loads == ["AutoencoderKL"]
+
+
+@pytest.mark.parametrize("part, layer", [("vae", "encoder.conv_in"), ("text_encoder", "final_layer_norm")])
+def test_numbers_that_are_not_finite_are_refused_and_not_kept(folder, kept, tmp_path, part, layer):
+    """Weights that are finite, and too large for what is computed with them, as those of a VAE made for 16 bits."""
+    base = shutil.copytree(tiny.base(), tmp_path / "base")
+    (file,) = (base / part).glob("*.safetensors")
+    tensors = load_file(file)
+    assert f"{layer}.weight" in tensors
+    save_file(tensors | {f"{layer}.weight": torch.full_like(tensors[f"{layer}.weight"], 3e38)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="^MODEL-06") as caught:
+        cache.encode(data.scan(folder), base, model.fingerprint(base), 16, kept, CPU)
+    assert part in caught.value.found and str(tmp_path) not in str(caught.value)
+    assert not list(kept.glob("latents-*" if part == "vae" else "text-*"))
+
+
+# --- captions that are cut ------------------------------------------------------------------------------------------------
+
+
+def test_captions_longer_than_the_model_reads_are_counted_also_when_they_are_kept(folder, kept):
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    fits, over = "rose " * 22, "rose " * 23  # with its beginning and end 24 tokens, and 25, of the tiny model's 24
+    for row, text in zip(rows, (fits, over, over, "a", f"{over} red", "b"), strict=True):
+        row["text"] = text
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [encode(folder, kept)[0].cut for _ in range(2)] == [3, 3]
+    partition = encode(folder, kept)[0]
+    assert "3 captions are longer" in partition.report() and "captions" not in partition.counts
+    assert cache.too_long([photo.caption for photo in partition.photos], tiny.base()) == 3

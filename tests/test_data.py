@@ -233,7 +233,10 @@ def test_a_link_within_the_folder_is_the_same_picture_again(tmp_path):
     assert scan(tmp_path, caption_template="a flower").counts == {"images": 2, "duplicate": 1}
 
 
-@pytest.mark.parametrize("name", ["gone.png", "folder.png", "pipe.png", "loop.png", "null\0.png"])
+ABSENT, UNREADABLE = ("gone.png", "null\0.png"), ("folder.png", "pipe.png", "loop.png")
+
+
+@pytest.mark.parametrize("name", ABSENT + UNREADABLE)
 def test_a_listed_name_that_is_no_readable_file_is_counted(tmp_path, name):
     imagefolder(tmp_path, TWO)
     (tmp_path / "folder.png").mkdir()
@@ -241,14 +244,15 @@ def test_a_listed_name_that_is_no_readable_file_is_counted(tmp_path, name):
     (tmp_path / "loop.png").symlink_to("loop.png")
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"file_name": name, "text": "a rose"}))
-    assert (name.replace("\0", "\ufffd"), "unreadable") in scan(tmp_path).quarantined
+    reason = "absent" if name in ABSENT else "unreadable"
+    assert (name.replace("\0", "\ufffd"), reason) in scan(tmp_path).quarantined
 
 
-def test_hidden_files_are_no_pictures(tmp_path):
+def test_hidden_files_are_no_pictures_and_counted(tmp_path):
     imagefolder(tmp_path, TWO)
     put(tmp_path, "._0001.png", b"what a Mac leaves on a USB stick")
     put(tmp_path, ".thumbnails/1.png", encoded(flat(77)))
-    assert scan(tmp_path, caption_template="a flower").counts == {"images": 2}
+    assert scan(tmp_path, caption_template="a flower").counts == {"images": 2, "system": 2}
 
 
 def test_pictures_that_no_list_names_are_counted_as_without_caption(tmp_path):
@@ -411,7 +415,7 @@ def test_a_damaged_table_is_named(tmp_path, name):
 
 def test_a_table_without_pictures_says_which_columns_it_has(tmp_path):
     pq.write_table(pa.table({"petals": [5], "label": ["rose"]}), tmp_path / "data.parquet")
-    assert "petals" in refused(tmp_path, "SITE-07").found
+    assert "no image column among petals, label" in refused(tmp_path, "SITE-01").found
 
 
 # --- what never leaves -----------------------------------------------------------------------------------------------

@@ -145,6 +145,13 @@ def test_photos_that_were_set_aside_are_counted_by_reason():
     assert sentence.startswith("rose set aside 3 of its files (1 duplicate, 2 undecodable)")
 
 
+def test_captions_that_were_cut_are_counted():
+    told = history()
+    told["rounds"][-1]["sites"]["rose"]["captions-cut"] = 12
+    [sentence] = findings.warnings(a_run(told))
+    assert sentence == "rose has 12 photos with captions longer than the base model reads: it learned from their beginnings."
+
+
 def test_the_apps_own_final_files_have_alpha_equal_to_rank(final):
     files = sorted((final / "final").rglob("*.safetensors"))
     assert len(files) >= 2 and all(findings.scales(file) == {1.0} for file in files)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from app import cache, images, model
 from app.data import scan
@@ -217,11 +217,11 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 COLUMNS = {  # name: columns of two rows, and what is said
-    "path as text": ({"image": ["1.png", "2.png"]}, "SITE-07"),
-    "number": ({"image": [1, 2]}, "SITE-07"),
-    "list": ({"image": [[b"1"], [b"2"]]}, "SITE-07"),
-    "null": ({"image": pa.nulls(2)}, "SITE-07"),
-    "struct of others": ({"image": [{"bytes": 1, "path": 2}] * 2}, "SITE-07"),
+    "path as text": ({"image": ["1.png", "2.png"]}, "SITE-01"),
+    "number": ({"image": [1, 2]}, "SITE-01"),
+    "list": ({"image": [[b"1"], [b"2"]]}, "SITE-01"),
+    "null": ({"image": pa.nulls(2)}, "SITE-01"),
+    "struct of others": ({"image": [{"bytes": 1, "path": 2}] * 2}, "SITE-01"),
     "struct without bytes": ({"image": [{"path": "1.png"}, {"path": "../2.png"}]}, "SITE-01"),
     "null struct": ({"image": pa.array([None, None], PICTURE)}, "SITE-01"),
     "odd paths": ({"image": pa.array([{"path": "\0"}, {"path": "x" * 5000}], PICTURE)}, "SITE-01"),
@@ -340,7 +340,7 @@ def test_a_caption_made_from_a_template_is_cut_before_the_tokenizer_too(tmp_path
         lambda self, texts, **named: seen.extend(map(len, texts)) or call(self, texts, **named),
     )
     cache._encode_captions(["rose" * 10_000, "a"], tiny.base(), torch.device("cpu"))
-    assert seen == [10_000, 1]
+    assert seen == [10_000, 1] * 2  # once for its length
 
 
 def test_a_lists_size_and_lines_have_a_bound(tmp_path):
@@ -509,6 +509,45 @@ ODD = {
     "a WebP of 16383 pixels": b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0\xfe\x3f\0\xfe\x3f\0" + bytes(24),
     "a PNG chunk of 4 GB": b"\x89PNG\r\n\x1a\n" + b"\xff" * 100,
 }
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("place", range(0, len(PROFILE), 11))
+def test_a_profile_with_any_byte_changed_gives_a_picture(place):
+    changed = PROFILE[:place] + bytes([PROFILE[place] ^ 0xFF]) + PROFILE[place + 1 :]
+    assert images.rgb(jpeg(icc_profile=changed)).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(65_500, 3000), (3000, 65_500)])
+def test_a_picture_of_196_megapixels_in_many_scans_or_as_png_is_set_aside_unread(size):
+    for data in (png()[:16] + struct.pack(">II", *size) + png()[24:], jpeg(progressive=True)):
+        at = data.find(b"\xff\xc2") + 5
+        data = data if data[:1] == b"\x89" else data[:at] + struct.pack(">HH", *size) + data[at + 4 :]
+        with pytest.raises(images.BadImage, match="^too-large$|^undecodable$"):
+            images.check(data)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "list.jsonl", "0.txt", "1.caption", "sub/caption.txt"])
+@pytest.mark.parametrize("text", [b"\0" * 100, b"\xff\xfe", b"\xff" * 50, b'"' * 100_001, b"," * 200_000, b"1.png," + b"x" * 1_100_000, DEEP.encode()])
+def test_whatever_a_text_in_the_folder_holds_it_is_counted_or_refused_by_name(tmp_path, name, text):
+    folder = folder_of_two(tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(text)
+    assert code_of(lambda: scan(folder)) in (None, "SITE-05", "SITE-06")
+
+
+@pytest.mark.parametrize("name", ["list.csv", "1.txt", "sub/caption.txt", "a"])
+def test_no_text_is_read_through_a_link_that_leads_out_and_no_pipe_is_waited_for(tmp_path, name):
+    (tmp_path / "private").write_text("1.png,a private sentence\n")
+    site = folder_of_two(tmp_path / "site")
+    (site / name).parent.mkdir(exist_ok=True)
+    for make in (lambda path: path.symlink_to(tmp_path / "private"), os.mkfifo):
+        make(site / name)
+        with suppress(BouquetError):
+            assert "private" not in str([photo.caption for photo in scan(site).photos])
+        (site / name).unlink()
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -123,7 +123,7 @@ def test_a_photo_that_comes_or_goes_between_two_rounds_is_noticed_and_the_model_
     costs.clear()
     second = send(own, 2, tiny.fresh())
     assert "scan" in costs and "from_pretrained" not in costs
-    assert second.content["metrics"]["photos-unreadable"] == 1 and "photos-unreadable" not in first.content["metrics"]
+    assert second.content["metrics"]["photos-absent"] == 1 and "photos-absent" not in first.content["metrics"]
 
 
 @pytest.mark.parametrize("change", ["same bytes, another time", "other bytes, same size and time", "caption"])

@@ -290,7 +290,9 @@ def unset(tmp_path: Path) -> Path:
 
 
 def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
-    as_set, as_unset = (cache._encode_captions(["", *tiny.CAPTIONS, "rose " * 99], base, torch.device("cpu")) for base in (tiny.base(), unset))
+    captions = ["", *tiny.CAPTIONS, "rose " * 99]
+    (as_set, cut), (as_unset, too) = (cache._encode_captions(captions, base, torch.device("cpu")) for base in (tiny.base(), unset))
+    assert cut == too == {cache._digest(captions[-1]): "cut"}
     assert as_set.keys() == as_unset.keys() and len(as_set) == 5
     for key, row in as_set.items():
         assert row.shape == (24, 16) and torch.equal(row, as_unset[key])

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from app.data import scan
+from app.images import REASONS
 from models.mini.draw import UNSEEN, site_photos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,11 +200,57 @@ def test_the_seed_decides_who_gets_what(tmp_path, flowers):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real photos are not on this machine (../shared/data)")
 def test_the_real_flower_photos_are_divided_without_the_network(tmp_path):
-    partition("--dataset", SHARED / "oxford-flowers-128", "--out", tmp_path)
+    out = partition("--dataset", SHARED / "oxford-flowers-128", "--out", tmp_path)
     sites = [scan(tmp_path / f"site-{site}") for site in (1, 2)]
-    assert [len(listed(tmp_path / f"site-{site}")) for site in (1, 2)] == [3585, 3584]  # 7,169 in train
+    assert [site.counts for site in sites] == [{"images": 3585}, {"images": 3582}]
+    assert "3582 images, 2 duplicate" in out  # 7,169 in train
     assert len({photo.caption for site in sites for photo in site.photos}) == 102
-    assert all(set(site.counts) <= {"images", "duplicate"} for site in sites)
+
+
+ODD = (  # rows beside four good ones: a picture, a caption, and what a site makes of them
+    (jpeg_or_png(10), "", "no-caption"),
+    (jpeg_or_png(12), None, "no-caption"),
+    (jpeg_or_png(0), "flower 0", "duplicate"),
+    (b"", "nothing", "empty"),
+    (jpeg_or_png(1)[:60], "half", "undecodable"),
+    (b"GIF89a", "another format", "format"),
+    (jpeg_or_png(14), "red\u2028rose", "red rose"),
+    (jpeg_or_png(16), " a red\n\nrose ", "a red rose"),
+    (jpeg_or_png(18), "rose " * 10_000, " ".join(["rose"] * 2000)),
+    (jpeg_or_png(20), 'a "rose", red\\', 'a "rose", red\\'),
+)
+
+
+def test_what_is_written_is_what_a_site_reads_of_the_same_rows(tmp_path):
+    pictures, texts, said = zip(*((jpeg_or_png(number), f"flower {number}", f"flower {number}") for number in range(0, 8, 2)), *ODD, strict=True)
+    folder = data_set(tmp_path / "set", list(pictures), text=list(texts))
+    out = partition("--dataset", folder, "--sites", 1, "--out", tmp_path / "out", "--public")
+    direct, written = scan(folder), scan(tmp_path / "out" / "site-1")
+    aside = {reason: said.count(reason) for reason in REASONS if reason in said}
+    assert direct.counts == {"images": 8} | aside and written.counts == {"images": 8}
+    assert {(p.key, p.caption) for p in direct.photos} == {(p.key, p.caption) for p in written.photos}
+    assert {p.caption for p in written.photos} == set(said) - REASONS.keys()
+    assert "8 images" in out and all(f"{count} {reason}" in out for reason, count in aside.items())
+    assert "nothing to do" in partition("--dataset", folder, "--sites", 1, "--out", tmp_path / "out", "--public")
+
+
+def test_labels_without_names_are_no_captions_here_either(tmp_path):
+    pictures = [jpeg_or_png(number) for number in range(4)]
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in pictures], "text": [["one", "two"], ["three"], [], None], "label": [0, 1, 2, 3]})
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "t.parquet")
+    partition("--dataset", tmp_path / "set", "--sites", 1, "--out", tmp_path / "out")
+    assert sorted(listed(tmp_path / "out" / "site-1").values()) == sorted(p.caption for p in scan(tmp_path / "set").photos) == ["one", "three"]
+
+
+def test_a_column_of_paths_and_addresses_is_counted_and_nothing_is_fetched(tmp_path):
+    (tmp_path / "a.png").write_bytes(jpeg_or_png(2))
+    (tmp_path / "b.png").write_bytes(jpeg_or_png(4))
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "https://example.org/c.png", str(tmp_path / "gone.png")]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"image": images, "text": list("abcd")}), tmp_path / "set" / "t.parquet")
+    out = partition("--dataset", tmp_path / "set", "--sites", 1, "--out", tmp_path / "out")
+    assert sorted(listed(tmp_path / "out" / "site-1").values()) == ["a", "b"] and "1 absent" in out and "1 address" in out
 
 
 # --- mistakes with a name --------------------------------------------------------------------------------------------

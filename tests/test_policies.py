@@ -24,10 +24,11 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"text"},
     {"errors"},
     {"config", "images", "gpu", "reach", "unpacked"},
-    {"tables", "limits", "metrics"},
-    {"folders"},
+    {"limits", "metrics", "captions", "seen"},
+    {"tables"},
+    {"folders", "family"},
     {"data", "model", "diffusion"},
-    {"cache", "wire", "memory", "journal", "privacy"},
+    {"cache", "wire", "memory", "journal", "privacy", "lora_files"},
     {"train", "aggregate", "checkpoint", "sample"},
     {"export", "spool", "preflight", "gallery", "tracking"},
     {"strategy"},
@@ -82,7 +83,7 @@ def test_only_the_outermost_modules_the_aggregation_the_wire_and_the_preflight_k
     assert users == {"client_app", "server_app", "exchange", "aggregate", "strategy", "wire", "reach", "preflight"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "limits", "images", "tables", "folders", "data", "gpu", "reach", "preflight", "client_app"])
+@pytest.mark.parametrize("module", ["errors", "config", "limits", "images", "captions", "tables", "seen", "folders", "data", "gpu", "reach", "preflight", "client_app"])
 def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(module):
     names = imports(ROOT / "app" / f"{module}.py", everywhere=False)
     assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}

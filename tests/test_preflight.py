@@ -278,7 +278,7 @@ def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
     ]  # fmt: skip
     assert "s a step on the CPU, 4 images each; peak memory" in shown[-2]
     assert shown[-1] == "ready: 11 pass, 2 skip"
-    assert not [left for left in (tmp_path / "cache").iterdir() if not left.name.startswith("sum-")]
+    assert not [left for left in (tmp_path / "cache").iterdir() if not left.name.startswith(("sum-", "seen."))]
 
 
 def test_the_fast_part_leaves_out_the_decoding_and_the_step_and_prints_json_when_asked(site: dict[str, str], capsys: pytest.CaptureFixture) -> None:
@@ -335,6 +335,31 @@ def test_a_site_learns_before_it_joins_that_private_photos_need_more_than_a_few(
     assert lines(site, "decode", BOUQUET_DATA=few, SITE_LIMITS="min-photos=4 min-held-out=4")["decode"].state == "pass"
 
 
+def test_a_computers_own_files_are_counted_and_no_cause_for_a_warning(site: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "photos" / ".DS_Store").touch()
+    (tmp_path / "photos" / "@eaDir").mkdir()
+    line = lines(site, "decode")["decode"]
+    assert (line.state, line.text) == ("pass", "all 8 pictures can be read; they are public, and 2 files are a computer's own")
+
+
+def test_every_other_file_that_is_not_used_is_a_warning_and_not_counted_as_a_picture(site: dict[str, str], tmp_path: Path) -> None:
+    for name in ("photos.zip", "0000.txt", "gone.txt"):
+        (tmp_path / "photos" / name).write_text("a flower")
+    found = lines(site, "data", "decode")
+    assert found["data"].text.startswith("8 pictures in") and found["decode"].state == "warn"
+    assert "set aside: 1 not-a-picture, 2 unused-caption" in found["decode"].text and "photos.zip: neither" in found["decode"].text
+
+
+def test_captions_that_the_base_model_does_not_read_to_their_end_are_counted(site: dict[str, str], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["text"], rows[1]["text"] = "rose " * 22, "rose " * 23  # 24 and 25 tokens, of 24
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    privacy.declare_public(photos, data.scan(photos).photos)
+    line = lines(site, "model", "decode")["decode"]
+    assert line.state == "warn" and "1 captions are longer" in line.text
+
+
 def test_limits_with_a_slip_are_named_before_a_site_joins(site: dict[str, str]) -> None:
     with pytest.raises(BouquetError, match="TRUST-04"):
         Settings.read(site | {"SITE_LIMITS": "max-local-step=5"})
@@ -364,8 +389,9 @@ def test_an_estimate_that_fails_warns_and_leaves_the_answer_to_the_step(site: di
 
 
 def test_a_base_model_whose_configs_are_odd_is_no_reason_to_fail(site: dict[str, str], tmp_path: Path) -> None:
-    shutil.copytree(tiny.base(), tmp_path / "models/tiny")
-    (tmp_path / "models/tiny/vae/config.json").write_text("{}")
+    file = Path(shutil.copytree(tiny.base(), tmp_path / "models/tiny")) / "vae/config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in settings.items() if key != "block_out_channels"}))
     assert lines(site, "memory", BOUQUET_MODELS=str(tmp_path / "models"), BASE_FINGERPRINT="")["memory"].state == "warn"
 
 

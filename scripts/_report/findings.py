@@ -216,3 +216,5 @@ def set_aside(run: Run) -> Iterator[str]:
         if bad:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
             yield f"{site} set aside {sum(bad.values())} of its files ({reasons}); its own log names them."
+        if cut := int(metrics.get("captions-cut", 0)):
+            yield f"{site} has {cut} photos with captions longer than the base model reads: it learned from their beginnings."
