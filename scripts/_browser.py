@@ -87,8 +87,12 @@ class Browser:
 
     def open(self, file: Path) -> None:
         """Load a file from disk, to its end."""
+        self.visit(file.resolve().as_uri())
+
+    def visit(self, url: str) -> None:
+        """Load a page, to its end."""
         self.events.clear()
-        self.send("Page.navigate", url=file.resolve().as_uri())
+        self.send("Page.navigate", url=url)
         end = time.monotonic() + PATIENCE
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < end, "the page did not load"

@@ -255,12 +255,14 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
         ("scripts/worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44", "test_worth.py", "scripts/worth measure rose --data"),
         (".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream", "test_compose.py", "tracker='tensorboard'"),
         ("docker compose --profile dashboard up -d --wait dashboard", "test_compose.py", "--profile dashboard up -d --wait dashboard"),
+        ("docker compose --profile dashboard up -d --wait page", "test_compose.py", "--profile dashboard up -d --wait page"),
+        ("scripts/live", "test_live.py", '["scripts/live", *args]'),
         ("scripts/worth collect RUN-42 site-1.worth.json site-2.worth.json", "test_worth.py", "scripts/worth collect {runs[0]}"),
     ],
 )
 def test_every_command_of_the_page_is_executed_by_a_test(command, file, words):
     lines = [" ".join(re.sub(r"\s#.*", "", line).split()) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert command in lines and len([line for line in lines if line.startswith("scripts/")]) == 5
+    assert command in lines and len([line for line in lines if line.startswith("scripts/")]) == 6
     assert words in (ROOT / "tests" / file).read_text().split("# --- docs/report.md")[0]
 
 

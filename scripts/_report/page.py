@@ -24,14 +24,19 @@ PHASES = {"start": "start", "encode": "encode photos", "load": "load the model",
 REST = "start, travel, wait"
 
 
+def templates(folder: Path) -> Environment:
+    """The templates of a folder: every value is escaped, and one that is missing is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, finalize=together, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"short": short, "seconds": seconds, "number": number, "percent": share}
+    return environment
+
+
 def page(run: Run) -> str:
     """The whole page."""
     script = (HERE / "page.js").read_text()
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, finalize=together, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"short": short, "seconds": seconds, "number": number, "percent": share}
-    return environment.get_template("page.html").render(
+    return templates(HERE).get_template("page.html").render(
         run=run,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
