@@ -1,19 +1,23 @@
 """Whether a site can talk to its hub: name and port, TLS against the join kit's CA, clock, and the site's admitted key.
 
-Enters: HUB ("hub.example.org:8443"), the CA file, the site's private key. Leaves: what was found, or CheckError CHECK-01 to
--07. Nothing here changes anything at the hub, and a SuperNode that runs with the same key does not notice.
+Enters: HUB ("hub.example.org:8443"), the CA file, the site's private key; HTTPS_PROXY and NO_PROXY, as the SuperNode's own client takes
+them. Leaves: what was found, or CheckError CHECK-01 to -07, -09. Nothing here changes anything at the hub, and a SuperNode that runs with
+the same key does not notice.
 """
 
 from __future__ import annotations
 
 import email.utils
-import http.client
+import os
 import socket
 import ssl
 import time
 import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+from app import text
 from app.errors import BouquetError
 
 TIMEOUT = 10
@@ -45,23 +49,74 @@ def trust(ca: Path) -> ssl.SSLContext:
 
 def certificate(hub: str, ca: Path) -> float:
     """Days until the hub's certificate, or its CA, expires. Errors: CHECK-01 to -04, CHECK-09."""
-    host, port = address(hub)
-    context = trust(ca)
-    try:
-        with socket.create_connection((host, port), TIMEOUT) as raw, context.wrap_socket(raw, server_hostname=host) as tls:
-            ends = [tls.getpeercert()["notAfter"], *(own["notAfter"] for own in context.get_ca_certs())]
-    except ssl.SSLCertVerificationError as error:
-        raise _untrusted(hub, error) from None
-    except (ssl.SSLError, ConnectionResetError) as error:
-        found = f"{hub} answers, but not with TLS 1.2 or newer ({getattr(error, 'reason', None) or error})"
-        raise _unreachable(found, "is HUB's port the hub's? Does a proxy stand between?") from None
-    except socket.gaierror:
-        raise _unreachable(f"no address is known for {host}", "is HUB's name right? Does this machine's DNS know it?") from None
-    except TimeoutError:
-        raise _unreachable(f"{hub} did not answer within {TIMEOUT} s", "does a firewall, here or there, let this port out and in?") from None
-    except OSError as error:
-        raise _unreachable(f"{hub}: {error.strerror or error}", "is the hub up, and HUB's port right?") from None
+    shown, _ = _ask(hub, ca)
+    ends = [shown["notAfter"], *(own["notAfter"] for own in trust(ca).get_ca_certs())]
     return (min(map(ssl.cert_time_to_seconds, ends)) - time.time()) / 86400
+
+
+def _ask(hub: str, ca: Path) -> tuple[dict, str]:
+    """The certificate that the hub shows, and the Date of its answer ('' where it gives none), by the SuperNode's client and way.
+
+    Errors: CHECK-01 to -04, CHECK-09.
+    """
+    import httpx
+
+    host, port = address(hub)
+    context, seen = trust(ca), {}
+
+    def look(event: str, info: dict) -> None:
+        if event.endswith("start_tls.complete"):  # through a proxy that is TLS itself, the hub's is the later one
+            seen["certificate"] = info["return_value"].get_extra_info("ssl_object").getpeercert()
+
+    try:
+        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
+            with client.stream("GET", f"https://{hub}/", extensions={"trace": look}) as answer:  # whatever it sends, its head is enough
+                return seen["certificate"], answer.headers.get("date", "")
+    except httpx.HTTPError as error:
+        if "certificate" in seen:  # TLS is as it should be; what it says is another check's
+            return seen["certificate"], ""
+        raise _failed(hub, host, error) from None
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # of a proxy that httpx cannot use
+        raise _unreachable(f"{_proxy(host)}: {error}", "HTTPS_PROXY takes http://HOST:PORT; where the hub needs no proxy: NO_PROXY") from None
+
+
+def _failed(hub: str, host: str, error: Exception) -> CheckError:
+    """Why there was no TLS with the hub, by what lies below httpx's error."""
+    import httpx
+
+    causes, proxy = list(_causes(error)), _proxy(host)
+    through = f" through {proxy}" if proxy else ""
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _untrusted(hub + through, cause)
+    if isinstance(error, httpx.ProxyError):
+        fix = f"whoever runs the proxy lets it connect to {hub}; where the hub needs none: NO_PROXY={host}"
+        return _unreachable(f"{proxy or 'the proxy'} does not connect to {hub}: {text.line(error)}", fix)
+    for cause in causes:
+        if isinstance(cause, (ssl.SSLError, ConnectionResetError)):
+            found = f"{hub} answers{through}, but not with TLS 1.2 or newer ({getattr(cause, 'reason', None) or cause})"
+            return _unreachable(found, "is HUB's port the hub's? Does a proxy stand between?")
+        if isinstance(cause, socket.gaierror):
+            return _unreachable(f"no address is known for {proxy or host}", "is HUB's name right? Does this machine's DNS know it?")
+        if isinstance(cause, (TimeoutError, httpx.TimeoutException)):
+            return _unreachable(f"{hub} did not answer{through} within {TIMEOUT} s", "does a firewall, here or there, let this port out and in?")
+    last = causes[-1]
+    fix = "is the proxy up, and HTTPS_PROXY right?" if proxy else "is the hub up, and HUB's port right?"
+    return _unreachable(f"{hub}{through}: {getattr(last, 'strerror', None) or text.line(last) or type(last).__name__}", fix)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _proxy(host: str) -> str:
+    """The proxy that stands between, without its password; '' where there is none."""
+    named = urllib.request.getproxies()
+    if not (proxy := named.get("https") or named.get("all")) or urllib.request.proxy_bypass(host):
+        return ""
+    return f"the proxy {text.line(proxy.rpartition('@')[2].rpartition('://')[2])}"
 
 
 def _unreachable(found: str, fix: str) -> CheckError:
@@ -82,18 +137,14 @@ def _untrusted(hub: str, error: ssl.SSLCertVerificationError) -> CheckError:
 
 
 def clock(hub: str, ca: Path) -> float:
-    """Seconds that this clock is ahead of the hub's (its Date header, whole seconds). Errors: CHECK-01, CHECK-05."""
-    host, port = address(hub)
-    connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=trust(ca))
+    """Seconds that this clock is ahead of the hub's (its Date header, whole seconds). Errors: CHECK-01 to -05, CHECK-09."""
     try:
         start = time.time()
-        connection.request("GET", "/")
-        date, end = connection.getresponse().headers["Date"], time.time()
+        _, date = _ask(hub, ca)
+        end = time.time()
         hub_time = email.utils.parsedate_to_datetime(date).timestamp() + 0.5
-    except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise _unreachable(f"{hub} tells no time ({type(error).__name__})", "is HUB's port the hub's?") from None
-    finally:
-        connection.close()
     ahead = (start + end) / 2 - hub_time
     if not -BEHIND < ahead < AHEAD:
         raise CheckError(
@@ -118,6 +169,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+    name = text.line(os.environ.get("SITE_NAME") or "NAME")
     private = _private_key(key)
     public = private.public_key()
     trust(ca)
@@ -138,7 +190,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
             "CHECK-06",
             "The hub has not admitted this site's key.",
             found=f"{hub} does not know {fingerprint(public)}, or has revoked it",
-            fix="send NAME.pub to the hub's operator, who runs scripts/hub admit NAME NAME.pub and reads this fingerprint back to you",
+            fix=f"send {name}.pub to the hub's operator, who runs scripts/hub admit {name} {name}.pub and reads this fingerprint back to you",
         )
     if status == 401:
         fix = "is this machine's clock right? Does the key belong to this site?"

@@ -28,7 +28,8 @@ def check(what: str) -> None:
     else:
         ca = os.environ.get("CA", "/ca.crt")
         tls = ssl.create_default_context(cafile=ca) if url.scheme == "https" else None
-        urllib.request.urlopen(what, timeout=5, context=tls).close()
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
+        direct.open(what, timeout=5).close()  # whatever the environment says of proxies: these are neighbours
 
 
 for argument in sys.argv[1:]:

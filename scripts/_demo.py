@@ -3,7 +3,8 @@
   python scripts/_demo.py docker|process [--keep] [--run-config CONFIG]
 
 Leaves: exit code 0 only when `flwr ls` says finished:completed; everything it started is stopped again, also after
-Ctrl-C, unless --keep.
+Ctrl-C, unless --keep. Where nothing is said for ten seconds, it says what it waits for.
+Errors: HOST-05 to HOST-09, HOST-14 and HOST-15 (.env).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,43 +24,79 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from app import text  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
+from scripts import _env  # noqa: E402
 from scripts._deployment import Compose, Processes  # noqa: E402
 from scripts._flower import CONNECTION, flwr, follow, start_run  # noqa: E402
 from scripts._report import progress  # noqa: E402
 
 TIMES: list[tuple[str, float]] = []
+EVERY = 10  # seconds without a word after which one is said
 
 
 def main() -> int:
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end in KeyboardInterrupt, then in `finally`
-    deployment, run_id = engine(args.engine), ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
+    run_id = ""
     try:
-        with timed("start"):
+        deployment = engine(args.engine)
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    try:
+        with timed("start", "for the hub, then for every site to be online"):
             deployment.start()
-        with timed("run"):
+        with timed("run", "for the run's first word") as heard:
             run_id = start_run(args.run_config)
             say(f"run {run_id} has started; logs: {deployment.logs}")
-            state, details = follow(run_id, View(sys.stdout))
+            view = View(sys.stdout)
+            state, details = follow(run_id, lambda line: (heard.set(), view(line)))
         if state != "finished:completed":
             raise BouquetError("HOST-09", "The run failed.", found=f"{state}: {details}", fix=f"see {deployment.logs}")
         result = deployment.fetch(run_id)
     except KeyboardInterrupt:
-        say("stopping")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, still_stopping)
         if run_id:
-            flwr("stop", run_id, CONNECTION)
+            try:
+                flwr("stop", run_id, CONNECTION)
+            except BouquetError as error:  # it has ended, or the hub has
+                say(text.line(error.found))
         return 130
     except BouquetError as error:
         print(error.report(), file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `scripts/demo | head`: nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, still_stopping)
         if not args.keep:
-            with timed("stop"):
-                deployment.stop()
+            try:
+                with timed("stop", "for the sites to take leave of the hub, then for the hub"):
+                    deployment.stop()
+            except BouquetError as error:
+                print(error.report(), file=sys.stderr)
     report(result, args)
     return 0
+
+
+def interrupted(number: int, frame: object) -> None:
+    """Say at once what happens; then KeyboardInterrupt, then `finally`."""
+    tell("stopping: the run, then the sites and the hub, up to a minute; adapters of finished rounds stay")
+    raise KeyboardInterrupt
+
+
+def still_stopping(number: int, frame: object) -> None:
+    tell("stopping already; what this waits for ends by itself")
+
+
+def tell(words: str) -> None:
+    """say(), from within a signal, which may have come in the middle of another word."""
+    os.write(1, f"\ndemo: {words}\n".encode())
 
 
 def arguments() -> argparse.Namespace:
@@ -72,22 +110,29 @@ def arguments() -> argparse.Namespace:
 def engine(name: str) -> Compose | Processes:
     if name == "docker":
         return Compose()
-    env = dict(line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if "=" in line) | os.environ
-    sites = {site: ROOT / folder for site, folder in settings_of_sites("DATA", env).items()}
+    env = _env.settings(ROOT)
+    sites = {site: _env.path(ROOT, folder) for site, folder in settings_of_sites("DATA", env).items()}
     gpus = settings_of_sites("GPU", env)
-    return Processes(ROOT / ".bouquet", ROOT / "certs", int(env["HUB_PORT"]), sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus)
+    port = _env.port(env.get("HUB_PORT") or "8443", "HUB_PORT")
+    running = Processes(ROOT / ".bouquet", ROOT / "certs", port, sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus)
+    for switch in ("LIMITS", "TRUST_DAYS", "CHECKPOINTING"):  # each site's own, as compose.yaml gives them
+        for site, value in settings_of_sites(switch, env).items():
+            running.pins[site] = running.pins.get(site, {}) | {f"SITE_{switch}": value}
+    if "SITE_KEEP" in env:
+        running.site_env["SITE_KEEP"] = env["SITE_KEEP"]
+    return running
 
 
 def settings_of_sites(setting: str, env: Mapping[str, str]) -> dict[str, str]:
-    """site-N -> SITE_N_<setting>, where it is set; without the quotation marks that .env may have."""
-    found = {f"site-{of[1]}": env[key].strip("\"'") for key in env if (of := re.fullmatch(rf"SITE_(\d+)_{setting}", key))}
+    """site-N -> SITE_N_<setting>, where it is set."""
+    found = {f"site-{of[1]}": env[key] for key in env if (of := re.fullmatch(rf"SITE_(\d+)_{setting}", key))}
     return {site: value for site, value in found.items() if value}
 
 
 def report(result: Path, args: argparse.Namespace) -> None:
     setup = os.environ.get("BOUQUET_TIMES", "")
     rows = [line.split("\t") for line in Path(setup).read_text().splitlines()] if setup else []
-    rows = [(name, float(seconds)) for name, seconds in rows] + TIMES
+    rows = [(name, float(seconds.replace(",", "."))) for name, seconds in rows] + TIMES
     say("  ".join(f"{name} {seconds:.0f} s" for name, seconds in rows) + f"  total {sum(s for _, s in rows):.0f} s")
     here = result.relative_to(ROOT)
     print(f"adapter  {here / 'final' / 'pytorch_lora_weights.safetensors'}")
@@ -99,13 +144,21 @@ def report(result: Path, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def timed(part: str) -> Iterator[None]:
+def timed(part: str, awaited: str) -> Iterator[threading.Event]:
+    """A part that is told and timed; until its event is set, or it ends, a line every ten seconds says what it waits for."""
     say(part)
-    start = time.monotonic()
+    start, heard = time.monotonic(), threading.Event()
+    threading.Thread(target=remind, args=(part, awaited, start, heard), daemon=True).start()
     try:
-        yield
+        yield heard
     finally:
+        heard.set()
         TIMES.append((part, time.monotonic() - start))
+
+
+def remind(part: str, awaited: str, start: float, heard: threading.Event) -> None:
+    while not heard.wait(EVERY):
+        say(f"{part}, {time.monotonic() - start:.0f} s so far: waiting {awaited}")
 
 
 def say(words: str) -> None:

@@ -3,6 +3,8 @@
 A run is judged by `flwr ls --format json`, because `flwr run --stream` ends with 0 whatever happened.
 
   python scripts/_flower.py connect 127.0.0.1:8443     write the connection that `flwr run . remote-deployment` uses
+
+Errors: HOST-08 (flwr's own words), HOST-16 (Flower's config.toml cannot be read or written).
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,6 +30,19 @@ BIN = Path(sys.executable).parent
 CONNECTION = "remote-deployment"
 OURS = re.compile(r"bouquet: |[A-Z]+-\d\d  |  (found|fix|help) ")  # the server's progress lines and its named errors
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def spared(env: Mapping[str, str]) -> dict[str, str]:
+    """NO_PROXY with this host's own loopback, where there is a proxy: no proxy reaches the hub that listens there."""
+    spare = env.get("no_proxy") or env.get("NO_PROXY") or ""
+    if not any(env.get(f"{kind}_proxy") or env.get(f"{kind.upper()}_PROXY") for kind in ("http", "https", "all")) or spare == "*":
+        return {}
+    missing = [host for host in LOOPBACK if host not in re.split(r"[\s,]+", spare)]
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join([*filter(None, [spare]), *missing]))
+
+
+os.environ.update(spared(os.environ))  # for flwr's client and urllib in this process, and for all that it starts
 
 
 def flwr(*args: str) -> dict:
@@ -88,20 +105,76 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
         time.sleep(2)
 
 
-def connect(address: str, ca: Path) -> None:
-    """Write [superlink.remote-deployment] to Flower's config.toml; everything else in the file stays as it is."""
+def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
+    """Write [superlink.remote-deployment] to Flower's config.toml; everything else in the file stays as it is.
+
+    An entry of that name that is not of these certificates is another project's: what the file was is kept beside it. Errors: HOST-16.
+    """
+    import tomli_w
     from flwr.cli.flower_config import init_flwr_config
     from flwr.supercore.utils import get_flwr_home
 
-    init_flwr_config()
     file = get_flwr_home() / "config.toml"
-    section = f"[superlink.{CONNECTION}]\naddress = {json.dumps(address)}\nroot-certificates = {json.dumps(str(ca))}\n"
-    before = file.read_text()
-    rest = re.sub(rf"(?ms)^\[superlink\.{CONNECTION}\]\n.*?(?=^\[|\Z)", "", before).rstrip()
-    if before != (after := f"{rest}\n\n{section}"):
-        file.write_text(after)
+    entry = {"address": address, "root-certificates": str(ca)}
+    try:
+        init_flwr_config()
+        before = file.read_text(encoding="utf-8-sig")
+        known = tomllib.loads(before)
+        links = known.get("superlink", {})
+        if not isinstance(links, dict):
+            raise ValueError("superlink is no table")
+        if (old := links.get(CONNECTION)) == entry:
+            return
+        wanted = known | {"superlink": links | {CONNECTION: entry}}
+        after = with_entry(before, wanted)
+        if old is not None and not (isinstance(old, dict) and old.get("root-certificates") == str(ca)):
+            where = text.line(old.get("address", "nowhere") if isinstance(old, dict) else old)
+            say(f"connection: {CONNECTION} was another project's, to {where}; what {file} was is now {kept(file, before)}")
+        elif "#" in before and after == tomli_w.dumps(wanted):
+            say(f"connection: {file} is written anew, without its comments; what it was is now {kept(file, before)}")
+        file.write_text(after, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8
+        fix = "mend that file or move it away (Flower makes a new one), then again"
+        raise BouquetError("HOST-16", "Flower's configuration cannot be used.", found=f"{file}: {error}", fix=fix) from None
+
+
+def with_entry(before: str, wanted: dict[str, Any]) -> str:
+    """The file's text with the entry, comments and all; where it is spelled in another way than a table of its own, written anew."""
+    import tomli_w
+
+    head = re.compile(rf"""\s*\[\s*["']?superlink["']?\s*\.\s*["']?{CONNECTION}["']?\s*\]\s*(#.*)?""")
+    lines = before.split("\n")
+    for first in (number for number, line in enumerate(lines) if head.fullmatch(line)):
+        after = next((number for number in range(first + 1, len(lines)) if lines[number].lstrip().startswith("[")), len(lines))
+        while after > first + 1 and not lines[after - 1].split("#")[0].strip():  # a comment before the next table is that one's
+            after -= 1
+        del lines[first:after]
+        break
+    rest = "\n".join(lines).rstrip()
+    section = tomli_w.dumps({"superlink": {CONNECTION: wanted["superlink"][CONNECTION]}})
+    after = f"{rest}\n\n{section}".lstrip()
+    try:
+        if tomllib.loads(after) == wanted:
+            return after
+    except tomllib.TOMLDecodeError:
+        pass
+    return tomli_w.dumps(wanted)
+
+
+def kept(file: Path, content: str) -> Path:
+    """A copy of the file under a number; one that is the same is there already."""
+    for number in range(1, 1000):
+        copy = file.with_name(f"{file.name}.{number}")
+        if not copy.exists():
+            copy.write_text(content, encoding="utf-8")
+        if copy.read_text(encoding="utf-8") == content:
+            return copy
+    raise OSError("there are a thousand copies of it")
 
 
 if __name__ == "__main__":
     assert sys.argv[1] == "connect", __doc__
-    connect(sys.argv[2], ROOT / "certs" / "ca.crt")
+    try:
+        connect(sys.argv[2], ROOT / "certs" / "ca.crt")
+    except BouquetError as error:
+        sys.exit(error.report())

@@ -2,7 +2,8 @@
 
 Enters: the site's name; .env (HUB_HOST, HUB_PORT, IMAGE or TORCH, MODELS), certs/ca.crt, the base model. Leaves:
 .bouquet/kits/NAME/ and NAME.tar.gz, the same bytes for the same hub, whenever and by whomever it is made.
-Errors: JOIN-01 (no address), CERT-01 (the certificate lacks it), CERT-03 (no CA), MODEL-01 to -03, TRUST-02.
+Errors: JOIN-01 (no address), JOIN-14 (nowhere to put it), CERT-01 (the certificate lacks it), CERT-03 (no CA), CERT-05, HOST-14,
+HOST-15, MODEL-01 to -03, TRUST-02.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.errors import BouquetError
+from scripts import _env
 from scripts._flower import ROOT
 
 KITS = ROOT / ".bouquet" / "kits"
@@ -28,19 +30,44 @@ CERTS = ROOT / "certs"
 
 def make(name: str, hub: str | None = None) -> tuple[Path, str]:
     """Write the kit; (archive, its SHA-256)."""
-    facts = {"SITE_NAME": name, "HUB": hub or address(), "IMAGE": image(), **base_model()}
+    facts = {"SITE_NAME": name, "HUB": named(hub) if hub else address(), "IMAGE": image(), **base_model()}
     check_certificate(facts["HUB"].rpartition(":")[0])
     files = {file.name: file.read_bytes() for file in TEMPLATES.iterdir() if file.is_file()}
     files["README.md"] = string.Template(files["README.md"].decode()).substitute(facts).encode()
     files[".env"] = ("# From the hub; ./site init adds this site's own settings.\n" + "".join(f"{k}='{v}'\n" for k, v in facts.items())).encode()
-    files["ca.crt"], files["trusted.yaml"], files["site"] = ca(), trusted(), (ROOT / "scripts" / "site").read_bytes()
+    files["ca.crt"], files["trusted.yaml"] = ca(), trusted()
+    files["site"], files["env.awk"] = (ROOT / "scripts" / "site").read_bytes(), _env.READER.read_bytes()
     archive = KITS / f"{name}.tar.gz"
-    KITS.mkdir(parents=True, exist_ok=True)
-    archive.write_bytes(packed(name, files))
-    if not (KITS / name / "site.key").exists():  # else somebody has set this kit up where it lies
-        with tarfile.open(archive) as kit:
-            kit.extractall(KITS, filter="data")
+    try:
+        KITS.mkdir(parents=True, exist_ok=True)
+        place(archive, packed(name, files), 0o644)
+        if not (KITS / name / "site.key").exists():  # else somebody has set this kit up where it lies
+            for folder in (KITS / name, KITS / name / "models"):
+                folder.mkdir(exist_ok=True)
+                if folder.is_symlink():
+                    raise OSError(f"{folder} is a link")
+                hand_over(folder)
+            for file, content in files.items():
+                place(KITS / name / file, content, mode_of(file))
+    except OSError as error:
+        fix = "make it writable for the user that runs this; for the operator's container: scripts/setup"
+        raise BouquetError("JOIN-14", "The kit cannot be written.", found=f"{KITS}: {error.strerror or error}", fix=fix) from None
     return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def place(file: Path, content: bytes, mode: int) -> None:
+    """A new file in place of what was there; never through a link, as the operator's container may write here too."""
+    file.unlink(missing_ok=True)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
+        out.write(content)
+        os.fchmod(out.fileno(), mode)  # whatever the umask is
+    hand_over(file)
+
+
+def hand_over(path: Path) -> None:
+    """Where root makes a kit, it is its folder's owner's, who may make it again: mostly the operator's container."""
+    if os.geteuid() == 0:
+        os.chown(path, KITS.stat().st_uid, KITS.stat().st_gid, follow_symlinks=False)
 
 
 def packed(name: str, files: Mapping[str, bytes]) -> bytes:
@@ -53,28 +80,37 @@ def packed(name: str, files: Mapping[str, bytes]) -> bytes:
             archive.addfile(entry)
         for file in sorted(files):
             entry = tarfile.TarInfo(f"{name}/{file}")
-            entry.size, entry.mode = len(files[file]), 0o755 if file == "site" else 0o644
+            entry.size, entry.mode = len(files[file]), mode_of(file)
             archive.addfile(entry, io.BytesIO(files[file]))
     return gzip.compress(tar.getvalue(), mtime=0)
 
 
+def mode_of(file: str) -> int:
+    return 0o755 if file == "site" else 0o644
+
+
 def setting(key: str, default: str = "") -> str:
     """The environment's value, else .env's, else the default."""
-    lines = (ROOT / ".env").read_text().splitlines() if (ROOT / ".env").is_file() else []
-    of_file = dict(line.split("=", 1) for line in lines if "=" in line)
-    return os.environ.get(key) or of_file.get(key) or default
+    return _env.setting(ROOT, key, default)
 
 
 def address() -> str:
-    """HOST:PORT by which sites reach the hub. Errors: JOIN-01."""
-    if not (hosts := setting("HUB_HOST").strip("\"'").split()):
+    """HOST:PORT by which sites reach the hub. Errors: JOIN-01, CERT-05, HOST-15."""
+    if not (hosts := _env.hosts(setting("HUB_HOST"))):
         fix = "put the hub's public name into .env, HUB_HOST=hub.example.org, then: scripts/certs; or name it: --hub HOST:PORT"
         raise BouquetError("JOIN-01", "The hub has no address for sites.", found="no HUB_HOST", fix=fix)
     return f"[{hosts[0]}]:{port()}" if ":" in hosts[0] else f"{hosts[0]}:{port()}"
 
 
+def named(hub: str) -> str:
+    """HOST:PORT as a person writes it. Errors: CERT-05, HOST-15."""
+    host, _, number = hub.strip().rpartition(":")
+    bare = _env.host(host or number, "--hub")
+    return f"[{bare}]:{_env.port(number, '--hub')}" if ":" in bare else f"{bare}:{_env.port(number, '--hub')}"
+
+
 def port() -> str:
-    return setting("HUB_PORT", "8443")
+    return str(_env.port(setting("HUB_PORT", "8443"), "HUB_PORT"))
 
 
 def image() -> str:
@@ -86,7 +122,7 @@ def base_model() -> dict[str, str]:
     from app import model
 
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["base-model"]
-    models = Path(os.environ.get("BOUQUET_MODELS") or ROOT / setting("MODELS", "models"))
+    models = Path(os.environ.get("BOUQUET_MODELS") or _env.path(ROOT, setting("MODELS", "models")))
     return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(model.locate(name, models))["base"]}
 
 

@@ -20,6 +20,7 @@ import base64
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -103,6 +104,8 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
     """The publisher's key; made with its public files when neither half of it is here."""
     public, trusted = file.with_suffix(".pub"), file.with_name("trusted.yaml")
     if not file.is_file():
+        if os.environ.get("BOUQUET_OPERATOR"):  # one that is made in a container goes with it
+            raise closed(f"no {file.name} in the operator's container")
         if public.is_file() or trusted.is_file():
             raise BouquetError(
                 "TRUST-02",
@@ -112,13 +115,26 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
                 f"for a new publisher remove {public.name} and {trusted.name} (every site then pins the new key)",
             )
         write_key(generate_key_pair()[0], file)
-    key = load_private_key(file)
+    try:
+        key = load_private_key(file)
+    except PermissionError as error:
+        raise closed(f"{file}: {error.strerror}") from None
     line = openssh(key.public_key())
     if not public.is_file():
         write(public, f"{line} publisher\n")
     if not trusted.is_file():
         write(trusted, trust(key.public_key()))
     return key
+
+
+def closed(found: str) -> BouquetError:
+    """The key is on this host and not to be had here: the operator's container does not see it, or runs as somebody else."""
+    fix = (
+        "on the host: scripts/hub sign; without Python there, in a container that is given the key for this once: "
+        'docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" '
+        "operator scripts/hub sign"
+    )
+    return BouquetError("TRUST-02", "The publisher's private key is not here.", found=found, fix=fix)
 
 
 def sign(content: bytes, key: Ed25519PrivateKey, to: Path, *, again: bool = False, now: int | None = None) -> Path:
@@ -193,4 +209,5 @@ def write(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `scripts/hub sign | head`
     sys.exit(main())

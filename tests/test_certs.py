@@ -108,3 +108,36 @@ def test_status_shows_expiry_names_and_the_admitted_sites(made: Path) -> None:
     shown = sh("scripts/certs status", made).stdout
     assert f"{server(made).not_valid_after_utc:%H:%M:%S %Y}" in shown and "DNS:superlink" in shown
     assert "site-1" in shown and "SHA256:" in shown
+
+
+# --- HUB_HOST as people write it -------------------------------------------------------------------------------------------
+
+OWN = {"localhost", "superlink", "gateway", "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('HUB_HOST="hub.example.org 192.0.2.7" # both', {"hub.example.org", "192.0.2.7"}),
+        ("export HUB_HOST='hub.example.org'\r", {"hub.example.org"}),
+        ("HUB_HOST = hub.example.org, [2001:db8::7]", {"hub.example.org", "2001:db8::7"}),
+    ],
+)
+def test_a_hubs_names_are_read_as_people_write_them(tmp_path: Path, line: str, expected: set[str]) -> None:
+    copy = copy_project(tmp_path / "bouquet")
+    (copy / ".env").write_bytes(f"{line}\n".encode())
+    sh("scripts/certs && scripts/certs check", copy)
+    assert names(server(copy)) == OWN | expected
+
+
+@pytest.mark.parametrize("value", ["https://hub.example.org", "hub.example.org:8443", "1.2.3.4.5"])
+def test_a_name_that_is_none_is_named_before_anything_is_made(tmp_path: Path, value: str) -> None:
+    copy = copy_project(tmp_path / "bouquet")
+    (copy / ".env").write_text(f"HUB_HOST={value}\n")
+    told = sh("scripts/certs", copy, check=False)
+    assert told.returncode == 1 and told.stdout.startswith(f"CERT-05  That is no name of the hub.\n  found  HUB_HOST has {value}\n")
+    assert not list((copy / "certs").glob("*.key"))
+
+
+def test_a_certificate_is_renewed_where_no_site_is_left(made: Path) -> None:
+    sh("rm certs/admitted/*.pub certs/site-*.key && scripts/certs renew", made)

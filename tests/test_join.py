@@ -34,7 +34,7 @@ from scripts._flower import connect, follow
 from scripts._sites import registered
 
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"
-KIT = {".env", "README.md", "ca.crt", "compose.yaml", "cpu.yaml", "key.py", "models", "site", "trusted.yaml"}
+KIT = {".env", "README.md", "ca.crt", "compose.yaml", "cpu.yaml", "env.awk", "key.py", "models", "site", "trusted.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_site_without_photos_docker_or_settings_is_told_what_is_missing(root: 
     assert shown.returncode == 1 and shown.stdout.startswith("JOIN-08") and "../mistyped" in shown.stdout
     assert sh("./site start", kit, check=False, BOUQUET=str(root)).stdout.startswith("JOIN-11")
     (tmp_path / "bin").mkdir()
-    for tool in ("dirname", "tr"):
+    for tool in ("awk", "dirname", "tr"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     without = sh(f"PATH={tmp_path}/bin /bin/sh ./site init --data ../photos --gpu none", kit, check=False).stdout
     assert without.startswith("JOIN-09  Neither Docker with Compose v2 nor Bouquet's environment is here.")
@@ -307,6 +307,8 @@ def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path
     assert row["rounds"] == before + 1 and 20 <= row["images"] <= 24  # of 24 drawn photos some are held out
     [history] = [json.loads(file.read_text()) for file in (root / ".bouquet/adapters").glob("*/history.json") if not file.parent.is_symlink()]
     assert history["rounds"][0]["sites"]["garden"]["weight"] == 5
+    told = sh("./site status", garden.kit).stdout.splitlines()  # at the site: what it did
+    assert told[0].startswith(f"run {history['run']}  trained in 1 rounds, ") and told[1].startswith("  round 1  ") and told[-1].startswith("in the last seven days: 1 runs, ")
 
 
 def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteHost) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_project, sh
+from flwr.common.config import parse_config_args
 
-from scripts import _demo
+from scripts import _demo, _env
 from scripts._deployment import Processes, free_port, pin
 from scripts._sign import publisher_key
 
@@ -134,7 +135,7 @@ def test_setup_refuses_a_site_of_several_gpus_before_it_makes_anything(copy: Pat
     (copy / ".env").write_text(f"{line}\n")
     refused = set_up(copy, 2, **env)
     assert refused.returncode == 1 and refused.stdout.startswith("GPU-06  A site trains on one GPU.\n"), refused.stdout
-    shown = line or "SITE_1_GPU=0,1"
+    shown = line.replace("'", "") or "SITE_1_GPU=0,1"
     assert f"found  {shown}\n" in refused.stdout and "scripts/add-site" in refused.stdout and "troubleshooting.md#gpu-06" in refused.stdout
     assert (copy / ".env").read_text() == f"{line}\n"
 
@@ -166,14 +167,16 @@ def kit(tmp_path: Path) -> Path:
     """An unpacked kit, photos beside it, and in place of Bouquet's Python something that makes a key and shows its environment."""
     kit = Path(shutil.copytree(ROOT / "docker/kit", tmp_path / "garden"))
     shutil.copy(ROOT / "scripts/site", kit)
+    shutil.copy(ROOT / "scripts/_env.awk", kit / "env.awk")
+    executable(tmp_path / "bin/nvidia-smi", "exit 9")
     (kit / ".env").write_text("SITE_NAME='garden'\nHUB='hub.example.org:8443'\nIMAGE='bouquet:cuda'\n")
     (tmp_path / "photos").mkdir()
     executable(tmp_path / "bouquet/.venv/bin/python", 'case $1 in key.py) echo made >site.key; echo SHA256:x ;; *) echo "$@"; env ;; esac')
     return kit
 
 
-def site(kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {"PATH": os.environ["PATH"], "BOUQUET": str(kit.parent / "bouquet")}
+def site(kit: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": f"{kit.parent}/bin:{os.environ['PATH']}", "BOUQUET": str(kit.parent / "bouquet")} | more
     return subprocess.run(["./site", *arguments], cwd=kit, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
@@ -208,6 +211,104 @@ def test_a_pin_that_was_edited_into_the_settings_is_refused_when_the_site_is_che
         settings.write(f"{line}\n")
     refused = site(kit, command)
     assert refused.returncode == 1 and refused.stderr.startswith("JOIN-13  A site trains on one GPU.\n"), refused
+
+@pytest.mark.parametrize("form", ["--data {} --gpu 0", "--data={} --gpu=0"])
+@pytest.mark.parametrize("named", ["../photos", "~/photos", "~"])
+def test_a_kits_options_are_taken_in_both_forms_and_the_home_by_its_sign(kit: Path, form: str, named: str) -> None:
+    done = site(kit, "init", *form.format(named).split(), HOME=str(kit.parent))
+    assert done.returncode == 0, done.stderr
+    assert _env.read(kit)["SITE_DATA"] == str(kit.parent / named.strip("./~")) and f"{kit}/garden.pub   send it" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--data"], ["--dta", "../photos"], ["../photos"], ["--gpu=0", "--data"]])
+def test_a_kits_unknown_options_show_how_it_is_called_and_change_nothing(kit: Path, arguments: list[str]) -> None:
+    before = (kit / ".env").read_bytes()
+    done = site(kit, "init", *arguments)
+    assert done.returncode == 2 and "./site init [--data DIR]" in done.stdout and (kit / ".env").read_bytes() == before
+
+
+def test_a_gpu_that_nvidia_smi_does_not_list_is_refused_with_those_it_does(kit: Path) -> None:
+    lines = ["GPU 0: NVIDIA A10 (UUID: GPU-aaaa1111)", "GPU 1: NVIDIA A10 (UUID: GPU-bbbb2222)", "  MIG 1g.10gb Device 0: (UUID: MIG-cccc3333)"]
+    executable(kit.parent / "bin/nvidia-smi", "\n".join(f"echo '{line}'" for line in lines))
+    for gpu in ("0", "1", "GPU-bbbb2222", "MIG-cccc3333", "none"):
+        assert site(kit, "init", "--data", "../photos", "--gpu", gpu).returncode == 0
+    for gpu in ("2", "17", "GPU-dddd4444", "MIG-aaaa1111"):
+        refused = site(kit, "init", "--data", "../photos", "--gpu", gpu)
+        assert refused.returncode == 1 and refused.stderr.splitlines()[-4] == "JOIN-13  A site trains on one GPU.", refused
+        assert f"found  GPU {gpu}, where nvidia-smi -L has: GPU 0: NVIDIA A10 (UUID: GPU-aaaa1111) GPU 1" in refused.stderr
+
+
+ODD = ["my photos", "cost $5", "a#b", "back`tick", "l'eau", 'quo"te', "Ünï — 花", "new\nline", "tail ", " lead", "a\\b", "$(id)", "x${HOME}y", "-dash", "~user", "a,b:c"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_of_any_name_reaches_the_supernode_as_it_is(kit: Path, name: str) -> None:
+    """Through .env, and through --node-config with the environment's variables in it, which docker/supernode.py puts in, to Flower's parser."""
+    photos = kit.parent / "photos" / name
+    photos.mkdir()
+    done = site(kit, "init", "--data", f"../photos/{name}", "--gpu", "none")
+    assert done.returncode == 0, done.stderr
+    assert _env.read(kit)["SITE_DATA"] == str(photos)
+    executable(kit.parent / "bouquet/.venv/bin/python", 'for argument; do printf "%s\\0" "$argument"; done')
+    arguments = site(kit, "start").stdout.split("\0")
+    [config] = [argument.removeprefix("--node-config=") for argument in arguments if argument.startswith("--node-config=")]
+    assert parse_config_args([os.path.expandvars(config)])["data-path"] == str(photos)
+
+
+DOCKER = """case "$1 $2" in
+  'compose up') echo 'container garden-supernode-1 is unhealthy' >&2; exit 1 ;;
+  'compose logs') cat ../log ;;
+esac"""
+LOG = """\
+pass  name      garden
+fail  hub       CHECK-01  The hub cannot be reached.
+                an earlier start
+pass  name      garden
+warn  gpu       SITE_GPU is not set
+fail  key       CHECK-06  The hub has not admitted this site's key.
+                hub.example.org:8443 does not know SHA256:x, or has revoked it
+      fix       send garden.pub to the hub's operator
+not ready: 4 pass, 1 warn, 1 fail
+"""
+
+
+def with_docker(kit: Path, command: str) -> subprocess.CompletedProcess[str]:
+    executable(kit.parent / "bin/docker", DOCKER)
+    settings = "SITE_DATA=/photos\nSITE_GPU=none\n"
+    (kit / ".env").write_text((kit / ".env").read_text() + settings)
+    (kit / "site.key").write_text("made")
+    env = {"PATH": f"{kit.parent}/bin:{os.environ['PATH']}"}
+    return subprocess.run(["./site", command], cwd=kit, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_a_site_that_does_not_come_up_says_which_check_failed_last(kit: Path) -> None:
+    (kit.parent / "log").write_text(LOG)
+    told = with_docker(kit, "start")
+    shown = told.stderr[told.stderr.index("JOIN-15") :]
+    assert told.returncode == 1 and shown.startswith("JOIN-15  The site has not come up.\n  found  fail  key       CHECK-06  The hub has not admitted")
+    assert "send garden.pub to the hub's operator" in shown and "CHECK-01" not in shown and "not ready" not in shown
+
+
+@pytest.mark.parametrize(("log", "found"), [("TRUST-05  The site pins no publisher.\n  found  x is empty\nnoise\n", "TRUST-05"), ("Killed\n", "Killed"), ("", "docker compose logs supernode")])
+def test_without_a_preflights_line_the_named_error_or_the_last_word_is_shown(kit: Path, log: str, found: str) -> None:
+    (kit.parent / "log").write_text(log)
+    told = with_docker(kit, "start").stderr
+    assert f"  found  {found}" in told or found in told.split("found  ")[1].split("\n")[0]
+    assert "noise" not in told
+
+
+def test_a_kits_settings_that_nobody_can_read_are_named(kit: Path) -> None:
+    (kit / ".env").write_text((kit / ".env").read_text() + "SITE DATA=/photos\n")
+    told = site(kit, "check")
+    assert told.returncode == 1 and told.stderr.startswith("JOIN-16  The kit's settings cannot be read.\n  found  .env, line 4: a name has no space in it\n")
+
+
+def test_a_kits_settings_are_compose_ones(kit: Path) -> None:
+    site(kit, "init", "--data", "../photos", "--gpu", "0")
+    with (kit / ".env").open("a", newline="") as settings:
+        settings.write("export SITE_KEEP = 7 # seconds\r\nSITE_LIMITS=\"max-local-steps=200 $NOBODY\"\r\nSITE_TRUST_DAYS=`id`\r\n")
+    env = environment(site(kit, "start").stdout)
+    assert (env["SITE_KEEP"], env["SITE_LIMITS"], env["SITE_TRUST_DAYS"]) == ("7", "max-local-steps=200 ", "`id`")
 
 
 # --- Compose -------------------------------------------------------------------------------------------------------

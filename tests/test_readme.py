@@ -37,6 +37,9 @@ STOPPED = f"{SIMULATION}::test_nothing_runs_on_after_the_local_superlink_is_stop
 COMMANDS = {  # what a person types: the test that executes it, and the words by which that test's file shows it
     "scripts/demo": (DEMO, "scripts/demo"),
     "scripts/demo --engine process": (DEMO, "scripts/demo --engine process"),
+    "scripts/demo --clean": ("tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean"),
+    "scripts/demo --clean --yes": ("tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean --yes"),
+    "scripts/doctor": ("tests/test_doctor.py::test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict", "scripts/doctor"),
     "scripts/test": (SCRIPTS_TEST, "scripts/test"),
     'scripts/test -m "not slow"': (SCRIPTS_TEST, '-m "not slow"'),
     "scripts/test tests/test_diffusion.py": (SCRIPTS_TEST, "scripts/test tests/test_diffusion.py"),
@@ -50,6 +53,8 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "docker compose cp serverapp:/adapters ./adapters": (BY_HAND, "docker compose cp serverapp:/adapters ./adapters"),
     "docker compose logs": (DOWN, "docker compose logs"),
     "docker compose logs supernode-1": (BY_HAND, "docker compose logs supernode-1"),
+    "docker compose --profile dashboard up -d --wait page": (
+        f"{COMPOSE}::test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read", "--profile dashboard up -d --wait page"),
     "docker compose ps -a": (BY_HAND, "docker compose ps -a"),
     "docker compose down": (DOWN, "docker compose down"),
     "scripts/certs": (f"{CERTS}::test_the_server_certificate_has_the_names_that_are_used", 'sh("scripts/certs"'),
