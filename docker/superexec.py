@@ -136,6 +136,8 @@ class Worker:
 class Workers:
     """Of each run at most one that waits for messages."""
 
+    command = "flwr-clientapp"
+
     def __init__(self, fork: multiprocessing.context.BaseContext, keep: float) -> None:
         self.fork, self.keep, self.alive = fork, keep, list[Worker]()
         self.run = 0  # of the message that comes next
@@ -176,8 +178,9 @@ class Workers:
             time.sleep(min(seconds, max(LEAST, SHARE * (time.monotonic() - self.worked))))
 
 
-def adopt(workers: Workers) -> None:
-    """Put `workers` where Flower's SuperExec starts its processes; asserts that each part took."""
+def adopt(workers: Any) -> None:
+    """Put `workers`, a site's or the hub's, where Flower's SuperExec starts processes; asserts that each part took."""
+    from flwr.supercore.constant import TaskType
     from flwr.supercore.superexec import run_superexec
     from flwr.supercore.superexec.executor import SubprocessExecutor, subprocess_executor
     from flwr.supercore.superexec.plugin import AutoExecPlugin
@@ -190,7 +193,7 @@ def adopt(workers: Workers) -> None:
 
         @staticmethod
         def Popen(command: list[str], **_: None) -> None:
-            assert command[0] == "flwr-clientapp", command
+            assert command[0] == workers.command, command
             workers.start(command[1:])
 
     class Clock:
@@ -202,11 +205,13 @@ def adopt(workers: Workers) -> None:
         workers.run = task.run_id
         return launch(self, token, task)
 
+    AutoExecPlugin.supported_task_types = frozenset({TaskType(workers.command)})  # no other is asked for
     BaseExecPlugin.launch_task = launch_task
     SubprocessExecutor.reconcile = lambda self: workers.tidy()
     subprocess_executor.subprocess = Forked
     run_superexec.time = Clock
     assert AutoExecPlugin.launch_task is launch_task
+    assert "supported_task_types" in run_superexec.run_superexec.__code__.co_names
     assert SubprocessExecutor.launch.__globals__["subprocess"] is Forked
     assert run_superexec.run_superexec.__globals__["time"] is Clock
 

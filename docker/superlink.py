@@ -6,9 +6,12 @@ a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, w
 Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
 Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request,
 and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site fills it.
+Its database is made, or brought to this version, before Flower opens it (database.py).
 Enters: flower-superlink's own arguments. Leaves: its exit code.
+Errors: STATE-01 to -03 at the start.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -33,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE if (HERE / "app").is_dir() else HERE.parent))  # the image, or a checkout
 
 from app import text  # noqa: E402
+from app.errors import BouquetError  # noqa: E402
 
 MOST_OBJECTS = 1000  # Flower cuts an adapter into objects of 5 MiB: 5 GB in one reply
 MOST_TOLD = 1000  # things that are told of, before the counts start again
@@ -123,8 +127,24 @@ def ask_to_come_back() -> None:
     superlink_main.http_error_translator = translated
 
 
+def prepare_database(arguments: list[str]) -> None:
+    """The file that Flower will open, where there is one; ends here where it cannot."""
+    import database  # beside this file
+
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--database", default="")
+    where = options.parse_known_args(arguments)[0].database.strip()
+    if not where or where == ":memory:" or "://" in where:
+        return
+    try:
+        database.prepare(Path(where).resolve())
+    except BouquetError as error:
+        sys.exit(error.report())
+
+
 if __name__ == "__main__":
     text.tidy_log("flwr", "uvicorn.error")
+    prepare_database(sys.argv[1:])
     wait_for_database()
     ask_to_come_back()
     refuse_impostors()

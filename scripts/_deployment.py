@@ -7,6 +7,7 @@ Both engines have start(), stop() and fetch(run), which says where a run's folde
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -15,14 +16,15 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TELL = 15.0  # seconds between two lines about a hub that still starts
 sys.path.insert(0, str(ROOT))
 
+from app import text  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
 from scripts._flower import BIN, QUIET, nodes_online  # noqa: E402
 
@@ -103,18 +105,24 @@ class Processes:
         """SuperLink and ServerApp executor. Raises HOST-06 when the SuperLink does not answer over TLS."""
         for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs, self.signatures):
             folder.mkdir(parents=True, exist_ok=True)
-        secret = f"--superexec-auth-secret-file={self.certs}/superexec.secret"
-        self._spawn("superlink", [
+        self._spawn("superlink", self.superlink())
+        self._wait_for_superlink()
+        self._spawn("serverapp", self.serverapp())
+
+    def superlink(self) -> list:
+        return [
             sys.executable, ROOT / "docker" / "superlink.py", "--host=127.0.0.1", f"--port={self.port}",
             f"--ssl-ca-certfile={self.certs}/ca.crt",
             f"--ssl-certfile={self.certs}/superlink.crt", f"--ssl-keyfile={self.certs}/superlink.key",
-            "--enable-supernode-auth", f"--database={self.home}/state/superlink.db", "--isolation=process", secret,
-            "--disable-runtime-dependency-installation",
-        ])  # fmt: skip
-        self._wait_for_superlink()
-        self._spawn("serverapp", [
-            BIN / "flower-superexec", f"--runtime-api-address={self.address}", f"--root-certificates={self.certs}/ca.crt", secret,
-        ])  # fmt: skip
+            "--enable-supernode-auth", f"--database={self.home}/state/superlink.db", "--isolation=process",
+            f"--superexec-auth-secret-file={self.certs}/superexec.secret", "--disable-runtime-dependency-installation",
+        ]  # fmt: skip
+
+    def serverapp(self) -> list:
+        return [
+            sys.executable, ROOT / "docker" / "serverapp.py", f"--runtime-api-address={self.address}",
+            f"--root-certificates={self.certs}/ca.crt", f"--superexec-auth-secret-file={self.certs}/superexec.secret",
+        ]  # fmt: skip
 
     def register(self) -> None:
         """Admit every key of certs/admitted; a known one is left alone."""
@@ -160,8 +168,12 @@ class Processes:
 
     def stop_leftovers(self) -> None:
         """End the processes that an earlier start left behind (a --keep, or a kill)."""
-        for pid in json.loads(self.pids.read_text()).values() if self.pids.is_file() else ():
-            if str(self.certs) in subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout:
+        try:
+            left = json.loads(self.pids.read_text()).values()
+        except (OSError, ValueError, AttributeError):  # none, or torn by a crash that left no process
+            left = ()
+        for pid in left:
+            if str(self.certs) in subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout:
                 end_group(pid)
         self.pids.unlink(missing_ok=True)
 
@@ -177,24 +189,55 @@ class Processes:
         self._note_pids()
 
     def _note_pids(self) -> None:
-        self.pids.write_text(json.dumps({name: process.pid for name, process in self.running.items()}))
+        half = self.pids.with_suffix(".new")
+        half.write_text(json.dumps({name: process.pid for name, process in self.running.items()}))
+        half.replace(self.pids)
 
-    def _wait_for_superlink(self, timeout: float = 60) -> None:
-        tls = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))
-        end, why = time.monotonic() + timeout, ""
-        while time.monotonic() < end and self.running["superlink"].poll() is None:
+    def _wait_for_superlink(self, timeout: float = 120) -> None:
+        """Until it answers, unless it has ended, or has neither spoken nor computed for `timeout` seconds.
+
+        A slow host needs minutes for imports and a change of the database: that is said, and nothing ends for it.
+        """
+        tls, why = ssl.create_default_context(cafile=str(self.certs / "ca.crt")), ""
+        log, alive, began = self.logs / "superlink.log", Alive(self.running["superlink"].pid), time.monotonic()
+        told = began
+        while self.running["superlink"].poll() is None and alive.silent(log) < timeout:
+            if time.monotonic() - told > TELL:
+                told, said = time.monotonic(), log.read_text(errors="replace").splitlines() or ["nothing yet"]
+                line = f"the hub still starts ({told - began:.0f} s); it says: {text.line(said[-1], 100)}"
+                print(line, file=sys.stderr, flush=True)
             try:
-                urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=tls).close()
+                direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
+                direct.open(f"https://{self.address}/health", timeout=5).close()  # not through the environment's proxy
                 return
-            except urllib.error.URLError as error:
-                why = str(error.reason)
-                if isinstance(error.reason, ssl.SSLCertVerificationError):
+            except (OSError, http.client.HTTPException) as error:  # a slow one may take the connection and no question
+                why = str(reason := getattr(error, "reason", error))
+                if isinstance(reason, ssl.SSLCertVerificationError):
                     break
             time.sleep(0.2)
-        raise self._error("HOST-06", "The SuperLink did not start.", f"{why} {(self.logs / 'superlink.log').read_text()[-800:]}")
+        raise self._error("HOST-06", "The SuperLink did not start.", f"{why} {log.read_text(errors='replace')[-800:]}")
 
     def _error(self, code: str, headline: str, found: str) -> BouquetError:
         return BouquetError(code, headline, found=" ".join(found.split()), fix=f"see {self.logs}; scripts/certs check")
+
+
+class Alive:
+    """Whether a process that does not answer yet does something: its log grows, or it uses the processor."""
+
+    LOOK = 3.0  # seconds between two looks, which cost a process
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.seen, self.since, self.looked = pid, (0, ""), time.monotonic(), 0.0
+
+    def silent(self, log: Path) -> float:
+        """Seconds since it was last seen to do something."""
+        now = time.monotonic()
+        if now - self.looked > self.LOOK:
+            used = subprocess.run(["ps", "-o", "time=", "-p", str(self.pid)], capture_output=True, text=True).stdout
+            if (seen := (log.stat().st_size if log.exists() else 0, used)) != self.seen:
+                self.seen, self.since = seen, now
+            self.looked = now
+        return now - self.since
 
 
 def pin(gpu: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Enters: names, a site's public key. Leaves: a join kit below .bouquet/kits; a registration at the SuperLink under the site's
 name and its copy in certs/admitted (what `docker compose up` registers again in a new state); a table of sites.
-Errors: JOIN-01 to JOIN-06, CERT-01, CERT-04, HOST-08 (flwr's own words).
+Cut off between two steps, a command lets nobody in, and the same command again ends what it began.
+Errors: JOIN-01 to JOIN-06, CERT-01, CERT-04, HOST-08 (the hub's own words).
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from app.errors import BouquetError  # noqa: E402
-from scripts import _kit, _sites  # noqa: E402
-from scripts._flower import CONNECTION, flwr  # noqa: E402
+from scripts import _ask, _kit, _sites  # noqa: E402
 
 ADMITTED = ROOT / "certs" / "admitted"
 
@@ -83,6 +83,7 @@ def invite(args: argparse.Namespace) -> None:
 def admit(args: argparse.Namespace) -> None:
     """Register the key under the name. The same key under the same name again is no mistake.
 
+    The hub is asked first: what it refuses leaves all as it was. A site that only the hub knows is in no round.
     Errors: JOIN-02 not a public key, JOIN-03 not the key that was meant, JOIN-04 name or key belongs to another, JOIN-05 revoked.
     """
     key = _sites.Key.read(args.key)
@@ -98,22 +99,24 @@ def admit(args: argparse.Namespace) -> None:
         if site.state != "revoked" and (site.name == args.name) != (site.key == key):
             fix = f"choose another name, or first: scripts/hub revoke {site.name}"
             raise BouquetError("JOIN-04", "The name or the key belongs to another site.", found=f"{site.name} has {site.key.fingerprint}", fix=fix)
+    if not any(site.key == key for site in known):
+        _ask.register(args.name, key.pem)
     ADMITTED.mkdir(parents=True, exist_ok=True)
     file = ADMITTED / f"{args.name}.pub"
-    if not file.is_file() or _sites.Key.read(file) != key:
-        file.write_text(f"{key.line} {args.name}\n")
-        file.chmod(0o644)
-    if args.images is not None:
-        bound = file.with_suffix(".json")
-        bound.write_text(json.dumps({"images": args.images}) + "\n")
-        bound.chmod(0o644)
-    if not any(site.key == key for site in known):
-        try:
-            flwr("supernode", "register", str(file), CONNECTION, "--name", args.name)
-        except BouquetError:
-            file.unlink()
-            raise
+    if args.images is not None:  # before the key: with it the site counts
+        write(file.with_suffix(".json"), json.dumps({"images": args.images}) + "\n")
+    line = f"{key.line} {args.name}\n"
+    if not file.is_file() or file.read_bytes() != line.encode():
+        write(file, line)
     print(f"{args.name}   admitted; it is online once its SuperNode has started")
+
+
+def write(file: Path, content: str) -> None:
+    """A public file, in one step."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(content)
+    temporary.chmod(0o644)
+    temporary.replace(file)
 
 
 def confirmed() -> bool:
@@ -128,7 +131,7 @@ def revoke(args: argparse.Namespace) -> None:
     file.unlink(missing_ok=True)
     file.with_suffix(".json").unlink(missing_ok=True)
     for node in nodes:
-        flwr("supernode", "unregister", str(node), CONNECTION)
+        _ask.unregister(node)
     print(f"{args.name}   revoked; to come back it needs a new key")
 
 
@@ -158,5 +161,4 @@ def words(value: object) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     sys.exit(main())

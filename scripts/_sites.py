@@ -7,9 +7,7 @@ Errors: JOIN-02 (not a public key), HOST-08 (no answer from Control).
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import io
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,8 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from app import text
 from app.errors import BouquetError
-from scripts import _volume
-from scripts._flower import CONNECTION
+from scripts import _ask, _volume
 
 PATIENCE = 2  # heartbeats after which the SuperLink calls a node offline (flwr.common.constant.HEARTBEAT_PATIENCE)
 
@@ -49,6 +46,11 @@ class Key:
         return cls(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
 
     @property
+    def pem(self) -> bytes:
+        """As the hub takes it."""
+        return load_ssh_public_key(self.line.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
     def fingerprint(self) -> str:
         """As `ssh-keygen -lf` prints it."""
         digest = hashlib.sha256(base64.b64decode(self.line.split()[1])).digest()
@@ -68,22 +70,7 @@ class Site:
 
 def registered() -> list[Site]:
     """Every registration the SuperLink remembers, oldest first. `flwr supernode ls` would give no names. Errors: HOST-08."""
-    from flwr.cli.flower_config import read_superlink_connection
-    from flwr.cli.utils import init_http_client_from_connection
-    from flwr.proto.control_pb2 import ListNodesRequest
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it says which connection it uses
-            client = init_http_client_from_connection(read_superlink_connection(CONNECTION))
-        try:
-            nodes = client.ListNodes(ListNodesRequest()).nodes_info
-        finally:
-            client.close()
-    except Exception as error:  # no such connection, no answer, no such certificate: flwr and its HTTP client have no common base
-        found = " ".join(str(getattr(error, "message", "") or error).split())
-        fix = "is the deployment up? docker compose ps, or scripts/demo"
-        raise BouquetError("HOST-08", "The hub does not answer.", found=found, fix=fix) from None
-    return [site_of(node) for node in sorted(nodes, key=lambda node: node.registered_at)]
+    return [site_of(node) for node in _ask.nodes()]
 
 
 def site_of(node: Any) -> Site:

@@ -3,7 +3,8 @@
   scripts/hub status [RUN] [--follow] [--json]
 
 Exit code: 0 the run ended well, 1 it failed, 3 it still works, 2 there is nothing to tell.
-Enters: the run's history.json and status.json, `flwr ls` (a killed ServerApp cannot write that it failed), the sites' last seen.
+Enters: the run's history.json and status.json, what the hub says of it (a killed ServerApp cannot write that it failed,
+nor one that starts that it starts), the sites' last seen.
 Errors: REPORT-01, REPORT-02.
 """
 
@@ -20,11 +21,16 @@ from typing import Any
 
 from app import text
 from app.errors import BouquetError
-from scripts import _flower, _sites, _volume
+from scripts import _ask, _sites, _volume
 from scripts._report import progress
 from scripts._report.reading import Run, read
 
 CODES = {"finished": 0, "failed": 1, "running": 3}
+WAITS = {  # by what Flower says of a run that has written nothing yet
+    "pending": "for the hub's SuperExec to take it; is `serverapp` up?",
+    "starting": "for its ServerApp to start; on a slow host that takes minutes",
+    "running": "for its ServerApp's first word, in the service `serverapp`",
+}
 
 
 def show(args: argparse.Namespace) -> int:
@@ -32,10 +38,14 @@ def show(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as copies:
         before = ""
         while True:
-            run = read(_volume.run(args.run, Path(copies)))
-            state, why = end_of(run)
+            found = find(args.run, Path(copies))
+            if isinstance(found, Run):
+                state, why = end_of(found)
+                facts, line = tell(found, state, why, seen()), progress.line(found)
+            else:
+                facts = early(found)
+                state, line = facts["state"], f"run {found.run}  {found.state} since {_clock(facts['since'])}"
             if args.follow and state == "running":
-                line = progress.line(run)
                 if sys.stdout.isatty():
                     print(progress.CLEAR + line, end="", flush=True)
                 elif line != before:
@@ -45,9 +55,29 @@ def show(args: argparse.Namespace) -> int:
                 continue
             if before and sys.stdout.isatty():
                 print()
-            facts = tell(run, state, why, seen())
             print(json.dumps(facts, indent=1) if args.json else words(facts))
             return CODES[state]
+
+
+def find(number: str, copies: Path) -> Run | _ask.Told:
+    """The run of that number, or the newest that the hub knows, else the newest on the volume.
+
+    What the hub says of it, where it has written nothing yet, or never will. Errors: REPORT-01, REPORT-02.
+    """
+    try:
+        told = _ask.run(number)
+    except BouquetError:  # without a hub there is what it has written
+        told = None
+    try:
+        return read(_volume.run(number or (told.run if told else ""), copies))
+    except BouquetError as error:
+        if error.code != "REPORT-01":
+            raise
+        if told and (number or told.state != "finished:completed"):
+            return told
+        if number or not told:
+            raise
+    return read(_volume.run("", copies))  # somebody has taken the newest run's folder away
 
 
 def end_of(run: Run) -> tuple[str, str]:
@@ -55,13 +85,36 @@ def end_of(run: Run) -> tuple[str, str]:
     if run.state != "running":
         return run.state, run.history.get("error", "")
     try:
-        state, details = _flower.status(run.history["run"])
+        told = _ask.run(str(run.history["run"]))
     except BouquetError as error:
         return "running", f"the hub does not answer now: {error}"
-    if not state.startswith("finished"):
+    if told is None:
+        return "failed", "the hub does not know this run any more: its state was made anew"
+    if not told.state.startswith("finished"):
         return "running", ""
-    details = f": {text.line(details, text.LONGEST)}" if details else ""
-    return "failed", f"Flower says {state}{details}; the ServerApp ended before it could say why"
+    details = f": {told.details}" if told.details else ""
+    return "failed", f"Flower says {told.state}{details}; the ServerApp ended before it could say why"
+
+
+def early(told: _ask.Told) -> dict[str, Any]:
+    """The facts of a run that has written nothing: what it waits for, or why it never will."""
+    waits, said = told.state in WAITS, told.details or "the ServerApp ended before it wrote anything"
+    return {
+        "run": told.run,
+        "state": "running" if waits else "failed",
+        "doing": told.state if waits else "",
+        "why": "" if waits else f"Flower says {told.state}: {said}",
+        "rounds": {"done": 0, "wanted": None},
+        "round": None,
+        "try": None,
+        "since": datetime.fromisoformat(told.since).astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "deadline": None,
+        "for": WAITS.get(told.state),
+        "replied": [],
+        "missing": {},
+        "errors": {},
+        "adapter": None,
+    }
 
 
 def seen() -> dict[str, str]:
@@ -88,6 +141,7 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
         "try": status.get("attempt", 0) + 1 if waiting else None,
         "since": _utc(status.get("since")) if waiting else None,
         "deadline": _utc(status.get("deadline")) if waiting else None,
+        "for": None,
         "replied": status.get("replied", []) if state == "running" else [],
         "missing": {site: offline.get(site, "online") for site in status.get("missing", [])} if waiting else {},
         "errors": errors,
@@ -99,10 +153,13 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     """For people: a line a fact."""
     done, wanted = facts["rounds"]["done"], facts["rounds"]["wanted"]
     lines = [f"run       {facts['run']}  {facts['state']}" + (f", {facts['doing']}" if facts["doing"] else "")]
-    lines.append(f"rounds    {done} of {wanted} done" + (f", now {facts['round']}" if facts["round"] else ""))
+    if wanted is not None:
+        lines.append(f"rounds    {done} of {wanted} done" + (f", now {facts['round']}" if facts["round"] else ""))
     if facts["why"]:
         lines.append(f"why       {facts['why']}")
-    if facts["since"]:
+    if facts["for"]:
+        lines.append(f"waiting   since {_clock(facts['since'])}, {facts['for']}")
+    elif facts["deadline"]:
         left = datetime.fromisoformat(facts["deadline"]).timestamp() - (time.time() if now is None else now)
         attempt = f", try {facts['try']}" if facts["try"] > 1 else ""
         lines.append(f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s more){attempt}")

@@ -30,17 +30,15 @@ def folder() -> Path | None:
 
 
 def histories() -> Iterator[dict[str, Any]]:
-    """Every run's history.json, oldest first."""
+    """Every run's history.json that can be read, oldest first."""
     if (here := folder()) is None:
-        left, decoder = _inside("cat $(ls -tr /adapters/*/history.json)").decode(), json.JSONDecoder()
-        while left := left.lstrip():
-            history, end = decoder.raw_decode(left)
-            left = left[end:]
-            yield text.tidy(history)
+        each = "for it in $(ls -tr /adapters/*/history.json); do [ -L ${it%/*} ] || { cat $it; printf '\\0'; }; done"
+        yield from filter(None, map(_history, _inside(each).split(b"\0")))
         return
     files = [file for file in here.glob("*/history.json") if not file.parent.is_symlink()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        yield text.tidy(json.loads(file.read_text()))
+        if history := _history(file.read_bytes()):
+            yield history
 
 
 def run(name: str, copies: Path) -> Path:
@@ -51,7 +49,7 @@ def run(name: str, copies: Path) -> Path:
         if archive:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 names = tar.getnames()
-                tar.extractall(copies, filter="data")
+                tar.extractall(copies, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python before 3.11.4 has none
             return copies / names[0].split("/")[0]
         here = copies
     files = [file for file in here.glob(f"{name or '*'}/history.json") if not file.parent.is_symlink()]
@@ -59,6 +57,15 @@ def run(name: str, copies: Path) -> Path:
         fix = "start one: flwr run . remote-deployment; under Docker the hub must be up: docker compose up -d"
         raise BouquetError("REPORT-01", "There is no run here.", found=f"{name or 'none'} on the shared volume", fix=fix)
     return max(files, key=lambda file: file.stat().st_mtime).parent
+
+
+def _history(content: bytes) -> dict[str, Any] | None:
+    """None for one that is torn, as after a crash of the machine: it says nothing, and must not hide the others."""
+    try:
+        value = text.tidy(json.loads(content))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _inside(script: str) -> bytes:

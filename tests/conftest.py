@@ -10,23 +10,38 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts._deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCKER = ("test_compose", "test_join_compose", "test_access")
 LONGEST = ("docker", "test_bench", "test_faults", "test_accept", "test_trust", "test_federation", "test_publish", "test_parity")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
-@pytest.hookimpl(tryfirst=True)
+def group(nodeid: str) -> str:
+    """What is worked on by one process, by the name of a test's file."""
+    name = Path(nodeid.split("::")[0]).stem
+    return "docker" if name in DOCKER else name
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups by mark take no effect with pytest 9.2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    groups = {item: "docker" if "docker" in getattr(item, "fixturenames", ()) else item.path.stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: LONGEST.index(group(item.nodeid)) if group(item.nodeid) in LONGEST else len(LONGEST))
 
 
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

@@ -5,15 +5,18 @@ Needs a Docker Engine; without one every test here is skipped and says so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import copy_project, sh
+from conftest import ROOT, copy_project, sh
 
 from scripts._deployment import free_port
 from scripts._flower import follow, status
@@ -33,7 +36,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
             patch.delenv(variable)
         sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", copy)
-        sh("scripts/setup --engine docker", copy)
+        sh("chmod -R go= app docker models pyproject.toml scripts", copy)  # as a clone under umask 077 has them
+        sh("umask 077; scripts/setup --engine docker", copy)
         yield copy
         sh("docker compose down --volumes --timeout 5", copy)
 
@@ -84,6 +88,19 @@ def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificate
     ]
     assert inside(up, "serverapp", "readlink /adapters/latest") == run
     assert status(run)[0] == "finished:completed"
+
+
+BACK = "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'"
+
+
+def test_a_hub_goes_back_to_the_database_that_it_had_before_an_upgrade(up: Path, run: str) -> None:
+    sh("docker compose stop superlink", up)
+    sh("docker compose run --rm --no-deps -T -w /state superlink cp superlink.db superlink.db.before-0", up)
+    sh(BACK, up)
+    sh("docker compose up -d --wait gateway serverapp", up)
+    assert "healthy" in sh("docker compose ps serverapp", up).stdout and "superlink" in sh("docker compose logs superlink", up).stdout
+    assert status(run)[0] == "finished:completed"
+    assert set(inside(up, "superlink", "cd /state && ls superlink.db*").split()) >= {"superlink.db", "superlink.db.before-0", "superlink.db.newer"}
 
 
 def containers(host: Path) -> dict[str, dict]:
@@ -145,6 +162,69 @@ def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
     assert "bouquet: finished" in started
 
 
+def operator(up: Path, command: str, options: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command of the hub's operator on a host without Python."""
+    return sh(f"docker compose run --rm -T {options} operator {command}", up, check=check)
+
+
+def test_every_command_that_the_pages_name_for_the_operators_container_works_there_or_is_refused_with_a_code(up: Path, run: str, tmp_path: Path) -> None:
+    assert "site-1" in operator(up, "scripts/hub sites").stdout
+    assert f"run       {run}  finished" in operator(up, f"scripts/hub status {run}").stdout
+
+    told = operator(up, "scripts/hub invite garden", check=False)
+    assert told.returncode == 1 and "JOIN-01" in told.stdout  # this hub has no HUB_HOST yet
+    with (up / ".env").open("a") as settings:
+        settings.write('HUB_HOST="hub.example.org 192.0.2.7" # DNS\n')
+    sh("scripts/certs", up)
+    archive = up / ".bouquet/kits/garden.tar.gz"
+    inside_ = operator(up, "scripts/hub invite garden").stdout
+    outside = sh("scripts/hub invite garden", up).stdout
+    assert inside_.replace("/bouquet/.bouquet", str(up / ".bouquet")) == outside  # the same kit, to the byte
+    assert operator(up, "scripts/hub invite garden").stdout == inside_  # also over one that was made outside
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() in inside_
+    with tarfile.open(archive) as kit:
+        assert b"HUB='hub.example.org:" in kit.extractfile("garden/.env").read()
+
+    sh(f"ssh-keygen -q -t ecdsa -b 384 -N '' -f {tmp_path}/key", up)
+    assert "admitted" in operator(up, f"scripts/hub admit garden /dev/stdin <{tmp_path}/key.pub").stdout
+    assert "revoked" in operator(up, "scripts/hub revoke garden").stdout
+
+    refused = operator(up, "scripts/hub sign", check=False)
+    assert refused.returncode == 1 and "TRUST-02" in refused.stdout and "Traceback" not in refused.stdout
+    given = '--user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures"'
+    [page] = [line for line in (ROOT / "docs/hub.md").read_text().splitlines() if line.endswith("operator scripts/hub sign")]
+    assert given in page and given in refused.stdout
+    assert operator(up, "scripts/hub sign", given).stdout.splitlines()[:1] == sh("scripts/hub sign", up).stdout.splitlines()[:1]
+
+    sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
+    assert (up / "report.html").read_text().rstrip().endswith("</html>")
+    sh('docker compose run --rm -T operator scripts/sample --out - --steps 1 --prompt "a red poppy" >sample.png', up)
+    assert (up / "sample.png").read_bytes().startswith(b"\x89PNG")
+    for unwritable in ("scripts/sample --steps 1 --prompt poppy", "scripts/sample --merge merged"):
+        refused = operator(up, unwritable, check=False)
+        assert refused.returncode == 1 and "EXPORT-08" in refused.stdout and "Traceback" not in refused.stdout, refused.stdout
+
+
+def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(host: Path, tmp_path: Path) -> None:
+    """scripts/setup writes the overlay; a pin that comes back takes it away again."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A10 (UUID: GPU-aaaa)'\n")
+    smi.chmod(0o755)
+    (tmp_path / "env").write_bytes((host / ".env").read_bytes())
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH": "cpu"}
+    try:
+        for pin, devices in (("none", []), ("0", [["0"]])):
+            kept = re.sub(r"(?m)^(COMPOSE_FILE|SITE_[12]_GPU)=.*\n", "", (tmp_path / "env").read_text())
+            (host / ".env").write_text(f"{kept}COMPOSE_FILE=compose.yaml\nSITE_1_GPU=0\nSITE_2_GPU={pin}\n")
+            sh("scripts/setup --engine docker && scripts/setup --engine docker", host, **env)
+            services = config(host)["services"]
+            reserved = [services[site]["deploy"]["resources"]["reservations"].get("devices") or [] for site in SITES]
+            assert [[one["device_ids"] for one in found] for found in reserved] == [[["0"]], devices]
+            assert (host / ".env").read_text().count("without-gpu.yaml") == (pin == "none")
+    finally:
+        (host / ".env").write_bytes((tmp_path / "env").read_bytes())
+
+
 def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, run: str) -> None:
     for command in ("scripts/hub status", "docker compose run --rm -T operator scripts/hub status"):
         assert re.search(r"^run +\d+  finished\n.*^adapter +\d+/round-0001$", sh(command, up).stdout, re.MULTILINE | re.DOTALL)
@@ -171,6 +251,26 @@ def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: 
         assert list(container["NetworkSettings"]["Networks"]) == [f"{config(up)['name']}_dashboard"]
     finally:
         sh("docker compose --profile dashboard rm -sf dashboard", up)
+
+
+def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read(up: Path, run: str) -> None:
+    port = str(free_port())
+    try:
+        sh("docker compose --profile dashboard up -d --wait page", up, PAGE_PORT=port)
+        for _ in range(60):  # the hub is asked in the background
+            shown = " ".join(re.sub(r"<[^>]*>", " ", sh(f"curl -sf http://127.0.0.1:{port}/", up).stdout).split())
+            if "2 of 2 sites online" in shown:
+                break
+            time.sleep(0.5)
+        assert "2 of 2 sites online" in shown and run in shown and "site-1 online" in shown
+        assert "Did it work?" in sh(f"curl -sf http://127.0.0.1:{port}/runs/{run}", up).stdout
+        [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q page)", up).stdout)
+        host = container["HostConfig"]
+        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [("127.0.0.1", port)]
+        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert not [m["Destination"] for m in container["Mounts"] if m["RW"]]
+    finally:
+        sh("docker compose --profile dashboard rm -sf page", up)
 
 
 def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:

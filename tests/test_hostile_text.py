@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import exchange, model, server_app, text, wire
 from app.errors import BouquetError
-from scripts import _card, _flower, _hub, _sites, _status
+from scripts import _ask, _card, _hub, _sites, _status
 from scripts._bench.hub import StubGrid, adapter_of_size
 from scripts._report import findings, progress
 from scripts._report.page import page
@@ -240,7 +240,8 @@ WRITTEN: dict[str, Callable[[Told], str]] = {  # by the hub under test alone
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch) -> None:
     """What Flower says of the run, and it is a site's text too: the end of a run that failed."""
-    monkeypatch.setattr(_flower, "status", lambda run: ("finished:failed", FIELD))
+    told = SimpleNamespace(run_id=1, status=SimpleNamespace(status="finished", sub_status="failed", details=FIELD), finished_at="now")
+    monkeypatch.setattr(_ask, "run", lambda run: _ask.told(told))
 
 
 @pytest.mark.parametrize("surface", SURFACES)

@@ -29,6 +29,7 @@ CERTS, COMPOSE, FEDERATION, JOIN, REPORT, SIMULATION, TRUST, WORTH, HERE = (
 DEMO = f"{FEDERATION}::test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started"
 BY_HAND = f"{COMPOSE}::test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume"
 DOWN = f"{COMPOSE}::test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificates_and_sites"
+BACK = f"{COMPOSE}::test_a_hub_goes_back_to_the_database_that_it_had_before_an_upgrade"
 SCRIPTS_TEST = f"{HERE}::test_scripts_test_runs_the_tests_it_is_asked_for"
 PRESET = f"{HERE}::test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end"
 SIMULATED = f"{SIMULATION}::test_the_app_runs_in_simulation_as_it_is"
@@ -55,6 +56,13 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "docker compose logs supernode-1": (BY_HAND, "docker compose logs supernode-1"),
     "docker compose --profile dashboard up -d --wait page": (
         f"{COMPOSE}::test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read", "--profile dashboard up -d --wait page"),
+    "docker compose up": (DOWN, "docker compose up"),
+    "docker compose stop superlink": (BACK, "docker compose stop superlink"),
+    "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'": (
+        BACK, "mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db"),
+    "docker compose up -d --wait gateway serverapp": (BACK, "docker compose up -d --wait gateway serverapp"),
+    "docker compose ps serverapp": (BACK, "docker compose ps serverapp"),
+    "docker compose logs superlink": (BACK, "docker compose logs superlink"),
     "docker compose ps -a": (BY_HAND, "docker compose ps -a"),
     "docker compose down": (DOWN, "docker compose down"),
     "scripts/certs": (f"{CERTS}::test_the_server_certificate_has_the_names_that_are_used", 'sh("scripts/certs"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, sh
 
-from scripts import _flower, _sites, _status, _volume
+from app.errors import BouquetError
+from scripts import _ask, _sites, _status, _volume
 from scripts._report.reading import read
 
 NOW = datetime(2026, 1, 2, 12, 0, 30, tzinfo=timezone.utc).timestamp()
@@ -35,7 +37,7 @@ def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "w
 def hub(monkeypatch):
     """What Flower says of the run, and which sites the hub has not heard of."""
     word = {"state": ("running", ""), "offline": {}}
-    monkeypatch.setattr(_flower, "status", lambda run: word["state"])
+    monkeypatch.setattr(_ask, "run", lambda run="": _ask.Told(run, *word["state"], "2026-01-02T12:00:00Z"))
     monkeypatch.setattr(_status, "seen", lambda: word["offline"])
     return word
 
@@ -75,11 +77,74 @@ def test_a_run_whose_serverapp_was_killed_has_failed_although_its_history_says_r
 
 def test_without_an_answer_of_the_hub_a_run_counts_as_running_and_that_is_said(tmp_path, hub, monkeypatch):
     def silent(run: str):
-        raise _flower.BouquetError("HOST-08", "flwr ls was refused.", found="", fix="")
+        raise BouquetError("HOST-08", "The hub does not answer.", found="", fix="")
 
-    monkeypatch.setattr(_flower, "status", silent)
+    monkeypatch.setattr(_ask, "run", silent)
     found = facts(a_run(tmp_path / "7"), hub)
-    assert found["state"] == "running" and found["why"] == "the hub does not answer now: HOST-08  flwr ls was refused."
+    assert found["state"] == "running"
+    assert found["why"] == "the hub does not answer now: HOST-08  The hub does not answer."
+
+
+def test_a_run_that_the_hub_has_forgotten_does_not_go_on(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(_ask, "run", lambda run: None)
+    found = facts(a_run(tmp_path / "7"), hub)
+    assert found["state"] == "failed" and "its state was made anew" in found["why"]
+
+
+# --- before a run has written anything -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volume(tmp_path, monkeypatch) -> Path:
+    """An output volume with one finished run, 7."""
+    monkeypatch.setenv("BOUQUET_ADAPTERS", str(tmp_path))
+    a_run(tmp_path / "7", "finished", rounds=3)
+    return tmp_path
+
+
+def shown(monkeypatch, capsys, told: _ask.Told | None, number: str = "") -> tuple[int, list[str]]:
+    """`scripts/hub status` while the hub says that."""
+    monkeypatch.setattr(_ask, "run", lambda number="": told)
+    monkeypatch.setattr(_status, "seen", dict)
+    code = _status.show(argparse.Namespace(run=number, follow=False, json=False))
+    return code, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("state", "what"), [("pending", "SuperExec to take"), ("starting", "ServerApp to start"), ("running", "first word")]
+)
+@pytest.mark.parametrize("number", ["", "8"])
+def test_a_run_that_has_written_nothing_says_what_it_waits_for(volume, monkeypatch, capsys, state, what, number):
+    code, lines = shown(monkeypatch, capsys, _ask.Told("8", state, "", "2026-01-02T13:00:05+01:00"), number)
+    assert code == 3 and lines[0] == f"run       8  running, {state}"
+    assert lines[1].startswith("waiting   since 12:00:05 UTC, for ") and what in lines[1]
+    assert lines[2:] == ["adapter   none yet"]
+
+
+def test_a_run_that_ended_before_it_wrote_anything_says_why(volume, monkeypatch, capsys):
+    told = _ask.Told("8", "finished:failed", "MODEL-01  There is no such base model.", "2026-01-02T12:00:00+00:00")
+    code, lines = shown(monkeypatch, capsys, told)
+    assert code == 1 and lines[0] == "run       8  failed" and "MODEL-01  There is no such base model." in lines[1]
+
+
+@pytest.mark.parametrize("told", [None, _ask.Told("9", "finished:completed", "", "2026-01-02T12:00:00+00:00")])
+def test_without_a_newer_run_the_newest_on_the_volume_is_shown(volume, monkeypatch, capsys, told):
+    """A hub that is new, or a newest run whose folder somebody has taken away."""
+    code, lines = shown(monkeypatch, capsys, told)
+    assert code == 0 and lines[0] == "run       7  finished"
+
+
+def test_a_torn_history_is_named_and_hides_no_other_run(volume, monkeypatch):
+    (volume / "8").mkdir()
+    (volume / "8" / "history.json").write_text('{"run": "8", "state": "runn')
+    assert [history["run"] for history in _volume.histories()] == ["7"]
+    with pytest.raises(BouquetError, match="REPORT-02"):
+        _status.find("8", volume)
+
+
+def test_a_torn_status_is_as_none(volume, monkeypatch):
+    (volume / "7" / "status.json").write_text('{"run": "7", "st')
+    assert _status.find("7", volume).status == {}
 
 
 def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):

@@ -1,0 +1,129 @@
+"""Asking the hub without `flwr`: what is made of its answers, and that Flower's own modules stay what they are."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from flwr.proto import control_pb2
+from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse
+from flwr.proto.run_pb2 import Run, RunStatus
+
+from app.errors import BouquetError
+from scripts import _ask
+
+SECTION = "[superlink.remote-deployment]\n"
+NOON = "2026-01-02T12:00:00"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
+    """A hub on loopback that says what it is told to; `asked` is what it was asked."""
+    hub = SimpleNamespace(status=200, body=b"", asked=[])
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.asked.append((self.path, self.headers["Content-Type"], body))
+            self.send_response(hub.status)
+            self.end_headers()
+            self.wfile.write(hub.body)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (tmp_path / "config.toml").write_text(f'{SECTION}address = "127.0.0.1:{server.server_port}"\ninsecure = true\n')
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def runs(*found: Run) -> bytes:
+    return ListRunsResponse(run_dict={run.run_id: run for run in found}).SerializeToString()
+
+
+def error() -> BouquetError:
+    with pytest.raises(BouquetError) as caught:
+        _ask.run("7")
+    assert caught.value.code == "HOST-08"
+    return caught.value
+
+
+def test_the_newest_run_is_asked_for_with_one_call(hub):
+    hub.body = runs(Run(run_id=7, pending_at="earlier", starting_at=NOON, status=RunStatus(status="starting")))
+    assert _ask.run() == _ask.Told("7", "starting", "", NOON)
+    [(path, kind, body)] = hub.asked
+    assert (path, kind) == ("/v1/control/list-runs", "application/protobuf")
+    assert ListRunsRequest.FromString(body) == ListRunsRequest(limit=1)
+
+
+def test_a_run_that_ended_says_how(hub):
+    status = RunStatus(status="finished", sub_status="failed", details="\x1b[2Jno")
+    hub.body = runs(Run(run_id=7, pending_at="a", finished_at="b", status=status))
+    assert _ask.run("7") == _ask.Told("7", "finished:failed", "\ufffd[2Jno", "b")
+
+
+def test_no_run_is_none(hub):
+    hub.body = runs()
+    assert _ask.run() is None and _ask.run("../7") is None
+    hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
+    assert _ask.run("7") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [({"detail": "No \x1b[2Jnodes."}, "No \ufffd[2Jnodes."), (["x"], ""), ({}, ""), (3, "")]
+)
+def test_a_refusal_is_told_in_the_hubs_own_words(hub, body, said):
+    hub.status, hub.body = 400, json.dumps(body).encode()
+    assert error().found == f"400 {said or 'without a word that we know'}"
+
+
+def test_an_answer_of_another_kind_is_no_answer(hub):
+    hub.body = b"\xff\xff\xff"
+    assert "200" in error().found
+
+
+def test_a_hub_that_is_not_there_is_named(hub, tmp_path):
+    (tmp_path / "config.toml").write_text(f'{SECTION}address = "127.0.0.1:1"\ninsecure = true\n')
+    assert "refused" in error().found.lower()
+
+
+@pytest.mark.parametrize("text", [None, "", "[superlink]\ndefault = 'local'\n", SECTION, "= no toml", "superlink = 3"])
+def test_without_a_connection_the_command_that_writes_one_is_named(hub, tmp_path, text):
+    file = tmp_path / "config.toml"
+    file.unlink() if text is None else file.write_text(text)
+    assert error().headline == "The hub does not answer."
+
+
+def test_flower_itself_is_whole_after_its_messages_were_taken_out_of_it():
+    code = """
+from scripts import _ask
+import sys
+assert "flwr" not in sys.modules
+import flwr, flwr.cli.build
+from flwr.proto import control_pb2
+from flwr.proto.control_pb2 import ListRunsRequest
+from flwr.supercore.control import ControlHttpClient
+assert control_pb2 is _ask.control and flwr.__version__
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_where_flower_is_in_memory_its_messages_are_taken_from_there():
+    assert _ask.messages() is control_pb2
+
+
+@pytest.mark.parametrize("command", ["_hub", "_status"])
+def test_the_hubs_commands_wait_for_neither_flower_nor_torch(command):
+    code = f"import scripts.{command}, sys; print(*({{'flwr', 'httpx', 'numpy', 'torch'}} & sys.modules.keys()))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=120).split() == []
