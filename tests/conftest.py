@@ -17,7 +17,7 @@ import pytest
 from scripts._deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCKER = ("test_compose", "test_join_compose", "test_access")
+DOCKER = ("test_compose", "test_join_compose", "test_access")  # the first builds the image, the last attacks the one that is there
 LONGEST = ("docker", "test_bench", "test_faults", "test_accept", "test_trust", "test_federation", "test_publish", "test_parity")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
@@ -41,7 +41,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(group(item.nodeid)) if group(item.nodeid) in LONGEST else len(LONGEST))
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name, of = item.path.stem, group(item.nodeid)
+        return LONGEST.index(of) if of in LONGEST else len(LONGEST), DOCKER.index(name) if name in DOCKER else 0
+
+    items.sort(key=place)
 
 
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
