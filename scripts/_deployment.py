@@ -207,8 +207,7 @@ class Processes:
                 line = f"the hub still starts ({told - began:.0f} s); it says: {text.line(said[-1], 100)}"
                 print(line, file=sys.stderr, flush=True)
             try:
-                direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
-                direct.open(f"https://{self.address}/health", timeout=5).close()  # not through the environment's proxy
+                urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=tls).close()
                 return
             except (OSError, http.client.HTTPException) as error:  # a slow one may take the connection and no question
                 why = str(reason := getattr(error, "reason", error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -89,15 +90,15 @@ def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
     for state in names:
         for name in names[state]:
             rows.setdefault(name, {"name": name, "state": state, "last-seen": None})
-    done = deeds()
+    done = deeds(_volume.histories())
     nothing = {"images": None, "gpu": None, "rounds": 0}
     return [row | nothing | done.get(name, {}) for name, row in sorted(rows.items())]
 
 
-def deeds() -> dict[str, dict[str, Any]]:
-    """By site: images and GPU in its last round, rounds it took part in, over all runs."""
+def deeds(histories: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By site: images and GPU in its last round, rounds it took part in, over all runs, the newest last."""
     found: dict[str, dict[str, Any]] = {}
-    for history in _volume.histories():
+    for history in histories:
         for entry in history.get("rounds", []):
             for name, numbers in entry.get("sites", {}).items():
                 site = found.setdefault(name, {"images": None, "gpu": None, "rounds": 0})

@@ -77,6 +77,19 @@ def docker() -> None:
         pytest.skip(f"no Docker Engine answers: {why}")
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, as scripts/_browser.py has it; skips where there is none."""
+    from scripts import _browser
+
+    if not _browser.find():
+        if os.environ.get("BOUQUET_REQUIRE_BROWSER"):
+            pytest.fail("BOUQUET_REQUIRE_BROWSER is set and there is no Chromium")
+        pytest.skip("no Chromium here; Debian: apt install chromium")
+    with _browser.Browser() as running:
+        yield running
+
+
 @pytest.fixture
 def federation(tmp_path):
     """A hub and two sites in one process, ready for one round of one step."""

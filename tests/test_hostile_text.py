@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import exchange, model, server_app, text, wire
 from app.errors import BouquetError
-from scripts import _ask, _card, _hub, _sites, _status
+from scripts import _ask, _card, _hub, _sites, _status, _volume
 from scripts._bench.hub import StubGrid, adapter_of_size
 from scripts._report import findings, progress
 from scripts._report.page import page
@@ -193,7 +193,7 @@ def sites_table(run: Told) -> str:
         patch.setattr(_sites, "registered", lambda: [_sites.site_of(node)])
         for as_json in (False, True):
             _hub.sites(SimpleNamespace(json=as_json))
-        return out.getvalue() + "\n".join(texts(_sites.deeds())) + "\n".join(site.name for site in _sites.registered())
+        return out.getvalue() + "\n".join(texts(_sites.deeds(_volume.histories()))) + "\n".join(site.name for site in _sites.registered())
 
 
 def tracked(run: Told) -> str:

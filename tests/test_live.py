@@ -274,16 +274,6 @@ def test_a_port_that_is_taken_and_a_folder_that_is_absent_are_named(tmp_path):
 # --- in a real browser -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[_browser.Browser]:
-    if not _browser.find():
-        if os.environ.get("BOUQUET_REQUIRE_BROWSER"):
-            pytest.fail("BOUQUET_REQUIRE_BROWSER is set and there is no Chromium")
-        pytest.skip("no Chromium here; Debian: apt install chromium")
-    with _browser.Browser() as running:
-        yield running
-
-
 @pytest.fixture
 def served(tmp_path) -> Iterator[tuple[Path, str, uvicorn.Server]]:
     """(folder of runs, the page's address, the server): one run works, one is done, and one site's name is hostile."""

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from PIL import Image
 from runs import HOSTILE, PROMPTS, a_run, compared, history, written
 
 from app import checkpoint, metrics, sample
-from scripts import _browser
 from scripts._report import charts, findings, pictures, reading, shots
 from scripts._report.page import PHASES, page
 
@@ -267,16 +265,6 @@ def test_every_command_of_the_page_is_executed_by_a_test(command, file, words):
 
 
 # --- in a real browser ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[_browser.Browser]:
-    if not _browser.find():
-        if os.environ.get("BOUQUET_REQUIRE_BROWSER"):
-            pytest.fail("BOUQUET_REQUIRE_BROWSER is set and there is no Chromium")
-        pytest.skip("no Chromium here; Debian: apt install chromium")
-    with _browser.Browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from app.errors import BouquetError
+from scripts import _sites
 from scripts._live.sites import Known
 from scripts._report import charts, findings, page, pictures, reading
 
@@ -151,16 +152,10 @@ def sites(every: list[Seen], known: Known) -> list[dict[str, Any]]:
     for site in known.sites or ():
         seen = datetime.fromisoformat(site.seen) if site.seen else None
         rows[site.name] = {"name": site.name, "state": site.state, "seen": f"{seen:%Y-%m-%d %H:%M UTC}" if seen and site.state != "online" else ""}
-    nothing = {"images": None, "gpu": "", "rounds": 0, "doing": ""}
-    for row in rows.values():
-        row |= nothing
-    for seen in every:
-        for entry in reversed(seen.run.rounds):
-            for name, numbers in entry["sites"].items():
-                row = rows.setdefault(name, {"name": name, "state": "", "seen": ""} | nothing)
-                row["rounds"] += 1
-                row["images"] = row["images"] if row["images"] is not None else numbers.get("num-examples")
-                row["gpu"] = row["gpu"] or str(numbers.get("gpu", ""))
+    done = _sites.deeds(seen.run.history for seen in reversed(every))
+    for name in {*rows, *done}:
+        row = rows.setdefault(name, {"name": name, "state": "", "seen": ""})
+        row |= {"images": None, "gpu": None, "rounds": 0, "doing": ""} | done.get(name, {})
     current = next((seen for seen in every if seen.run.state == "running"), None)
     for what, doing in (("replied", "has replied"), ("missing", "at work")) if current else ():
         for name in current.run.status.get(what, ()):
