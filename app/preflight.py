@@ -257,11 +257,10 @@ class Preflight:
 
     def _enough(self, partition: data.Partition) -> str:
         """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of them."""
-        config, public = self.own.config, privacy.is_public(partition.folder, partition.photos)
+        public = privacy.is_public(partition.folder, partition.photos)
         rules = self.own.limits if public else self.own.limits.private()
         some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))  # how many are held out does not depend on the secret
-        train, held_out = some.split(partition.require(rules.least_photos).photos, config.validation_fraction, config.seed, rules.floor("min-held-out"))
-        rules.check_photos(config, len(train), len(held_out))
+        privacy.divide(partition, some, rules, self.own.config)
         return str(some)
 
     # --- training --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING
 from app.errors import SiteError
 
 if TYPE_CHECKING:
-    from app.data import Photo
+    from app.config import RunConfig
+    from app.data import Partition, Photo
+    from app.limits import Limits
 
 PUBLIC_LIST = ".public"  # in the data folder: hidden, so no picture
 FILE = "site.secret"  # in the cache folder
@@ -103,6 +105,14 @@ def of(folder: Path, photos: Iterable[Photo], cached: Path, secret: Secret) -> P
     if secret is Secret.NONE or is_public(folder, photos):
         return PUBLIC
     return Privacy(_secret(cached / FILE, make=secret is Secret.MADE))
+
+
+def divide(partition: Partition, privacy: Privacy, limits: Limits, config: RunConfig) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
+    """(training, validation) as a run asks and the site's floors allow. Errors: SITE-02, TRUST-03 where a round would be about too few photos."""
+    photos = partition.require(limits.least_photos).photos
+    train, held_out = privacy.split(photos, config.validation_fraction, config.seed, limits.floor("min-held-out"))
+    limits.check_photos(config, len(train), len(held_out))
+    return train, held_out
 
 
 def is_public(folder: Path, photos: Iterable[Photo]) -> bool:

@@ -94,17 +94,10 @@ class Site:
         self.privacy = privacy.of(self.folder, partition.photos, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()
-        self._divide(partition)  # before the work of encoding
-        self.partition, self.rows = cache.encode(partition, base, sums, self.config.resolution, self.cached, self.accelerator.device)
-        self.photos, held_out = self._divide(self.partition)
-        self.train, self.held_out = self.rows(self.photos), self.rows(held_out)
-
-    def _divide(self, partition: data.Partition) -> tuple[tuple[data.Photo, ...], tuple[data.Photo, ...]]:
-        """(training, validation). Errors: SITE-02, TRUST-03 where a round would be about too few photos."""
-        group = self.limits.floor("min-held-out")
-        train, held_out = self.privacy.split(partition.require(self.limits.least_photos).photos, self.config.validation_fraction, self.config.seed, group)
-        self.limits.check_photos(self.config, len(train), len(held_out))
-        return train, held_out
+        privacy.divide(partition, self.privacy, self.limits, self.config)  # before the work of encoding
+        self.partition, rows = cache.encode(partition, base, sums, self.config.resolution, self.cached, self.accelerator.device)
+        self.photos, held_out = privacy.divide(self.partition, self.privacy, self.limits, self.config)
+        self.train, self.held_out = rows(self.photos), rows(held_out)
 
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""

@@ -43,12 +43,10 @@ def folder(tmp_path) -> Path:
 
 def guesses(base_site: train.Site) -> list[float]:
     """For every photo, were it the only one held out: the loss that the hub computes for it from what everybody knows."""
-    known = base_site.partition.photos
-    everything = base_site.rows(known)
     losses = []
-    for number in range(len(known)):
+    for number, known in [(number, known) for known in (base_site.train, base_site.held_out) for number in range(len(known.keys))]:
         one = torch.tensor([number])
-        alone = type(everything)(everything.latents_NChw[one], everything.texts_MTD, everything.text_N[one], everything.blank_TD, [known[number].key])
+        alone = type(known)(known.latents_NChw[one], known.texts_MTD, known.text_N[one], known.blank_TD, [known.keys[number]])
         losses.append(diffusion.validation_loss(base_site.unet, base_site.scheduler, alone, torch.device("cpu"), timesteps=2, batch_size=4))
     return losses
 
