@@ -34,8 +34,10 @@ LONGEST = 1800.0  # seconds after which a process that does not begin has failed
 
 def serve(started: int, arguments: list[str]) -> None:
     """A run: torch and Flower, then what Flower's command does; closing `started` says that it begins."""
+    import seams
     import superexec
 
+    superexec.hush()
     ctypes.CDLL(None).prctl(superexec.PR_SET_NAME, RUN.encode())  # its name in ps and top
     import torch  # noqa: F401
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
@@ -43,6 +45,7 @@ def serve(started: int, arguments: list[str]) -> None:
     if os.getppid() != options(arguments).parent_pid:
         sys.exit(1)  # nobody kept the task: it is, or will be, another process's
     sys.path.remove(str(Path(__file__).resolve().parent))  # the image has an `app` there, and the bundle has its own
+    seams.take(seams.SERVERAPPS_INSTALL, superexec.quietly)
     sys.argv = [RUN, *arguments]
     os.close(started)
     flwr_serverapp()
@@ -113,10 +116,13 @@ def options(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     if sys.argv[1:2] == [RUN]:
         return serve(int(sys.argv[2]), sys.argv[3:])
+    import seams
     import superexec
+
+    superexec.hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
-    superexec.adopt(Runs())
+    seams.begin(lambda: seams.hold(seams.SERVERAPPS_INSTALL), lambda: superexec.adopt(Runs()))
     flower_superexec()
 
 

@@ -9,7 +9,8 @@ the app may keep in it what the next message needs again (client_app.py says wha
   - ends when the app keeps nothing (the run's last message, an error), or after SITE_KEEP seconds without a message;
   - takes nobody along when it dies: the message that it had becomes an error reply, as Flower does it, the next one a fresh worker.
 
-The fork server holds the libraries (libraries.py) and nothing else.
+The fork server holds the libraries (libraries.py) and nothing else. Flower's log begins with warnings in all of these
+processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the app is.
 Enters: flower-superexec's own arguments, and SITE_KEEP (300; 0 is a process a message). Leaves: its exit code.
 """
 
@@ -17,16 +18,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial, wraps
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import seams
 
 PR_SET_NAME = 15  # prctl(2)
 KEEP = 300.0  # seconds that a worker waits for its run's next message
@@ -34,6 +40,27 @@ LEAST, SHARE = 0.05, 0.05  # seconds between two questions to the SuperNode: a s
 
 # A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
 SOON = {"initial_backoff": LEAST, "backoff_cap": 0.2, "max_tries_per_object": None}
+
+
+def hush() -> None:
+    """Flower reads the level of its log once, when it is imported: to be called before."""
+    os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+
+
+def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower's install_from_fab without a word, unless it fails: it says each time where."""
+
+    @wraps(install)
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):
+                return install(*args, **kwargs)
+        except BaseException:
+            print(said.getvalue(), end="", flush=True)
+            raise
+
+    return silent
 
 
 # --- the fork server ---------------------------------------------------------------------------------------------------
@@ -62,6 +89,7 @@ def work(orders: Connection, keep: bool) -> None:
     gc.freeze()  # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"flwr-clientapp")  # its name in ps and top
     os.environ["BOUQUET_KEEP"] = "1" if keep else ""
+    stay()
     first = True
     while True:
         try:
@@ -76,21 +104,32 @@ def work(orders: Connection, keep: bool) -> None:
 
 def message(arguments: list[str]) -> None:
     """One message: what Flower's command flwr-clientapp does, but for ending the process."""
-    from flwr.supercore.exit import exit_handler
-    from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-    from flwr.supernode.runtime import run_clientapp
 
-    def end(code: int, *_: Any, **__: Any) -> None:
-        for early in (True, False):
-            exit_handler.trigger_exit_handlers(run_before_force_exit=early)
-
-    run_clientapp.flwr_exit = end  # Flower's own would end this process some seconds later
-    run_clientapp.pull_and_inflate_object_from_tree = partial(pull_and_inflate_object_from_tree, **SOON)
     sys.argv = ["flwr-clientapp", *arguments]
     flwr_clientapp()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)  # Flower's handlers answer for a message that is over
+
+
+def stay() -> None:
+    """From now on a message that is over does not end this process, and its objects are looked for soon."""
+    from flwr.supercore.exit import exit_handler
+
+    def without_end(flowers: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(flowers)
+        def end(code: int, *_: Any, **__: Any) -> None:
+            for early in (True, False):
+                exit_handler.trigger_exit_handlers(run_before_force_exit=early)
+
+        return end
+
+    def take() -> None:
+        seams.take(seams.CLIENTAPPS_EXIT, without_end)
+        seams.take(seams.CLIENTAPPS_PULL, lambda pull: partial(pull, **SOON))
+        seams.take(seams.CLIENTAPPS_INSTALL, quietly)
+
+    seams.begin(take)
 
 
 def watched_already(arguments: list[str]) -> list[str]:
@@ -179,12 +218,8 @@ class Workers:
 
 
 def adopt(workers: Any) -> None:
-    """Put `workers`, a site's or the hub's, where Flower's SuperExec starts processes; asserts that each part took."""
+    """Put `workers`, a site's or the hub's, where Flower's SuperExec starts processes. Errors: FLWR-01."""
     from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec import run_superexec
-    from flwr.supercore.superexec.executor import SubprocessExecutor, subprocess_executor
-    from flwr.supercore.superexec.plugin import AutoExecPlugin
-    from flwr.supercore.superexec.plugin.base_exec_plugin import BaseExecPlugin
 
     class Forked:
         """In place of the module subprocess, for the one thing that Flower's executor does with it."""
@@ -199,27 +234,31 @@ def adopt(workers: Any) -> None:
     class Clock:
         sleep = workers.sleep
 
-    launch = BaseExecPlugin.launch_task
+    def of_a_run(launch: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(launch)
+        def launch_task(self: Any, token: str, task: Any) -> Any:
+            workers.run = task.run_id
+            return launch(self, token, task)
 
-    def launch_task(self: BaseExecPlugin, token: str, task: Any) -> Any:
-        workers.run = task.run_id
-        return launch(self, token, task)
+        return launch_task
 
-    AutoExecPlugin.supported_task_types = frozenset({TaskType(workers.command)})  # no other is asked for
-    BaseExecPlugin.launch_task = launch_task
-    SubprocessExecutor.reconcile = lambda self: workers.tidy()
-    subprocess_executor.subprocess = Forked
-    run_superexec.time = Clock
-    assert AutoExecPlugin.launch_task is launch_task
-    assert "supported_task_types" in run_superexec.run_superexec.__code__.co_names
-    assert SubprocessExecutor.launch.__globals__["subprocess"] is Forked
-    assert run_superexec.run_superexec.__globals__["time"] is Clock
+    def reconcile(self: Any) -> None:
+        workers.tidy()
+
+    seams.take(seams.TASK_TYPES, lambda _: frozenset({TaskType(workers.command)}))  # no other is asked for
+    seams.take(seams.LAUNCH_TASK, of_a_run)
+    seams.take(seams.RECONCILE, lambda _: reconcile)
+    seams.take(seams.EXECUTORS_PROCESS, lambda _: Forked)
+    seams.take(seams.SUPEREXECS_CLOCK, lambda _: Clock)
 
 
 def main() -> None:
+    hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
-    adopt(Workers(server(), float(os.environ.get("SITE_KEEP") or KEEP)))
+    seams.begin(lambda: seams.hold(seams.CLIENTAPPS_EXIT, seams.CLIENTAPPS_PULL, seams.CLIENTAPPS_INSTALL))
+    workers = Workers(server(), float(os.environ.get("SITE_KEEP") or KEEP))
+    seams.begin(lambda: adopt(workers))
     flower_superexec()
 
 

@@ -6,9 +6,10 @@ a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, w
 Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
 Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request,
 and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site fills it.
-Its database is made, or brought to this version, before Flower opens it (database.py).
+Its database is made, or brought to this version, before Flower opens it (database.py). How all of that is put into
+Flower: seams.py.
 Enters: flower-superlink's own arguments. Leaves: its exit code.
-Errors: STATE-01 to -03 at the start.
+Errors: STATE-01 to -03 and FLWR-01 at the start.
 """
 
 import argparse
@@ -23,22 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore import sql_mixin
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.superlink import main as superlink_main
 from flwr.superlink.cli import flower_superlink
-from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 from starlette.responses import Response
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE if (HERE / "app").is_dir() else HERE.parent))  # the image, or a checkout
+sys.path += [str(HERE), str(HERE if (HERE / "app").is_dir() else HERE.parent)]  # the image, or a checkout
 
+import seams  # noqa: E402
 from app import text  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
 
 MOST_OBJECTS = 1000  # Flower cuts an adapter into objects of 5 MiB: 5 GB in one reply
+BUSY = 25_000  # milliseconds that a locked database is waited for; its clients wait 30 s
 MOST_TOLD = 1000  # things that are told of, before the counts start again
 seen: Counter[str] = Counter()
 
@@ -64,36 +64,40 @@ def tell(what: str) -> None:
 
 
 def send_signatures(folder: Path) -> None:
-    """From now on fleet_handlers.get_fab, the SuperLink's answer to a site that fetches a bundle, has its signatures."""
-    get_fab = fleet_handlers.get_fab
+    """From now on the SuperLink's answer to a site that fetches a bundle has its signatures."""
 
-    @wraps(get_fab)
-    def signed(*args: Any, **kwargs: Any) -> Any:
-        answer = get_fab(*args, **kwargs)
-        answer.fab.verifications.update(signatures(answer.fab.hash_str, folder))
-        return answer
+    def with_signatures(get_fab: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(get_fab)
+        def signed(*args: Any, **kwargs: Any) -> Any:
+            answer = get_fab(*args, **kwargs)
+            answer.fab.verifications.update(signatures(answer.fab.hash_str, folder))
+            return answer
 
-    fleet_handlers.get_fab = signed
+        return signed
+
+    seams.take(seams.GET_FAB, with_signatures)
 
 
 def refuse_impostors() -> None:
-    """From now on fleet_handlers.push_messages, where a site's replies arrive, refuses with 403 what no site sends.
+    """From now on a site's replies are refused with 403 where they are what no site sends.
 
     That is a reply in another site's name, and one of more than MOST_OBJECTS pieces.
     """
-    push_messages = fleet_handlers.push_messages
 
-    @wraps(push_messages)
-    def own(request: Any, *args: Any, **kwargs: Any) -> Any:
-        node = request.node.node_id
-        if any(message.metadata.src_node_id != node for message in request.messages_list):
-            raise refused(node, "a reply in another SuperNode's name")
-        trees = map(iterate_object_tree, request.message_object_trees)
-        if any(next(islice(pieces, MOST_OBJECTS, None), None) for pieces in trees):
-            raise refused(node, f"a reply of more than {MOST_OBJECTS} pieces")
-        return push_messages(request, *args, **kwargs)
+    def from_its_sender(push_messages: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(push_messages)
+        def own(request: Any, *args: Any, **kwargs: Any) -> Any:
+            node = request.node.node_id
+            if any(message.metadata.src_node_id != node for message in request.messages_list):
+                raise refused(node, "a reply in another SuperNode's name")
+            trees = map(iterate_object_tree, request.message_object_trees)
+            if any(next(islice(pieces, MOST_OBJECTS, None), None) for pieces in trees):
+                raise refused(node, f"a reply of more than {MOST_OBJECTS} pieces")
+            return push_messages(request, *args, **kwargs)
 
-    fleet_handlers.push_messages = own
+        return own
+
+    seams.take(seams.PUSH_MESSAGES, from_its_sender)
 
 
 def refused(node: int, what: str) -> FlowerError:
@@ -103,8 +107,8 @@ def refused(node: int, what: str) -> FlowerError:
 
 
 def wait_for_database() -> None:
-    """Wait 25 s for a locked database, not 5: its clients wait 30, and Flower's SuperExec ends, with the run, on the first error 500."""
-    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", "25000"))
+    """Wait for a locked database, longer than Flower's 5 s: its SuperExec ends, with the run, on the first error 500."""
+    seams.take(seams.SQLITE_PRAGMAS, lambda flowers: (*flowers, ("busy_timeout", str(BUSY))))
 
 
 def ask_to_come_back() -> None:
@@ -112,19 +116,22 @@ def ask_to_come_back() -> None:
 
     After a 500 its SuperExec ends, with the run, and a SuperNode's heartbeat ends, which leaves that site offline for ever.
     """
-    translate = superlink_main.http_error_translator
 
-    async def translated(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        async def asked(request: Request) -> Response:
-            try:
-                return await call_next(request)
-            except OperationalError as error:
-                print(text.line(f"bouquet: {request.url.path} was answered with 503: {error.orig}"), flush=True)
-                return Response(status_code=503)
+    def with_503(translate: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+        @wraps(translate)
+        async def translated(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            async def asked(request: Request) -> Response:
+                try:
+                    return await call_next(request)
+                except OperationalError as error:
+                    print(text.line(f"bouquet: {request.url.path} was answered with 503: {error.orig}"), flush=True)
+                    return Response(status_code=503)
 
-        return await translate(request, asked)
+            return await translate(request, asked)
 
-    superlink_main.http_error_translator = translated
+        return translated
+
+    seams.take(seams.ERROR_TRANSLATOR, with_503)
 
 
 def prepare_database(arguments: list[str]) -> None:
@@ -142,11 +149,13 @@ def prepare_database(arguments: list[str]) -> None:
         sys.exit(error.report())
 
 
-if __name__ == "__main__":
+def main() -> None:
     text.tidy_log("flwr", "uvicorn.error")
     prepare_database(sys.argv[1:])
-    wait_for_database()
-    ask_to_come_back()
-    refuse_impostors()
-    send_signatures(Path(os.environ["BOUQUET_SIGNATURES"]))
+    signed = Path(os.environ["BOUQUET_SIGNATURES"])
+    seams.begin(wait_for_database, ask_to_come_back, refuse_impostors, lambda: send_signatures(signed))
     sys.exit(flower_superlink())
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,8 @@ noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flow
 long ago that may be is judged here (trust.py).
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable; SITE_TRUST_DAYS.
 Leaves: its exit code, 1 when the loop raised.
-Errors: TRUST-04, -05 and SITE-12 at the start; for a bundle that is not run those of trust.py.
+How all of that is put into Flower: seams.py.
+Errors: TRUST-04, -05, SITE-12 and FLWR-01 at the start; for a bundle that is not run those of trust.py.
 """
 
 import argparse
@@ -19,20 +20,19 @@ import sys
 import threading
 import time
 import traceback
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import seams
 import trust
 import yaml
 from flwr.app.error import Error
 from flwr.common.config import parse_config_args
 from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
-from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
-from flwr.supernode.fleet_http_client import FleetHttpClient
 
 LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
 LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
@@ -45,14 +45,17 @@ GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for ta
 
 def note_answers(file: Path) -> None:
     """Touch `file` after every call that the hub answered well."""
-    call = FleetHttpClient._unary_unary
 
-    def noted(self: FleetHttpClient, *args: Any, **kwargs: Any) -> Any:
-        answer = call(self, *args, **kwargs)
-        file.touch()
-        return answer
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            answer = call(*args, **kwargs)
+            file.touch()
+            return answer
 
-    FleetHttpClient._unary_unary = noted
+        return noted
+
+    seams.take(seams.ANSWERS, noting)
 
 
 def limit_trust(arguments: list[str]) -> None:
@@ -79,33 +82,34 @@ def limit_trust(arguments: list[str]) -> None:
 
 
 def judge_age(memory: Path, limit: int) -> None:
-    """From now on _verify_fab, Flower's check of a bundle, also asks for its age, and the hub hears what was wrong."""
-    verify = start_client_internal._verify_fab
-    asks = set(start_client_internal._pull_and_store_message.__code__.co_names)
-    if not {"_verify_fab", "FAB_VERIFICATION_ERROR"} <= asks:
-        raise RuntimeError("this Flower checks signatures elsewhere: a bundle of any age would run")
+    """From now on Flower's check of a bundle also asks for its age, and the hub hears what was wrong."""
 
-    def good(fab: Fab, publisher: str, key: str) -> int | None:
-        """When the publisher signed these bytes, by Flower's own check; None where it did not. The hub wrote all."""
-        try:
-            record = fab.verifications[publisher]
-            if verify(Fab(fab.hash_str, fab.content, {publisher: record}), {publisher: key}):
-                return json.loads(record)["signed_at"]
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-            pass
-        return None
+    def with_age(verify: Callable[..., bool]) -> Callable[..., bool]:
+        def good(fab: Fab, publisher: str, key: str) -> int | None:
+            """When the publisher signed these bytes, by Flower's own check, or None. The hub wrote all of it."""
+            try:
+                record = fab.verifications[publisher]
+                if verify(Fab(fab.hash_str, fab.content, {publisher: record}), {publisher: key}):
+                    return json.loads(record)["signed_at"]
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+                pass
+            return None
 
-    def verified(fab: Fab, pinned: dict[str, str]) -> bool:
-        times = {publisher: at for publisher, key in pinned.items() if (at := good(fab, publisher, key)) is not None}
-        wrong = trust.refusals(hashlib.sha256(fab.content).hexdigest(), times, memory, time.time(), limit)
-        for reason in wrong:
-            print(reason, flush=True)
-        if wrong:  # what Flower answers next
-            public = f"{wrong[0].code}  {wrong[0].headline}"
-            start_client_internal.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, public)
-        return not wrong
+        @wraps(verify)
+        def verified(fab: Fab, pinned: dict[str, str]) -> bool:
+            times = {name: at for name, key in pinned.items() if (at := good(fab, name, key)) is not None}
+            wrong = trust.refusals(hashlib.sha256(fab.content).hexdigest(), times, memory, time.time(), limit)
+            for reason in wrong:
+                print(reason, flush=True)
+            if wrong:  # what Flower answers next
+                public = f"{wrong[0].code}  {wrong[0].headline}"
+                seams.take(seams.VERIFICATION_ERROR, lambda _: Error(ErrorCode.INVALID_FAB, public))
+            return not wrong
 
-    start_client_internal._verify_fab = verified
+        return verified
+
+    seams.take(seams.VERIFY_FAB, with_age)
+    seams.take(seams.VERIFICATION_ERROR, lambda flowers: flowers)  # that it will take, before it is needed
 
 
 def preflight() -> None:
@@ -142,8 +146,9 @@ def hasten() -> None:
                 return time.sleep(min(seconds, LOOK))
             time.sleep(min(seconds, max(LEAST, SHARE * (now - cls.worked))))
 
-    start_client_internal.subprocess, start_client_internal.time = Warm, Clock
-    start_client_internal.pull_objects = partial(pull_objects, **SOON)
+    seams.take(seams.SUPERNODES_PROCESS, lambda _: Warm)
+    seams.take(seams.SUPERNODES_CLOCK, lambda _: Clock)
+    seams.take(seams.SUPERNODES_PULL, lambda pull_objects: partial(pull_objects, **SOON))
 
 
 def end_with(superexec: subprocess.Popen) -> None:
@@ -162,21 +167,29 @@ def end_with_any_thread(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-if os.environ.get("BOUQUET_PREFLIGHT"):
-    preflight()
-if "BOUQUET_HEARD" in os.environ:
-    note_answers(Path(os.environ["BOUQUET_HEARD"]))
-hasten()
-threading.excepthook = end_with_any_thread
-sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-limit_trust(sys.argv[1:])
-code: int | str | None = 1
-try:
-    flower_supernode()
-except SystemExit as end:
-    code = end.code
-except BaseException:  # whatever ended the loop: say it, then end the process
-    traceback.print_exc()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code if isinstance(code, int) else 1)
+def end_with_threads() -> None:
+    seams.take(seams.DEAD_THREAD, lambda _: end_with_any_thread)
+
+
+def main() -> None:
+    if os.environ.get("BOUQUET_PREFLIGHT"):
+        preflight()
+    if "BOUQUET_HEARD" in os.environ:
+        heard = Path(os.environ["BOUQUET_HEARD"])
+        seams.begin(lambda: note_answers(heard))
+    sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
+    seams.begin(hasten, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    code: int | str | None = 1
+    try:
+        flower_supernode()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # whatever ended the loop: say it, then end the process
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    main()

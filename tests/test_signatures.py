@@ -232,7 +232,7 @@ def test_a_site_does_not_start_with_a_flower_that_would_never_ask(
 ) -> None:
     code = f"def other(): return {altered}\nflower._pull_and_store_message = other\n"
     done = supernode(tmp_path, code + "cli.flower_supernode = lambda: print('it started')")
-    assert done.returncode == 1 and "a bundle of any age would run" in done.stderr and "it started" not in done.stdout
+    assert done.returncode == 1 and done.stderr.startswith("FLWR-01  ") and "it started" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
+from flwr.superlink import main as superlink_main
+from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.start_client_internal import _verify_fab
 from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
@@ -126,22 +128,22 @@ def test_a_bundle_without_a_readable_signature_file_goes_out_unsigned_and_the_hu
 
 def test_a_reply_in_another_sites_name_never_reaches_the_hubs_state(monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: taken.append(request))
+    monkeypatch.setattr(fleet_handlers, "push_messages", lambda request, state: taken.append(request))
     superlink.refuse_impostors()
 
     def reply(sender: int, written: int) -> PushMessagesRequest:
         return PushMessagesRequest(node=Node(node_id=sender), messages_list=[Message(metadata=Metadata(src_node_id=written))])
 
     with pytest.raises(FlowerError) as refused:
-        superlink.fleet_handlers.push_messages(reply(1, 2), None)
+        fleet_handlers.push_messages(reply(1, 2), None)
     assert refused.value.code == ApiErrorCode.FORBIDDEN_ACTION and taken == []
-    superlink.fleet_handlers.push_messages(reply(2, 2), None)
+    fleet_handlers.push_messages(reply(2, 2), None)
     assert taken == [reply(2, 2)]
 
 
 def test_a_reply_of_endless_pieces_never_reaches_the_hubs_state(monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: taken.append(request))
+    monkeypatch.setattr(fleet_handlers, "push_messages", lambda request, state: taken.append(request))
     superlink.refuse_impostors()
 
     def reply(pieces: int) -> PushMessagesRequest:
@@ -149,21 +151,21 @@ def test_a_reply_of_endless_pieces_never_reaches_the_hubs_state(monkeypatch) -> 
         message = Message(metadata=Metadata(src_node_id=2))
         return PushMessagesRequest(node=Node(node_id=2), messages_list=[message], message_object_trees=[tree])
 
-    superlink.fleet_handlers.push_messages(reply(1000), None)
+    fleet_handlers.push_messages(reply(1000), None)
     with pytest.raises(FlowerError):
-        superlink.fleet_handlers.push_messages(reply(1001), None)
+        fleet_handlers.push_messages(reply(1001), None)
     assert taken == [reply(1000)]
 
 
 def test_a_node_that_misbehaves_is_told_of_by_its_own_number_at_rare_counts(monkeypatch, capfd) -> None:
-    monkeypatch.setattr(superlink.fleet_handlers, "push_messages", lambda request, state: None)
+    monkeypatch.setattr(fleet_handlers, "push_messages", lambda request, state: None)
     monkeypatch.setattr(superlink, "seen", superlink.Counter())
     superlink.refuse_impostors()
     for written in range(10, 1210):
         message = Message(metadata=Metadata(src_node_id=written))
         request = PushMessagesRequest(node=Node(node_id=7), messages_list=[message])
         with pytest.raises(FlowerError):
-            superlink.fleet_handlers.push_messages(request, None)
+            fleet_handlers.push_messages(request, None)
     what = "bouquet: node 7 sent a reply in another SuperNode's name; refused"
     rarely = [f"{what} ({count} times by now)" for count in (10, 100, 1000)]
     assert capfd.readouterr().out.splitlines() == [what, *rarely]
@@ -174,14 +176,14 @@ def test_a_node_that_misbehaves_is_told_of_by_its_own_number_at_rare_counts(monk
 
 @pytest.mark.parametrize(("error", "status"), [(OperationalError("INSERT", {}, Exception("database or disk is full")), 503), (ValueError("a bug"), 500)])
 def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_is_not(error, status, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(superlink.superlink_main, "http_error_translator", superlink.superlink_main.http_error_translator)
+    monkeypatch.setattr(superlink_main, "http_error_translator", superlink_main.http_error_translator)
     superlink.ask_to_come_back()
 
     async def fails(request: Request) -> Response:
         raise error
 
     request = Request({"type": "http", "path": "/v1/runtime/acquire-task", "headers": [], "method": "POST", "server": ("hub", 443), "query_string": b""})
-    assert asyncio.run(superlink.superlink_main.http_error_translator(request, fails)).status_code == status
+    assert asyncio.run(superlink_main.http_error_translator(request, fails)).status_code == status
     said = "bouquet: /v1/runtime/acquire-task was answered with 503: database or disk is full\n"
     assert capfd.readouterr().out.endswith(said) == (status == 503)
 

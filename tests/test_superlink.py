@@ -1,0 +1,188 @@
+"""What docker/superlink.py and docker/supernode.py change in Flower, by its effect on real SuperLinks and SuperNodes.
+
+Each of these could stop to work while the rest goes on as if nothing were; none needs a run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from scripts._control import Control
+from scripts._deployment import Processes, free_port
+from scripts._faults.bench import certificates
+from scripts._hostile import CONTROL, Door, Key, new_key, public
+
+BUSY = 2000  # milliseconds that the SuperLink waits for its database here; else 25000, and Flower's own 5000
+HUB = f"""
+from flwr.supercore import sql_mixin
+sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", "0"), *sql_mixin.SQLITE_PRAGMAS[1:])  # no patience of Flower's own
+import superlink
+superlink.BUSY = {BUSY}
+superlink.main()
+"""
+SITE = """
+import threading, time
+slept = time.sleep
+def sleep(seconds):
+    if threading.current_thread() is threading.main_thread():
+        print(f"sleeps {seconds}", flush=True)
+    slept(seconds)
+time.sleep = sleep
+import supernode
+supernode.SHARE, supernode.GOODBYE = 0, 0  # as if there had been work a moment ago; goodbye at once
+supernode.main()
+"""
+HEARTLESS = """
+from flwr.supernode.fleet_http_client import FleetHttpClient
+FleetHttpClient.SendNodeHeartbeat = lambda *_: 1 / 0
+import supernode
+supernode.main()
+"""
+
+
+class Hub(Control, Processes):
+    """A SuperLink, and SuperNodes as they are asked for; each begins with some lines of a test's."""
+
+    def __init__(self, home: Path) -> None:
+        folder = home / "photos"
+        folder.mkdir()
+        super().__init__(home, certificates(home), free_port(), {"site-1": folder, "site-2": folder})
+        self.door = Door("127.0.0.1", self.port, self.certs / "ca.crt")
+        self.code = {"superlink": HUB, "site-1": SITE, "site-2": HEARTLESS}
+
+    def _spawn(self, name: str, command: list, env: dict[str, str] = {}) -> None:
+        if name == "serverapp":
+            return  # there is no run
+        beside = f"import sys; del sys.argv[0]; sys.path.insert(0, {str(ROOT / 'docker')!r})"
+        super()._spawn(name, [command[0], "-c", f"{beside}\n{self.code[name]}", *command[1:]], env)
+
+    def admit(self, key: Key, name: str) -> None:
+        answer = self.door.call(CONTROL + "register-node", RegisterNodeRequest(public_key=public(key), name=name))
+        assert answer.status == 200, answer
+
+    @contextmanager
+    def admitted(self) -> Iterator[tuple[FleetHttpClient, ActivateNodeRequest]]:
+        """What one more site's SuperNode talks to the SuperLink with, and how it begins."""
+        self.admit(key := new_key(), f"site-{free_port()}")
+        own = NodeAuthHttpInterceptor(key, key.public_key())
+        authority = (self.certs / "ca.crt").read_bytes()
+        with FleetHttpClient.from_server_address(self.address, False, authority, [own]) as client:
+            yield client, ActivateNodeRequest(public_key=public(key), heartbeat_interval=1800)
+
+    def log(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While somebody else writes to its database."""
+        with closing(sqlite3.connect(self.home / "state/superlink.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+            other.execute("ROLLBACK")
+
+
+def wait(what: Callable[[], object], logs: Callable[[], str], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, logs()[-3000:]
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    running = Hub(tmp_path_factory.mktemp("hub"))
+    try:
+        running.start_hub()
+        for name in running.sites:
+            running.admit(load_ssh_private_key((running.certs / f"{name}.key").read_bytes(), None), name)
+        yield running
+    finally:
+        running.stop()
+
+
+def test_a_database_that_is_busy_for_a_moment_is_waited_for(hub: Hub) -> None:
+    answers = []
+    with hub.admitted() as (client, request):
+        asking = threading.Thread(target=lambda: answers.append(client.ActivateNode(request).node_id))
+        with hub.locked():
+            asking.start()
+            asking.join(BUSY / 4000)
+            assert asking.is_alive() and "was answered with 503" not in hub.log("superlink")
+        asking.join(60)
+    assert answers and answers[0] > 0, hub.log("superlink")[-2000:]
+
+
+def test_a_reply_in_another_sites_name_is_refused_by_the_superlink(hub: Hub) -> None:
+    def refusal(written: int) -> int:
+        message = Message(metadata=Metadata(src_node_id=written, message_type="train", reply_to_message_id="x", ttl=60))
+        tree = ObjectTree(object_id="x")
+        reply = PushMessagesRequest(node=Node(node_id=own), messages_list=[message], message_object_trees=[tree])
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            client.PushMessages(reply)
+        error = FlowerError.from_json(refused.value.response.text)
+        return error.code if error else refused.value.response.status_code
+
+    with hub.admitted() as (client, request):
+        own = client.ActivateNode(request).node_id
+        assert refusal(own) != ApiErrorCode.FORBIDDEN_ACTION  # the same in its own name: of no run that there is
+        assert refusal(own + 1) == ApiErrorCode.FORBIDDEN_ACTION
+    assert f"bouquet: node {own} sent a reply in another SuperNode's name; refused\n" in hub.log("superlink")
+
+
+def test_a_hub_that_cannot_write_says_so_and_a_supernode_waits_and_goes_on(hub: Hub) -> None:
+    said, before = "bouquet: /v1/fleet/activate-node was answered with 503: database is locked\n", hub.online()
+    with hub.locked():
+        hub.start_site("site-1")
+        wait(
+            lambda: said in hub.log("superlink") or hub.running["site-1"].poll() is not None, lambda: hub.log("site-1")
+        )
+    assert said in hub.log("superlink")
+    wait(lambda: hub.online() > before or hub.running["site-1"].poll() is not None, lambda: hub.log("site-1"))
+    assert hub.running["site-1"].poll() is None, hub.log("site-1")
+
+
+def test_a_supernode_asks_at_once_where_work_is_likely(hub: Hub) -> None:
+    wait(lambda: hub.log("site-1").count("sleeps 0.1\n") > 2, lambda: hub.log("site-1"))
+    assert "sleeps 3\n" not in hub.log("site-1")
+
+
+def test_a_supernode_has_our_superexec_and_ends_with_it(hub: Hub) -> None:
+    supernode = hub.running["site-1"]
+    [superexec] = [
+        int(pid)
+        for task in Path(f"/proc/{supernode.pid}/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
+    assert str(ROOT / "docker/superexec.py") in Path(f"/proc/{superexec}/cmdline").read_text().split("\0")
+    os.kill(superexec, signal.SIGKILL)
+    wait(lambda: supernode.poll() is not None, lambda: hub.log("site-1"))
+    assert (
+        supernode.returncode == 1
+        and "bouquet: the SuperExec has ended (-9), and the SuperNode with it\n" in hub.log("site-1")
+    )
+
+
+def test_a_supernode_whose_heartbeat_has_died_ends(hub: Hub) -> None:
+    hub.start_site("site-2")
+    wait(lambda: hub.running["site-2"].poll() is not None, lambda: hub.log("site-2"))
+    assert hub.running["site-2"].returncode == 1 and "ZeroDivisionError" in hub.log("site-2")
+    assert "bouquet: a thread of the SuperNode has died, and the SuperNode with it\n" in hub.log("site-2")
