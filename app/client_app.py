@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import limits
+from app import limits, quiet
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError
 from app.privacy import Secret
@@ -27,6 +27,7 @@ from app.privacy import Secret
 if TYPE_CHECKING:
     from app.train import Site
 
+quiet.flower()
 app = ClientApp()
 kept: dict[tuple, Site] = {}  # at most one: the site that took the last round, by all that it was made from
 KEYS = ("site-name", "data-path", "models-path", "cache-path")  # of a SuperNode's node config
@@ -67,6 +68,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
     from app import gpu, journal, model, wire  # torch is imported only once there is work
 
+    quiet.libraries()
     config, order = RunConfig.read(context.run_config), message.content["config"]
     own = str(context.node_config.get("limits", ""))
     limits.Limits.read(own).check(config)

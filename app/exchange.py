@@ -1,7 +1,9 @@
 """One message to every site that is there, and what came back in time.
 
 Enters: an adapter and Flower's Grid. Leaves: the valid replies by site name, the refused ones with their reasons, and, while it
-waits, `status.json` on the shared volume: who has replied, who is missing and since when, the deadline.
+waits, `status.json` on the shared volume: who has replied, who is missing and since when, the deadline, how long the
+missing ones took the last time. A wait that lasts is told on the run's output too, ever less often. More is not known
+while a site works: Flower's SuperNode takes no other message until it has replied to the one that it has.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from app.spool import Spool
 POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
 LEAST = 60.0  # seconds that a round may always take
 MOST_NAMED = 20  # sites in one sentence
+FIRST_WORD = 20.0  # seconds of a wait before a word of it
+LONGEST_SILENCE = 320.0  # seconds between two words, each silence being twice the one before
 REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects' frames
 
 
@@ -80,6 +84,7 @@ class Exchange:
         self.admitted = sorted(admitted)
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
+        self.lasted: dict[int, float] = {}  # node id -> seconds from its last message to its reply
         self.norms: list[float] = []  # lengths of the accepted updates
         self.registered: dict[int, str] = {}  # node id -> the name that the hub's operator gave it, "" for none
         self.told: set[str] = set()  # what is said once a run
@@ -125,9 +130,10 @@ class Exchange:
         replies: list[aggregate.Reply] = []
         untaken = [node for node in nodes if node not in missing.values()]
         refused = [self._refuse(self.name(node), "HUB-03  The SuperLink did not take its message.") for node in untaken]
-        self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=time.time(), deadline=end, refused=refused)
+        began = time.time()
+        self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=refused)
         self._note_who(replies, missing.values())
-        late = False
+        late, word, silence = False, began + FIRST_WORD, FIRST_WORD
         while missing and not late:
             # one more look at the end: a reply that came slowly may have hidden another
             look, late = time.monotonic(), time.time() >= end
@@ -142,9 +148,13 @@ class Exchange:
                     refused.append(self._refuse(self.name(node), str(error)))
                 else:
                     replies.append(replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply)
+                    self.lasted[node] = time.time() - began
                 del missing[message_id]
                 self._note_who(replies, missing.values())
             if missing and not late:
+                if time.time() >= word:
+                    self._tell_of_wait(kind, number, time.time() - began, len(replies), missing.values())
+                    word, silence = time.time() + silence, min(2 * silence, LONGEST_SILENCE)
                 time.sleep(max(POLL, time.monotonic() - look))
         reason = f"HUB-03  No reply within {timeout:.0f} s."
         refused += [self._refuse(self.name(node), reason) for node in missing.values()]
@@ -244,7 +254,15 @@ class Exchange:
             pass
 
     def _note_who(self, replies: Iterable[aggregate.Reply], missing: Iterable[int]) -> None:
-        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(map(self.name, missing)))
+        took = {self.name(node): round(self.lasted[node], 1) for node in missing if node in self.lasted}
+        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(map(self.name, missing)), took=took)
+
+    def _tell_of_wait(self, kind: str, number: int, seconds: float, replied: int, missing: Iterable[int]) -> None:
+        """All that a hub knows of sites that work: how long already, and how long the last time."""
+        last = {node: f" ({seconds:.0f} s the last time)" for node, seconds in self.lasted.items()}
+        names = sorted(self.name(node) + last.get(node, "") for node in missing)
+        what = f"round {number}" if kind == "train" else "last evaluation"
+        print(f"bouquet: {what} waits  {seconds:.0f} s so far  replied {replied}  not yet {_listed(names)}", flush=True)
 
     def _refuse(self, site: str, reason: str) -> dict[str, str]:
         print(f"bouquet: refused  {site}: {reason}", flush=True)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def locate(name: str, models: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, revision = HUB[name]
+    _tell_of_download(name)
     try:
         allow = [f"{part}/*" for part in PARTS] + ["model_index.json"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=allow, ignore_patterns=["*.bin", "*fp16*", "*non_ema*"]))
@@ -66,6 +69,13 @@ def locate(name: str, models: Path) -> Path:
             found=f"no folder {folder}, and {repository} at {revision[:8]} cannot be fetched ({type(error).__name__})",
             fix=f"put the model into {folder}, or allow this machine to reach the model hub",
         ) from error
+
+
+@cache
+def _tell_of_download(name: str) -> None:
+    """Once a process: gigabytes may come now, and nothing else would say so."""
+    said = f"bouquet: {name} is not among the base models here; what this host lacks of it is fetched now"
+    print(said, file=sys.stderr, flush=True)
 
 
 def _instead(name: str, models: Path) -> str:

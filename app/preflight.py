@@ -309,14 +309,13 @@ class Preflight:
     def check_step(self) -> str:
         """A real step on real photos: encoded afresh in a folder of its own, so that the site's cache stays as it is."""
         import torch
-        from transformers.utils.logging import disable_progress_bar
 
-        from app import cache, memory, model, train
+        from app import cache, memory, model, quiet, train
 
         config, cuda = self.own.config, torch.cuda.is_available()
         some = replace(self.partition, photos=self.partition.photos[: max(2, config.batch_size)], quarantined=())
         accelerator = train.accelerator(config)
-        disable_progress_bar()
+        quiet.libraries()
         try:
             with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder:
                 sums = model.fingerprint(self.base, self.own.cache)

@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app import aggregate, checkpoint, export, lora_files, metrics, model, text, tracking, wire
+from app import aggregate, checkpoint, export, lora_files, metrics, model, quiet, text, tracking, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.exchange import Exchange
@@ -37,6 +37,7 @@ class _Named(logging.Filter):
 
 
 logging.getLogger("flwr").addFilter(_Named())
+quiet.flower()
 text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
 SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
@@ -56,6 +57,7 @@ class Run:
 
     def __init__(self, grid: Grid, context: Context) -> None:
         self.config = RunConfig.read(context.run_config)
+        quiet.libraries()
         adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
         self.folder = adapters / str(context.run_id)
         self.base = model.locate(self.config.base_model, models)

@@ -95,6 +95,13 @@ def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
     return [row | nothing | done.get(name, {}) for name, row in sorted(rows.items())]
 
 
+def took(status: dict[str, Any]) -> dict[str, float]:
+    """By site that has not replied yet: seconds that its last reply took, of a run's status.json where that says it."""
+    told = status.get("took")
+    numbers = told.items() if isinstance(told, dict) else ()
+    return {name: value for name, value in numbers if type(value) in (int, float)}
+
+
 def deeds(histories: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By site: images and GPU in its last round, rounds it took part in, over all runs, the newest last."""
     found: dict[str, dict[str, Any]] = {}

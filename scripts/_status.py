@@ -112,6 +112,7 @@ def early(told: _ask.Told) -> dict[str, Any]:
         "for": WAITS.get(told.state),
         "replied": [],
         "missing": {},
+        "took": {},
         "errors": {},
         "adapter": None,
     }
@@ -144,6 +145,7 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
         "for": None,
         "replied": status.get("replied", []) if state == "running" else [],
         "missing": {site: offline.get(site, "online") for site in status.get("missing", [])} if waiting else {},
+        "took": _sites.took(status) if waiting else {},
         "errors": errors,
         "adapter": f"{run.history['run']}/round-{run.rounds[-1]['round']:04d}" if run.rounds else None,
     }
@@ -151,6 +153,7 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
 
 def words(facts: dict[str, Any], now: float | None = None) -> str:
     """For people: a line a fact."""
+    now = time.time() if now is None else now
     done, wanted = facts["rounds"]["done"], facts["rounds"]["wanted"]
     lines = [f"run       {facts['run']}  {facts['state']}" + (f", {facts['doing']}" if facts["doing"] else "")]
     if wanted is not None:
@@ -160,13 +163,14 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     if facts["for"]:
         lines.append(f"waiting   since {_clock(facts['since'])}, {facts['for']}")
     elif facts["deadline"]:
-        left = datetime.fromisoformat(facts["deadline"]).timestamp() - (time.time() if now is None else now)
+        left = datetime.fromisoformat(facts["deadline"]).timestamp() - now
         attempt = f", try {facts['try']}" if facts["try"] > 1 else ""
         lines.append(f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s more){attempt}")
     if facts["replied"]:
         lines.append(f"replied   {', '.join(facts['replied'])}")
     for site, since in facts["missing"].items():
-        lines.append(f"missing   {site}  " + ("at work" if since == "online" else f"offline since {_clock(since)}"))
+        doing = working(site, facts, now) if since == "online" else f"offline since {_clock(since)}"
+        lines.append(f"missing   {site}  {doing}")
     lines += [f"refused   {site}  {reason}" for site, reason in facts["errors"].items()]
     lines.append(f"adapter   {facts['adapter']}" if facts["adapter"] else "adapter   none yet")
     if facts["state"] == "failed" and facts["adapter"]:
@@ -174,6 +178,12 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     if facts["state"] == "finished":
         lines.append("next      scripts/report")
     return "\n".join(text.printable(line) for line in lines)
+
+
+def working(site: str, facts: dict[str, Any], now: float) -> str:
+    """What is known of a site that has a message and has not replied yet."""
+    since = f" for {max(0, now - datetime.fromisoformat(facts['since']).timestamp()):.0f} s" if facts["since"] else ""
+    return f"at work{since}" + (f", the last time {facts['took'][site]:.0f} s" if site in facts["took"] else "")
 
 
 def _utc(seconds: float | None) -> str | None:

@@ -9,6 +9,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -25,8 +26,10 @@ from app.errors import BouquetError
 from scripts._bench.contenders import sessions
 from scripts._bench.watch import MESSAGE, Watch, processes
 from scripts._deployment import Processes, free_port, is_alive
-from scripts._flower import connect, flwr, follow, nodes_online, start_run
+from scripts._flower import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
 
+LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
+NODES = re.compile(r"(\x1b\[92m)?INFO")  # the SuperNode's own, about each message
 SMALL = "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 sample-steps=2 sample-prompts='a red poppy'"
 
 
@@ -55,6 +58,15 @@ def finished(federation: Processes) -> tuple[Path, list[str]]:
     state, details = follow(run, lines.append, timeout=600)
     assert state == "finished:completed", (details, lines)
     return federation.fetch(run), lines
+
+
+def stream(run: str) -> list[str]:
+    """Every line that a run has printed at the hub, as `flwr run --stream` passes it on; what flwr itself says is left out."""
+    command = [BIN / "flwr", "log", run, "remote-deployment", "--stream"]
+    done = subprocess.run(command, env=os.environ | QUIET | {"FLWR_LOG_LEVEL": "WARNING"}, stdout=subprocess.PIPE, text=True, timeout=120)
+    said = [line for line in re.split(r"[\r\n]+", done.stdout) if line]
+    assert said[0].startswith("Using SuperLink: ")
+    return said[1:]
 
 
 def history(folder: Path) -> dict:
@@ -86,6 +98,20 @@ def test_both_sites_take_part_in_every_round(finished: tuple[Path, list[str]]) -
 def test_a_person_sees_one_line_a_round(finished: tuple[Path, list[str]]) -> None:
     _, lines = finished
     assert [line.split("  ")[0] for line in lines if " round " in f" {line}"][:2] == ["bouquet: round 1/2", "bouquet: round 2/2"]
+
+
+def test_the_run_prints_our_lines_and_others_warnings_alone(finished: tuple[Path, list[str]]) -> None:
+    lines = stream(finished[0].name)
+    assert [line for line in lines if not OURS.match(line) and not LOUD.match(line)] == []
+    assert [line for line in lines if OURS.match(line)] == finished[1]
+
+
+def test_the_sites_processes_print_our_lines_and_others_warnings_alone(federation: Processes, finished: tuple[Path, list[str]]) -> None:
+    for site in federation.sites:
+        log = (federation.logs / f"{site}.log").read_text()
+        after = re.split(r"[\r\n]+", log[log.index("bouquet: encoded ") :])
+        assert [line for line in after if line and not OURS.match(line) and not LOUD.match(line) and not NODES.match(line)] == []
+        assert "Start `flwr-clientapp` process" not in log and "Successfully installed" not in log
 
 
 def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(federation: Processes) -> None:
@@ -135,9 +161,14 @@ def test_an_unknown_run_config_key_is_named_and_no_run_starts(federation: Proces
 
 def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Processes) -> None:
     start = time.monotonic()
-    state, details = follow(start_run("min-sites=3 wait-for-sites=3"), lambda line: None, timeout=120)
+    run = start_run("min-sites=3 wait-for-sites=3 sample-prompts=''")
+    state, details = follow(run, lambda line: None, timeout=120)
     assert state == "finished:failed" and "HUB-01" in details
     assert time.monotonic() - start < 60
+    lines = stream(run)
+    at = next(at for at, line in enumerate(lines) if line.startswith("HUB-01  "))
+    assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["found", "fix", "help"] and LOUD.match(lines[at + 4])
+    assert not any("Traceback" in line or line.startswith('  File "') for line in lines)
 
 
 def test_a_person_asks_the_hub_how_the_run_ended(federation: Processes, finished: tuple[Path, list[str]]) -> None:

@@ -255,6 +255,54 @@ def test_while_the_hub_waits_it_says_who_is_missing_and_until_when(federation, m
     assert (last["state"], last["adapter"], last["missing"]) == ("finished", "round-0001", [])
 
 
+def waits(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if " waits  " in line]
+
+
+def test_a_long_wait_is_told_ever_less_often_with_how_long_each_site_took_the_last_time(tmp_path, monkeypatch, capsys):
+    federation = Federation(tmp_path, rounds=2, local_steps=1, sample_prompts="", round_patience=0.0, round_timeout=1000)
+    clock, asked, replies, noted, answer = FakeTime(), {}, {}, [], federation.grid.answer
+    seconds = {"1": {"site-1": 15, "site-2": 30}, "2": {"site-1": 170, "site-2": 170}, "3": {"site-2": 25}}
+
+    def once(order, context):  # it is asked for a hundred times
+        if id(order) not in replies:
+            replies[id(order)] = answer(order, context)
+        return replies[id(order)]
+
+    def late(site, number, reply):
+        noted.append(json.loads((federation.adapters / "7" / "status.json").read_text()))
+        began = asked.setdefault((site, number), clock.now)
+        return reply if clock.now - began >= seconds[number].get(site, 0) else None
+
+    federation.grid.answer, federation.grid.tamper = once, late
+    monkeypatch.setattr(exchange, "time", clock)
+    monkeypatch.setattr(exchange, "POLL", 5.0)
+    federation.go(monkeypatch)
+    assert waits(capsys) == [
+        "bouquet: round 1 waits  20 s so far  replied 1  not yet site-2",
+        *(
+            f"bouquet: round 2 waits  {so_far} s so far  replied 0  not yet site-1 (15 s the last time), site-2 (30 s the last time)"
+            for so_far in (20, 40, 80, 160)
+        ),
+        "bouquet: last evaluation waits  20 s so far  replied 1  not yet site-2 (170 s the last time)",
+    ]
+    told = [(status["round"], status["missing"], status["took"]) for status in noted]
+    assert told[0] == (1, ["site-1", "site-2"], {})
+    assert (2, ["site-1", "site-2"], {"site-1": 15.0, "site-2": 30.0}) in told and (3, ["site-2"], {"site-2": 170.0}) in told
+
+
+@pytest.mark.parametrize(("timeout", "told"), [(15, []), (1000, [20, 40, 80, 160, 320, 640, 960])])
+def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_minutes(federation, monkeypatch, capsys, timeout, told):
+    tiny.be_the_hub(monkeypatch, 7)
+    federation.grid.pull_messages = lambda ids: []
+    monkeypatch.setattr(exchange, "time", FakeTime())
+    monkeypatch.setattr(exchange, "POLL", 5.0)
+    federation.root.joinpath("7").mkdir()
+    talk = exchange.Exchange(federation.grid, federation.config(round_timeout=timeout), "", federation.root / "7")
+    talk.send("train", 1, tiny.fresh())
+    assert waits(capsys) == [f"bouquet: round 1 waits  {so_far} s so far  replied 0  not yet site-1, site-2" for so_far in told]
+
+
 def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monkeypatch):
     seen = []
     weigh = aggregate.weigh

@@ -102,6 +102,16 @@ def test_a_site_that_is_missed_and_offline_is_told_from_one_at_work(tmp_path):
     assert (doing["rose"], doing["lily"], doing["garden"]) == ("at work", "missing", "")
 
 
+def test_a_site_at_work_is_told_with_since_when_and_how_long_it_took_the_last_time(tmp_path):
+    since = time.time() - 80
+    waits = {"state": "waiting", "replied": [], "missing": ["rose", "lily"], "since": since, "took": {"rose": 48.3, "lily": 3}}
+    run(tmp_path, "7", rounds=1, state="running", status=waits)
+    client = page(tmp_path)
+    assert f"rose online at work since {view.clock(since)}, 48 s the last time" in text(client.get("/now").text)
+    assert "05:00 UTC missing 40" in text(client.get("/now").text)  # lily is offline
+    assert client.get("/now", headers={"If-None-Match": client.get("/now").headers["etag"]}).status_code == 304  # time goes on, the page stays
+
+
 def test_without_a_run_it_says_how_to_start_one(tmp_path):
     shown = text(page(tmp_path, Known()).get("/").text)
     assert "No run yet." in shown and "flwr run . remote-deployment --stream" in shown and "asking for its sites" in shown

@@ -49,18 +49,24 @@ def facts(folder: Path, hub: dict) -> dict:
 
 def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until_when(tmp_path, hub):
     hub["offline"] = {"orchard": "2026-01-02T11:59:00+00:00"}
-    times = {"since": NOW - 30, "deadline": NOW + 45}
-    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **times)
+    more = {"since": NOW - 30, "deadline": NOW + 45, "took": {"meadow": 48.3}}
+    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **more)
     assert _status.words(facts(folder, hub), NOW).splitlines() == [
         "run       7  running, waiting",
         "rounds    1 of 3 done, now 2",
         "waiting   since 12:00:00 UTC, until 12:01:15 UTC (45 s more), try 2",
         "replied   garden",
-        "missing   meadow  at work",
+        "missing   meadow  at work for 30 s, the last time 48 s",
         "missing   orchard  offline since 11:59:00 UTC",
         "refused   orchard  round 1: HUB-03  No reply within 60 s.",
         "adapter   7/round-0001",
     ]
+
+
+def test_a_site_that_never_replied_before_and_one_of_an_older_hub_are_at_work_all_the_same(tmp_path, hub):
+    for number, took in enumerate(({}, None, {"meadow": "long"}), start=7):
+        folder = a_run(tmp_path / str(number), doing="waiting", round=2, missing=["meadow"], since=NOW - 80, deadline=NOW, took=took)
+        assert "missing   meadow  at work for 80 s\n" in _status.words(facts(folder, hub), NOW)
 
 
 def test_a_run_that_failed_says_why_where_its_last_good_adapter_is_and_how_to_go_on(tmp_path, hub):

@@ -74,4 +74,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

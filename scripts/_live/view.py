@@ -157,12 +157,19 @@ def sites(every: list[Seen], known: Known) -> list[dict[str, Any]]:
         row = rows.setdefault(name, {"name": name, "state": "", "seen": ""})
         row |= {"images": None, "gpu": None, "rounds": 0, "doing": ""} | done.get(name, {})
     current = next((seen for seen in every if seen.run.state == "running"), None)
-    for what, doing in (("replied", "has replied"), ("missing", "at work")) if current else ():
-        for name in current.run.status.get(what, ()):
-            if name in rows:
-                offline = what == "missing" and rows[name]["state"] == "offline"
-                rows[name]["doing"] = "missing" if offline else doing
+    status = current.run.status if current else {}
+    for name in rows.keys() & {*status.get("replied", ())}:
+        rows[name]["doing"] = "has replied"
+    for name in rows.keys() & {*status.get("missing", ())}:
+        rows[name]["doing"] = "missing" if rows[name]["state"] == "offline" else working(name, status)
     return [rows[name] for name in sorted(rows)]
+
+
+def working(name: str, status: dict[str, Any]) -> str:
+    """Of a site that has not replied; with a time of day and no count of seconds, so that the page stays the same."""
+    since, took = status.get("since"), _sites.took(status)
+    told = f"at work since {clock(since)}" if type(since) in (int, float) else "at work"
+    return told + (f", {took[name]:.0f} s the last time" if name in took else "")
 
 
 def part(name: str) -> str:
