@@ -2,8 +2,9 @@
 
 Enters: a file that nobody has looked at, maybe damaged, maybe hostile, and its bytes. Leaves: a PIL picture in sRGB, a
 float32 tensor CHW in [−1, 1], or `BadImage` with one of REASONS. Reasons may be counted and sent; names stay here.
-Colours are converted by the picture's profile; one that is damaged, says sRGB or has over 4 MB changes no pixel. What a
-PNG says in text is not unpacked. A JPEG of more than 50 megapixels is decoded at half its width.
+Colours are converted by the picture's profile, a PNG's without one by its gamma and primaries (gAMA, cHRM); what is damaged,
+says sRGB or has over 4 MB changes no pixel. What a PNG says in text is not unpacked. A JPEG of more than 50 megapixels is
+decoded at half its width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 import warnings
 import zlib
 from functools import lru_cache
@@ -44,7 +46,7 @@ REASONS = {  # why a file is set aside (quarantined), and what it means to a per
     "unreadable": "not a file, or this process may not read it",
     "unused-caption": "a caption without its picture, after another one, or in a caption file's second line",
 }
-READING = 2  # the version of what this module makes of bytes: what was kept of another one's pixels is made anew
+READING = 3  # the version of what this module makes of bytes: what was kept of another one's pixels is made anew
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000  # 200 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
 MAX_JPEG = 4 * MAX_PIXELS  # of a JPEG in one scan, decoded at half its width; of several, all would lie in memory
@@ -64,6 +66,12 @@ TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # a PNG's chunks
 UPRIGHT = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # texts that may say how to turn the picture
 FOLDER = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: of a folder that may be passed but not listed
 DEVICES = (b"mntr", b"scnr", b"prtr", b"spac")  # a profile of these: screen, scanner, printer, space
+USUAL = 0.05  # a PNG's gamma is sRGB's own where it is that near to 1/2.2
+GAMMAS = (0.2, 5.0)  # what a person can have meant; the rest is a mistake, and the picture's pixels stay
+D50 = (0.9642, 1.0, 0.8249)  # a profile's white, as XYZ
+BRADFORD = ((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0685, 1.0296))  # XYZ to an eye's cones
+SRGB = ((0.3127, 0.3290), (0.64, 0.33), (0.30, 0.60), (0.15, 0.06))  # its white, red, green and blue, as x, y
+CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # its tones, as a profile says them
 SAME = 2  # of 255: how far a profile's colours are from sRGB's where it is sRGB's own, of another maker
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a JPEG's scan: the next segment
 
@@ -254,10 +262,13 @@ def _shrink(image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Grey, 16-bit, palette, CMYK and transparent pictures as RGB, in sRGB's colours."""
-    profile = image.info.get("icc_profile") or b""
+    said, is_png = image.info, image.format == "PNG"
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert() would clip everything above 255 to white
         image = _eight_bits(image)
     space = {"1": "GRAY", "L": "GRAY", "LA": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB ")
+    profile = said.get("icc_profile") or b""
+    if is_png and not profile and "srgb" not in said and "gamma" in said:
+        profile = _profile_of(said["gamma"], said.get("chromaticity"), space)
     to_srgb = _to_srgb(profile, space)
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -272,9 +283,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper byte of a 16-bit grey picture; where it names a grey that is transparent, with transparency."""
+    """A 16-bit grey picture in 8 bits, 65535 being 255; where it names a grey that is transparent, with transparency."""
     grey, clear = np.asarray(image), image.info.get("transparency")
-    eight = Image.fromarray((grey >> 8).astype(np.uint8))
+    eight = Image.fromarray(np.rint(np.arange(65536) / 257).astype(np.uint8)[grey])
     if isinstance(clear, int):
         eight.putalpha(Image.fromarray(((grey != clear) * 255).astype(np.uint8)))
     return eight
@@ -307,3 +318,53 @@ def _to_srgb(profile: bytes, space: str) -> Any:
         return transform if np.abs(after - np.asarray(before.convert("RGB"), dtype=int)).max() > SAME else None
     except Exception:  # littleCMS's own, and what Pillow makes of them
         return None
+
+
+def _profile_of(gamma: float, places: tuple[float, ...] | None, space: str) -> bytes:
+    """A colour profile that says what a PNG's gAMA and cHRM say; nothing where that can't be meant. Both are one's claim:
+    primaries alone change nothing, and a gamma alone is about sRGB's primaries.
+    """
+    if not GAMMAS[0] <= gamma <= GAMMAS[1]:
+        return b""
+    usual = abs(gamma * 2.2 - 1) <= USUAL  # its pure power would change dark tones that every viewer shows as sRGB's
+    tones = struct.pack(">4s4xHH", b"para", 3 * usual, 0) + _fixed(*(CURVE if usual else [1 / gamma]))
+    if space == "GRAY":
+        return _profile(b"GRAY", {b"wtpt": _xyz(D50), b"kTRC": tones})
+    try:
+        columns = _to_d50(SRGB if places is None else tuple(zip(places[::2], places[1::2], strict=True)))
+    except (np.linalg.LinAlgError, ValueError, ZeroDivisionError):  # primaries on one line, a white without light
+        return b""
+    colours = {name + b"XYZ": _xyz(column) for name, column in zip((b"r", b"g", b"b"), columns.T, strict=True)}
+    return _profile(b"RGB ", {b"wtpt": _xyz(D50), **colours, b"rTRC": tones, b"gTRC": tones, b"bTRC": tones})
+
+
+def _to_d50(places: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """The matrix from linear RGB to XYZ under D50. Errors: ValueError and its kind, where that is none."""
+    (x, y), *primaries = places
+    white = np.array([x / y, 1.0, (1 - x - y) / y])
+    rgb_to_xyz = np.array([[x, y, 1 - x - y] for x, y in primaries]).T
+    eye = np.array(BRADFORD)
+    adapted = np.linalg.inv(eye) @ np.diag((eye @ D50) / (eye @ white)) @ eye
+    found = adapted @ rgb_to_xyz @ np.diag(np.linalg.solve(rgb_to_xyz, white))
+    if not (np.isfinite(found).all() and np.abs(found).max() < 4):
+        raise ValueError("no colours that there are")
+    return found
+
+
+def _fixed(*numbers: float) -> bytes:
+    return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+
+
+def _xyz(numbers: Any) -> bytes:
+    return b"XYZ \0\0\0\0" + _fixed(*numbers)
+
+
+def _profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A screen's ICC profile, version 4, with these tags."""
+    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    size = start + len(body)
+    head = struct.pack(">I4xI4s4s4s12x4s28x", size, 0x04300000, b"mntr", space, b"XYZ ", b"acsp") + _fixed(*D50)
+    return head + bytes(128 - len(head)) + table + body

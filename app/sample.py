@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from app import cache, model
+from app import cache, family, model
 from app.config import RunConfig
 from app.lora_files import LoraFile, shaped
 from app.model import Adapter
@@ -31,10 +31,29 @@ def plain(base: Path, device: torch.device | None = None):
     parts["tokenizer"] = tokenizer = model.load_tokenizer(base)
     tokenizer.model_max_length = cache.tokens(base)
     parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    parts |= _scheduler(base)
     with model.readable(base):
-        pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
+        if "scheduler" in parts:  # all parts are here; from_pretrained would look for the class that cannot be had
+            pipe = StableDiffusionPipeline(**parts)
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _scheduler(base: Path) -> dict:
+    """In place of the base model's own scheduler where that needs scipy, which is not among the packages, the nearest that does not."""
+    import diffusers
+    from diffusers.utils import is_scipy_available
+
+    own = family.read_json(base / "scheduler" / "scheduler_config.json")
+    name = own["_class_name"]  # one of family.SCHEDULES: the parts are loaded
+    instead = "EulerDiscreteScheduler" if name == "LMSDiscreteScheduler" else name  # Euler's is LMS of the first order
+    if is_scipy_available() or not (instead != name or own.get("use_beta_sigmas")):
+        return {}
+    what = name + (" with use_beta_sigmas" if own.get("use_beta_sigmas") else "")
+    print(f"bouquet: without scipy, {what} cannot draw; {instead} with its usual steps does", flush=True)
+    return {"scheduler": getattr(diffusers, instead).from_config(own | {"use_beta_sigmas": False})}
 
 
 def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):

@@ -32,8 +32,9 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE if (HERE / "app").is_dir() else HERE.parent))  # the image, or a checkout
+sys.path += [str(HERE), str(HERE if (HERE / "app").is_dir() else HERE.parent)]  # the image, or a checkout
 
+import seams  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
 
 VERSION_TABLE = utils.ALEMBIC_VERSION_TABLE
@@ -143,8 +144,7 @@ def config(engine: Engine) -> Config:
     return made
 
 
-utils.build_alembic_config = config
-assert utils._run_migration_workflow.__globals__["build_alembic_config"] is config
+seams.begin(lambda: seams.take(seams.ALEMBIC_CONFIG, lambda _: config))
 
 
 def latest() -> str:

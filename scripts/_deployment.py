@@ -7,9 +7,12 @@ Both engines have start(), stop() and fetch(run), which says where a run's folde
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import ssl
@@ -17,12 +20,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TELL = 15.0  # seconds between two lines about a hub that still starts
 sys.path.insert(0, str(ROOT))
+
+from pathspec import GitIgnoreSpec  # noqa: E402
 
 from app import text  # noqa: E402
 from app.errors import BouquetError  # noqa: E402
@@ -85,7 +90,7 @@ class Processes:
             "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(models), "BOUQUET_ADMITTED": str(certs / "admitted"),
             "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
-        self.site_env = {"OMP_NUM_THREADS": threads}
+        self.site_env = {"OMP_NUM_THREADS": threads, "DOLLAR": "$"}
         self.pins = {site: pin(gpu) for site, gpu in gpus.items()}
         self.running: dict[str, subprocess.Popen] = {}
 
@@ -103,8 +108,9 @@ class Processes:
 
     def start_hub(self) -> None:
         """SuperLink and ServerApp executor. Raises HOST-06 when the SuperLink does not answer over TLS."""
-        for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs, self.signatures):
-            folder.mkdir(parents=True, exist_ok=True)
+        with self._written():
+            for folder in (self.home / "state", self.home / "flwr", self.adapters, self.logs, self.signatures):
+                folder.mkdir(parents=True, exist_ok=True)
         self._spawn("superlink", self.superlink())
         self._wait_for_superlink()
         self._spawn("serverapp", self.serverapp())
@@ -134,15 +140,15 @@ class Processes:
     def start_site(self, name: str, hub: str = "") -> None:
         """Start one SuperNode; it connects to `hub`, or straight to this deployment's SuperLink."""
         settings = {
-            "site-name": name, "data-path": self.sites[name], "models-path": self.models,
-            "cache-path": self.home / "cache" / name, "limits": "$SITE_LIMITS",
+            "site-name": name, "data-path": toml(self.sites[name]), "models-path": toml(self.models),
+            "cache-path": toml(self.home / "cache" / name), "limits": "$SITE_LIMITS",
         }  # fmt: skip
         self._spawn(name, [
             sys.executable, ROOT / "docker" / "supernode.py", f"--superlink={hub or self.address}",
-            f"--root-certificates={self.certs}/ca.crt",
-            f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
-            "--node-config=" + " ".join(f"{key}={json.dumps(str(value))}" for key, value in settings.items()),
-            *([f"--trusted-entities={self.trusted}"] if self.trusted else []),
+            f"--root-certificates={literal(self.certs)}/ca.crt",
+            f"--auth-supernode-private-key={literal(self.certs)}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
+            "--node-config=" + " ".join(f'{key}="{value}"' for key, value in settings.items()),
+            *([f"--trusted-entities={literal(self.trusted)}"] if self.trusted else []),
         ], self.site_env | self.pins.get(name, {}))  # fmt: skip
 
     def wait_until_online(self, count: int, timeout: float = 90) -> None:
@@ -159,7 +165,8 @@ class Processes:
         process = self.running.pop(name)
         end_group(process.pid)
         process.wait()
-        self._note_pids()
+        with contextlib.suppress(BouquetError):  # a full disk keeps nothing from ending
+            self._note_pids()
 
     def stop(self) -> None:
         """Stop what this object started: sites first, so that they can say goodbye to the hub."""
@@ -173,7 +180,8 @@ class Processes:
         except (OSError, ValueError, AttributeError):  # none, or torn by a crash that left no process
             left = ()
         for pid in left:
-            if str(self.certs) in subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout:
+            args = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout
+            if str(self.certs) in args or literal(self.certs) in args:
                 end_group(pid)
         self.pids.unlink(missing_ok=True)
 
@@ -181,7 +189,9 @@ class Processes:
         return self.adapters / run_id
 
     def _spawn(self, name: str, command: list, env: Mapping[str, str] = {}) -> None:
-        with (self.logs / f"{name}.log").open("w") as log:
+        with self._written():
+            log = (self.logs / f"{name}.log").open("w")
+        with log:
             self.running[name] = subprocess.Popen(
                 [str(part) for part in command], cwd=self.home, env=self.env | env, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
@@ -190,8 +200,17 @@ class Processes:
 
     def _note_pids(self) -> None:
         half = self.pids.with_suffix(".new")
-        half.write_text(json.dumps({name: process.pid for name, process in self.running.items()}))
-        half.replace(self.pids)
+        with self._written():
+            half.write_text(json.dumps({name: process.pid for name, process in self.running.items()}))
+            half.replace(self.pids)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """What is written within. Errors: HOST-06, no room or no right."""
+        try:
+            yield
+        except OSError as error:
+            raise self._error("HOST-06", "The deployment's folder cannot be written.", f"{self.home}: {error.strerror or error}") from None
 
     def _wait_for_superlink(self, timeout: float = 120) -> None:
         """Until it answers, unless it has ended, or has neither spoken nor computed for `timeout` seconds.
@@ -239,15 +258,38 @@ class Alive:
         return now - self.since
 
 
+def literal(path: Path) -> str:
+    """A path as an argument of docker/supernode.py, which takes $NAME for a variable."""
+    return str(path).replace("$", "${DOLLAR}")
+
+
+def toml(path: Path) -> str:
+    """A path as it stands between quotation marks in --node-config, where these, \\ and $ would mean something else."""
+    return re.sub(r'["\\$\x00-\x1f\x7f]', lambda found: f"\\u{ord(found[0]):04x}", str(path))
+
+
 def pin(gpu: str) -> dict[str, str]:
     """The environment of a process that sees this GPU alone; CUDA numbers them as nvidia-smi does, where it would by speed."""
     return {"SITE_GPU": gpu, "CUDA_VISIBLE_DEVICES": "" if gpu == "none" else gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
+def files() -> list[str]:
+    """The names of the project's files: what git has or would take; in a folder that is none of git's, by the rules of .gitignore."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return sorted(filter(None, done.stdout.split("\0")))
+    ignored = GitIgnoreSpec.from_lines([".git/", ".ruff_cache/", *(ROOT / ".gitignore").read_text().splitlines()])
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        folders[:] = [name for name in folders if not ignored.match_file(f"{here / name}/")]
+        found += [str(here / name) for name in names if not ignored.match_file(here / name)]
+    return sorted(found)
+
+
 def clone(to: Path) -> Path:
     """What git would clone of this checkout (and what is new and not ignored), with its .venv; `to` itself."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
+    for name in files():
         if (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             (to / name).write_bytes((ROOT / name).read_bytes())

@@ -74,13 +74,19 @@ def start_run(run_config: str = "") -> str:
 
 
 def status(run_id: str) -> tuple[str, str]:
-    """(state, details) of a run; state is pending, starting, running or finished:completed|failed|stopped."""
-    run = flwr("ls", CONNECTION, "--run-id", run_id)["runs"][0]
-    return run["status"], run["status-details"]
+    """(state, details) of a run; state is pending, starting, running or finished:completed|failed|stopped. Errors: HOST-08."""
+    from scripts import _ask
+
+    if (run := _ask.run(run_id)) is None:
+        raise BouquetError("HOST-08", "The hub knows no such run.", found=run_id, fix="flwr ls remote-deployment lists those it knows")
+    return run.state, run.details
 
 
 def nodes_online() -> int:
-    return sum(node["status"] == "online" for node in flwr("supernode", "ls", CONNECTION)["nodes"])
+    """SuperNodes that the hub hears. Errors: HOST-08."""
+    from scripts import _ask
+
+    return sum(node.status == "online" for node in _ask.nodes())
 
 
 def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> tuple[str, str]:
@@ -132,7 +138,10 @@ def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
             say(f"connection: {CONNECTION} was another project's, to {where}; what {file} was is now {kept(file, before)}")
         elif "#" in before and after == tomli_w.dumps(wanted):
             say(f"connection: {file} is written anew, without its comments; what it was is now {kept(file, before)}")
-        file.write_text(after, encoding="utf-8")
+        half = file.with_name(f".{file.name}.{os.getpid()}")
+        half.write_text(after, encoding="utf-8")
+        half.chmod(file.stat().st_mode & 0o777)
+        half.replace(file)
     except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8
         fix = "mend that file or move it away (Flower makes a new one), then again"
         raise BouquetError("HOST-16", "Flower's configuration cannot be used.", found=f"{file}: {error}", fix=fix) from None

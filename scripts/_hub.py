@@ -75,6 +75,7 @@ def invite(args: argparse.Namespace) -> None:
     archive, digest = _kit.make(args.name, args.hub)
     print(f"kit    {archive}   send it to the site; it holds no secret")
     print(f"sum    {digest}   sha256sum, for the site to compare")
+    print(f"image  {_kit.image()}   for a site that cannot pull it: docker save -o bouquet-image.tar {_kit.image()}")
     if _kit.setting("HUB_BIND", "127.0.0.1").startswith("127."):
         print("note   the hub's port is open on this host alone; for others: HUB_BIND=0.0.0.0 in .env, then docker compose up -d")
     print(f"next   scripts/hub admit {args.name} {args.name}.pub   when the site has sent its public key")
@@ -161,4 +162,6 @@ def words(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

@@ -3,7 +3,7 @@
 Enters: the site's name; .env (HUB_HOST, HUB_PORT, IMAGE or TORCH, MODELS), certs/ca.crt, the base model. Leaves:
 .bouquet/kits/NAME/ and NAME.tar.gz, the same bytes for the same hub, whenever and by whomever it is made.
 Errors: JOIN-01 (no address), JOIN-14 (nowhere to put it), CERT-01 (the certificate lacks it), CERT-03 (no CA), CERT-05, HOST-14,
-HOST-15, MODEL-01 to -03, TRUST-02.
+HOST-15, MODEL-01 to -03, MODEL-05, TRUST-02.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def make(name: str, hub: str | None = None) -> tuple[Path, str]:
     archive = KITS / f"{name}.tar.gz"
     try:
         KITS.mkdir(parents=True, exist_ok=True)
-        place(archive, packed(name, files), 0o644)
         if not (KITS / name / "site.key").exists():  # else somebody has set this kit up where it lies
             for folder in (KITS / name, KITS / name / "models"):
                 folder.mkdir(exist_ok=True)
@@ -49,19 +48,27 @@ def make(name: str, hub: str | None = None) -> tuple[Path, str]:
                 hand_over(folder)
             for file, content in files.items():
                 place(KITS / name / file, content, mode_of(file))
+        place(archive, packed(name, files), 0o644)
     except OSError as error:
-        fix = "make it writable for the user that runs this; for the operator's container: scripts/setup"
+        fix = "make room on the disk, or the folder writable for the user that runs this; for the operator's container: scripts/setup"
         raise BouquetError("JOIN-14", "The kit cannot be written.", found=f"{KITS}: {error.strerror or error}", fix=fix) from None
     return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 def place(file: Path, content: bytes, mode: int) -> None:
-    """A new file in place of what was there; never through a link, as the operator's container may write here too."""
-    file.unlink(missing_ok=True)
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
-        out.write(content)
-        os.fchmod(out.fileno(), mode)  # whatever the umask is
-    hand_over(file)
+    """A new file in place of what was there, whole or not at all; never through a link, as the operator's container writes here too."""
+    half = file.with_name(f".{file.name}.half")
+    half.unlink(missing_ok=True)  # of an invitation that was cut off
+    try:
+        with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
+            out.write(content)
+            os.fchmod(out.fileno(), mode)  # whatever the umask is
+            os.fsync(out.fileno())
+        hand_over(half)
+        half.replace(file)
+    except OSError:
+        half.unlink(missing_ok=True)  # the disk is full: what is there stays
+        raise
 
 
 def hand_over(path: Path) -> None:
@@ -114,16 +121,18 @@ def port() -> str:
 
 
 def image() -> str:
-    return setting("IMAGE") or f"bouquet:{setting('TORCH', 'cuda')}"
+    """As compose.yaml names it."""
+    return setting("IMAGE") or f"{setting('COMPOSE_PROJECT_NAME', 'bouquet')}:{setting('TORCH', 'cuda')}"
 
 
 def base_model() -> dict[str, str]:
     """Name and fingerprint of the base model that a run takes unless told otherwise."""
-    from app import model
+    from app import family, model
 
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["base-model"]
     models = Path(os.environ.get("BOUQUET_MODELS") or _env.path(ROOT, setting("MODELS", "models")))
-    return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(model.locate(name, models))["base"]}
+    family.check(folder := model.locate(name, models))  # of a kind that can't be trained, no site should get the fingerprint
+    return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(folder)["base"]}
 
 
 def ca() -> bytes:

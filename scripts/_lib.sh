@@ -78,11 +78,13 @@ keep() { # KEY VALUE: write KEY to .env unless it is there already (what a perso
   [ -n "${DOTENV[$1]+set}" ] || put "$1" "$2"
 }
 
-put() { # KEY VALUE: write KEY to .env in place of what was there
+put() { # KEY VALUE: write KEY to .env in place of what was there, in one step
   touch .env
-  sed -i "/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}$1[[:space:]]*[=:]/d" .env
-  [ -z "$(tail -c 1 .env)" ] || echo >>.env # a last line that was not ended
-  printf '%s=%s\n' "$1" "$(quoted "$2")" >>.env
+  cp -p .env .env.new # for its owner and mode
+  sed "/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}$1[[:space:]]*[=:]/d" .env >.env.new
+  [ -z "$(tail -c 1 .env.new)" ] || echo >>.env.new # a last line that was not ended
+  printf '%s=%s\n' "$1" "$(quoted "$2")" >>.env.new
+  mv .env.new .env
   DOTENV[$1]=$2
 }
 
@@ -117,6 +119,10 @@ has() { command -v "$1" >/dev/null 2>&1; }
 docker_answers() { has docker && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; }
 gpus() { { has nvidia-smi && nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
 torch() { setting TORCH "$([ "$(gpus)" -gt 0 ] && echo cuda || echo cpu)"; }
+image() { # IMAGE where it is set; else every Compose project has its own, so that no clone runs another one's code
+  local project; project=$(setting COMPOSE_PROJECT_NAME)
+  setting IMAGE "${project:-$(scripts/_project 2>/dev/null || echo bouquet)}:$(torch)"
+}
 is_port() { [[ $1 =~ ^[0-9]{1,5}$ ]] && [ "$1" -gt 0 ] && [ "$1" -lt 65536 ]; }
 is_one_gpu() { [[ $1 =~ ^([0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+|none)$ ]]; }
 

@@ -148,4 +148,6 @@ def collect(run: Path, files: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

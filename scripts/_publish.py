@@ -174,4 +174,6 @@ def refused(found: str) -> AdapterError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

@@ -137,4 +137,6 @@ def merge(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

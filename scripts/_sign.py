@@ -20,7 +20,6 @@ import base64
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 import warnings
@@ -192,11 +191,13 @@ def openssh(key: Ed25519PublicKey) -> str:
 
 
 def write_key(key: Ed25519PrivateKey, file: Path) -> None:
-    """The private key in OpenSSH format, mode 0600 from its first byte."""
+    """The private key in OpenSSH format, mode 0600 from its first byte, and whole or not there."""
     text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     file.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
         out.write(text)
+    half.replace(file)
 
 
 def write(file: Path, text: str) -> None:
@@ -209,5 +210,6 @@ def write(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `scripts/hub sign | head`
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

@@ -194,4 +194,6 @@ def collect(run: Path, files: list[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -141,3 +142,33 @@ def test_a_name_that_is_none_is_named_before_anything_is_made(tmp_path: Path, va
 
 def test_a_certificate_is_renewed_where_no_site_is_left(made: Path) -> None:
     sh("rm certs/admitted/*.pub certs/site-*.key && scripts/certs renew", made)
+
+
+# --- cut off ---------------------------------------------------------------------------------------------------------------------
+
+MOVES = ("ca.key", "ca.crt", "superlink.key", "superlink.crt", "superexec.secret", "site-1.pub", "site-1.key", "site-2.pub", "site-2.key")
+
+
+@pytest.mark.parametrize("place", MOVES)
+def test_a_kill_after_any_file_has_come_to_its_place_leaves_what_the_next_run_makes_whole(tmp_path: Path, place: str) -> None:
+    copy = copy_project(tmp_path / "bouquet")
+    deadly = tmp_path / "bin/mv"
+    deadly.parent.mkdir()
+    deadly.write_text('#!/bin/sh\n/bin/mv "$@" || exit\nfor last; do :; done\n[ "${last##*/}" != "$PLACE" ] || kill -9 $PPID\n')
+    deadly.chmod(0o755)
+    cut = sh("scripts/certs", copy, check=False, PATH=f"{deadly.parent}:{os.environ['PATH']}", PLACE=place)
+    assert cut.returncode in (-9, 137) and len(list((copy / "certs").rglob(place))) == 1
+    sh("scripts/certs && scripts/certs check", copy)
+    certs = copy / "certs"
+    for site in ("site-1", "site-2"):
+        public = sh(f"ssh-keygen -y -f certs/{site}.key", copy).stdout.split()
+        assert (certs / f"admitted/{site}.pub").read_text().split()[:2] == public[:2]
+    assert len((certs / "superexec.secret").read_text()) == 64 and list(certs.glob("*.new*")) == []
+
+
+def test_a_certificate_of_another_key_is_named_and_made_anew(made: Path) -> None:
+    """As a kill between the two moves of a renewal leaves it."""
+    sh("openssl ecparam -name prime256v1 -genkey -noout -out certs/superlink.key", made)
+    told = sh("scripts/certs check", made, check=False)
+    assert told.returncode == 1 and told.stdout.startswith("CERT-03  The hub's certificate is not of its key.")
+    sh("scripts/certs && scripts/certs check", made)

@@ -30,7 +30,7 @@ SITES = ("supernode-1", "supernode-2")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh copy after `scripts/setup`, as its own Compose project on a free port; removed with its volumes."""
     copy = copy_project(tmp_path_factory.mktemp("compose") / "bouquet")
-    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nHUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n")
+    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nIMAGE=bouquet:cpu\nHUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
@@ -214,8 +214,8 @@ def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(ho
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH": "cpu"}
     try:
         for pin, devices in (("none", []), ("0", [["0"]])):
-            kept = re.sub(r"(?m)^(COMPOSE_FILE|SITE_[12]_GPU)=.*\n", "", (tmp_path / "env").read_text())
-            (host / ".env").write_text(f"{kept}COMPOSE_FILE=compose.yaml\nSITE_1_GPU=0\nSITE_2_GPU={pin}\n")
+            kept = re.sub(r"(?m)^SITE_[12]_GPU=.*\n", "", (tmp_path / "env").read_text()).replace(":docker/cpu.yaml", "")
+            (host / ".env").write_text(f"{kept}SITE_1_GPU=0\nSITE_2_GPU={pin}\n")
             sh("scripts/setup --engine docker && scripts/setup --engine docker", host, **env)
             services = config(host)["services"]
             reserved = [services[site]["deploy"]["resources"]["reservations"].get("devices") or [] for site in SITES]

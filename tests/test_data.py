@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from app.data import Photo, pixels, scan
 from app.errors import SiteError
@@ -291,7 +291,7 @@ GREY_16 = Image.fromarray(np.full((8, 8), 0x80FF, dtype=np.uint16))
 PALETTE = flat((200, 100, 50)).quantize(4)
 CONVERTED = {  # name: encoded picture, its colour as RGB, worked out by hand
     "grey": (encoded(flat(77, mode="L")), (77, 77, 77)),
-    "16-bit grey": (encoded(GREY_16), (128, 128, 128)),  # 0x80FF >> 8 = 0x80
+    "16-bit grey": (encoded(GREY_16), (128, 128, 128)),  # 33023 / 257 = 128.49
     "bilevel": (encoded(flat(1, mode="1")), (255, 255, 255)),
     "palette": (encoded(PALETTE), (200, 100, 50)),
     "clear": (encoded(flat((255, 0, 0, 0), mode="RGBA")), (255, 255, 255)),  # nothing of the red remains
@@ -306,6 +306,56 @@ def test_every_colour_mode_becomes_the_right_rgb(name):
     data, colour = CONVERTED[name]
     image = rgb(data)
     assert image.mode == "RGB" and image.getpixel((4, 4)) == pytest.approx(colour, abs=1)
+
+
+def test_16_bit_grey_is_scaled_so_that_white_stays_white_and_every_8_bit_tone_comes_back():
+    """257 · 255 = 65535; a tone between two goes to the nearer one, where the upper byte alone would be the lower one."""
+    grey = np.array([[257 * 0, 257 * 1, 257 * 127, 257 * 254, 65535], [128, 129, 0x80FF, 65407, 65406]], dtype=np.uint16)
+    want = [[0, 1, 127, 254, 255], [0, 1, 128, 255, 254]]  # 129 / 257 = 0.502, 65407 / 257 = 254.502, 65406 / 257 = 254.498
+    assert np.asarray(rgb(encoded(Image.fromarray(grey))))[:, :, 0].tolist() == want
+
+
+def with_chunks(image: Image.Image, gamma: float, *primaries: float, srgb: bool = False) -> bytes:
+    """A PNG that says its gamma, and its white's, red's, green's and blue's places."""
+    told = PngImagePlugin.PngInfo()
+    told.add(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
+    if primaries:
+        told.add(b"cHRM", struct.pack(">8I", *(round(100_000 * place) for place in primaries)))
+    if srgb:
+        told.add(b"sRGB", b"\0")
+    return encoded(image, pnginfo=told)
+
+
+P3 = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)  # a phone's and a Mac's screen
+BT709 = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # sRGB's own
+SAID = {  # name: a PNG without a profile, its colour in sRGB, worked out by hand
+    "linear": (with_chunks(flat((128, 64, 3)), 1.0), (188, 137, 28)),  # 255 · (1.055 · (128 / 255)^(1 / 2.4) − 0.055) = 187.8
+    "linear grey": (with_chunks(flat(128, mode="L"), 1.0), (188, 188, 188)),
+    "linear 16-bit grey": (with_chunks(Image.fromarray(np.full((8, 8), 0x8080, np.uint16)), 1.0), (188, 188, 188)),
+    "linear, clear": (with_chunks(flat((128, 64, 3, 0), mode="RGBA"), 1.0), (255, 255, 255)),
+    "an old Mac's": (with_chunks(flat((128, 128, 128)), 1 / 1.8), (146, 146, 146)),  # (128 / 255)^1.8 = 0.2892
+    "a wide gamut": (with_chunks(flat((200, 100, 100)), 1 / 2.2, *P3), (215, 93, 97)),  # R 1.2249 · 0.5776 − 0.2247 · 0.1274 = 0.6788
+    "the usual, dark": (with_chunks(flat((12, 9, 3)), 1 / 2.2, *BT709), (12, 9, 3)),  # a pure power would make 4 of 12
+    "the usual with sRGB's word": (with_chunks(flat((128, 64, 3)), 1.0, srgb=True), (128, 64, 3)),  # which counts more
+    "none": (with_chunks(flat((128, 64, 3)), 0.0), (128, 64, 3)),
+    "a mistake": (with_chunks(flat((128, 64, 3)), 22_000.0), (128, 64, 3)),
+    "no primaries": (with_chunks(flat((128, 64, 3)), 1.0, *[0.0] * 8), (128, 64, 3)),
+    "primaries on one line": (with_chunks(flat((128, 64, 3)), 1.0, *[0.3] * 8), (128, 64, 3)),
+    "primaries beyond all": (with_chunks(flat((128, 64, 3)), 1.0, *[42_000.0] * 8), (128, 64, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_png_without_a_profile_is_read_by_its_gamma_and_primaries(name):
+    data, colour = SAID[name]
+    assert rgb(data).getpixel((4, 4)) == pytest.approx(colour, abs=1 if "usual" not in name else 0)
+
+
+def test_a_profile_counts_more_than_gamma():
+    told = PngImagePlugin.PngInfo()
+    told.add(b"gAMA", struct.pack(">I", 100_000))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert rgb(encoded(flat((128, 64, 3)), pnginfo=told, icc_profile=profile)).getpixel((4, 4)) == (128, 64, 3)
 
 
 def test_a_phones_jpeg_with_a_preview_is_a_photo_not_an_animation():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, copy_project, sh
 
 from app.errors import BouquetError
-from scripts import _deployment
+from scripts import _deployment, _kit
 from scripts._deployment import Alive, Processes, end_group, free_port
 from scripts._faults.bench import certificates
 
@@ -52,6 +56,17 @@ def test_while_it_starts_the_hubs_own_last_line_is_shown(hub, monkeypatch, capsy
     with pytest.raises(BouquetError):
         hub._wait_for_superlink(timeout=1.5)
     assert "it says: bouquet: the database: step 3\ufffd[2J" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_named_at_the_start_and_keeps_nothing_from_being_stopped(hub):
+    hub.program("import signal; signal.pause()")
+    hub.pids.unlink()
+    hub.pids.with_suffix(".new").symlink_to("/dev/full")  # as a full disk: every byte that is written is refused
+    with pytest.raises(BouquetError) as caught:
+        hub._spawn("serverapp", [sys.executable, "-c", ""])
+    assert caught.value.code == "HOST-06" and "No space left on device" in caught.value.found
+    hub.stop()
+    assert hub.running == {}
 
 
 @pytest.mark.parametrize("torn", ["", '{"superlink": 12', "[]"])
@@ -181,3 +196,82 @@ def test_a_name_that_was_chosen_is_kept_unless_another_folder_has_it(host, tmp_p
     assert refused.startswith("PROJECT-01  ") and f"are of {tmp_path}\n" in refused
     host.has([("flowers", tmp_path / "gone")])
     assert host.project() == "flowers"
+
+
+# --- the image of a project ----------------------------------------------------------------------------------------------------
+
+
+def image(host: Host, **env: str) -> str:
+    env = {"PATH": f"{host.state}:{os.environ['PATH']}", "STATE": str(host.state), "TORCH": "cpu", "IMAGE": "", **env}
+    return sh("bash -c 'set -euo pipefail; . scripts/_lib.sh; image'", host.clone, **env).stdout.strip()
+
+
+def test_every_clone_has_its_own_image_and_keeps_it(host, tmp_path):
+    host.has()
+    assert image(host) == "bouquet:cpu"
+    (first := tmp_path / "first").mkdir()
+    host.has([("bouquet", first)], ("bouquet",))
+    assert image(host) == f"{host.project()}:cpu" != "bouquet:cpu"
+    (host.clone / ".env").write_text("COMPOSE_PROJECT_NAME=flowers\n")
+    assert image(host) == "flowers:cpu" and image(host, TORCH="cuda") == "flowers:cuda"
+    assert image(host, IMAGE="registry.example.org/bouquet:1") == "registry.example.org/bouquet:1"
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [({}, "bouquet:cuda"), ({"COMPOSE_PROJECT_NAME": "flowers", "TORCH": "cpu"}, "flowers:cpu"), ({"IMAGE": "r/b:1", "TORCH": "cpu"}, "r/b:1")],
+)
+def test_a_kit_and_compose_name_the_same_image(tmp_path, monkeypatch, env, expected):
+    """Compose's own reading of compose.yaml, where it is here; every service has it, and the operator's container hands it on."""
+    for name in ("COMPOSE_PROJECT_NAME", "IMAGE", "TORCH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_kit, "ROOT", tmp_path)
+    assert _kit.image() == expected
+    if not shutil.which("docker"):
+        pytest.skip("there is no docker command")
+    services = json.loads(sh("docker compose -f compose.yaml --profile '*' config --format json --no-path-resolution", ROOT).stdout)["services"]
+    assert {service["image"] for service in services.values()} == {services["operator"]["environment"]["IMAGE"]} == {expected}
+
+
+def test_no_service_asks_a_proxy_for_a_neighbour_or_for_itself():
+    """Docker's config.json may give every container a proxy; what a service says of NO_PROXY counts more than that file."""
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    servers = {"superlink", "gateway", "127.0.0.1", "localhost", "::1"}  # serverapp answers nobody but itself
+    for name, service in services.items():
+        for variable in ("NO_PROXY", "no_proxy"):
+            assert servers <= set(re.split(r"[,}]", service["environment"][variable])), (name, variable)
+
+
+# --- folders as people name them ---------------------------------------------------------------------------------------------------
+
+
+def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeypatch):
+    from flwr.common.config import parse_config_args
+
+    odd = Path("/srv/a \"b\" $HOME ${HOME} \\n `id` 'c' = ü\t!")
+    told = []
+    monkeypatch.setattr(hub, "_spawn", lambda name, command, env: told.extend(command))
+    hub.sites, hub.models, hub.home = {"garden": odd}, odd / "models", odd / "home"
+    hub.certs, hub.trusted = odd / "certs", odd / "trusted.yaml"
+    hub.start_site("garden")
+    for name, value in ({"SITE_LIMITS": "min-photos=4"} | hub.site_env).items():
+        monkeypatch.setenv(name, value)
+    given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))  # as docker/supernode.py does
+    assert given["--root-certificates"] == f"{odd}/certs/ca.crt" and given["--auth-supernode-private-key"] == f"{odd}/certs/garden.key"
+    assert given["--trusted-entities"] == f"{odd}/trusted.yaml"
+    assert parse_config_args([given["--node-config"]]) == {
+        "site-name": "garden", "data-path": str(odd), "models-path": f"{odd}/models", "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4",
+    }  # fmt: skip
+
+
+def test_an_archives_folder_has_the_same_files_as_the_clone_that_it_was_made_of(tmp_path, monkeypatch):
+    """`git archive`, or a host without git: the rules of .gitignore decide, and what set-up made is no file of the project."""
+    copy = copy_project(tmp_path / "bouquet")
+    names = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and ".venv" not in path.relative_to(copy).parts}
+    for made in (".env", "certs/site-1.key", "certs/admitted/a.pub", ".bouquet/kits/a.tar.gz", "models/big/unet/x.safetensors", "app/__pycache__/x.pyc"):
+        (copy / made).parent.mkdir(parents=True, exist_ok=True)
+        (copy / made).write_text("made")
+    monkeypatch.setattr(_deployment, "ROOT", copy)
+    assert set(_deployment.files()) == names and "models/mini/model_index.json" in names and "certs/README.md" in names

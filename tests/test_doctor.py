@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import copy_project, sh
+from conftest import ROOT, copy_project, sh
 from PIL import Image
 
 from app.errors import BouquetError
 from app.preflight import Line
-from scripts import _demo, _sample
+from scripts import _demo, _kit, _sample
+from scripts._ended import quietly
 
 
 @pytest.fixture
@@ -276,3 +279,64 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
 def test_who_reads_no_more_ends_a_command_without_a_traceback(copy: Path) -> None:
     told = sh("scripts/certs; .venv/bin/python scripts/_sign.py | head -1", copy)
     assert "Traceback" not in told.stdout and "sign: bundle" in told.stdout
+
+
+ENDED = "import sys; sys.path.insert(0, '.'); from scripts._ended import quietly\n"
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "lambda: [print('x' * 100) for _ in range(10_000)] and 0",  # more than a pipe holds
+        "lambda: print('one line that is only written at the end')",
+    ],
+)
+def test_an_output_that_nobody_reads_ends_any_command_with_141_and_no_word(main: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", f"{ENDED}sys.exit(quietly({main}))"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_has_gone() -> None:
+    def main() -> None:
+        raise BrokenPipeError("the hub's end")
+
+    with pytest.raises(BrokenPipeError, match="the hub's end"):
+        quietly(main)
+
+
+def test_every_python_command_of_scripts_ends_that_way() -> None:
+    commands = [path for path in ROOT.glob("scripts/**/*") if path.is_file() and "\n    sys.exit(main())" in path.read_text(errors="replace")]
+    assert {str(path.relative_to(ROOT)) for path in commands} <= {"scripts/_demo.py"}  # which has its own way
+
+
+# --- an invitation that is cut off --------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_while_a_kit_is_written_is_named_and_the_kit_that_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = tmp_path / "garden.tar.gz"
+    kit.write_bytes(b"the one before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        _kit.place(kit, b"half of it", 0o644)
+    assert [path.name for path in tmp_path.iterdir()] == ["garden.tar.gz"] and kit.read_bytes() == b"the one before"
+
+
+def test_an_invitation_after_one_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kit, "KITS", tmp_path)
+    (tmp_path / ".garden.tar.gz.half").write_bytes(b"ha")
+    _kit.place(tmp_path / "garden.tar.gz", b"whole", 0o644)
+    assert [path.name for path in tmp_path.iterdir()] == ["garden.tar.gz"]
+
+
+def test_a_base_of_a_kind_that_cannot_be_trained_is_named_before_there_is_a_kit(copy: Path) -> None:
+    index = copy / "models/mini/model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    told = sh("scripts/certs && scripts/hub invite garden --hub localhost:8443", copy, check=False)
+    assert told.returncode == 1 and "MODEL-05" in told.stdout and "FluxPipeline" in told.stdout and not (copy / ".bouquet/kits").exists()

@@ -115,6 +115,16 @@ def test_a_second_time_nothing_is_done(host: Host, build: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_package_that_was_cut_off_while_it_was_copied_is_copied_again(host: Host) -> None:
+    """pip asks METADATA what is there; a kill may leave that without the module, and never RECORD, which comes last."""
+    host.install("cpu")
+    [info] = host.venv.glob("lib/python3*/site-packages/nvidia_ml_py-*.dist-info")
+    (info / "RECORD").unlink()
+    module = info.with_name("nvidia_ml_py.py")
+    module.unlink()
+    assert host.install("cpu").returncode == 0 and module.exists() and (info / "RECORD").exists() and host.packages() == HAS["cpu"]
+
+
 def test_without_a_cuda_build_nothing_is_installed_and_a_person_is_told(host: Host) -> None:
     (host.wheels / f"torch-{CUDA}-py3-none-any.whl").unlink()
     done = host.install("cuda")

@@ -53,7 +53,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """The hub's operator after "Install"; its port is open to this host's Docker networks."""
     folder = copy_project(tmp_path_factory.mktemp("hub") / "bouquet")
     ports = f"HUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n"
-    (folder / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-hub-{os.getpid()}\nTORCH=cpu\n{ports}")
+    (folder / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-hub-{os.getpid()}\nTORCH=cpu\nIMAGE=bouquet:cpu\n{ports}")
     address = sh("docker network inspect bridge --format '{{(index .IPAM.Config 0).Gateway}}'", folder).stdout.strip()
     here = {
         "hub.example.org": address, "0.0.0.0": address, "scripts/setup": "scripts/setup --engine docker", "bouquet:cuda": "bouquet:cpu",

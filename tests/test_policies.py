@@ -6,7 +6,6 @@ import ast
 import io
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -16,12 +15,13 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from app.config import RunConfig, table
+from scripts._deployment import files as project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = sorted((ROOT / "app").glob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
-    {"text"},
+    {"text", "quiet"},
     {"errors"},
     {"config", "images", "gpu", "reach", "unpacked"},
     {"limits", "metrics", "captions", "seen"},
@@ -39,9 +39,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def files() -> list[Path]:
-    """Every file that git has or would take."""
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [path for name in sorted(done.stdout.split("\0")) if name and (path := ROOT / name).is_file()]
+    """Every file that git has or would take; in an archive's folder, which is none of git's, too."""
+    return [path for name in project_files() if (path := ROOT / name).is_file()]
 
 
 def is_python(path: Path) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -96,3 +100,24 @@ def test_drawing_leaves_the_adapters_as_they_are(pipe):
     adapter = tiny.adapter(1)
     sample.render(pipe, adapter, PROMPTS, tiny.CONFIG)
     assert model.adapter_hash(adapter) == model.adapter_hash(tiny.adapter(1))
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers 0.42's with numpy 2, where it makes sigmas
+@pytest.mark.parametrize(
+    ("own", "drawn"),
+    [
+        ({"_class_name": "LMSDiscreteScheduler"}, "EulerDiscreteScheduler"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_a_base_whose_scheduler_needs_scipy_is_drawn_by_the_nearest_that_does_not_and_it_is_said(own, drawn, tmp_path, capsys):
+    """LMS of the first order is Euler's method; scipy is not among the packages."""
+    base = shutil.copytree(tiny.base(), tmp_path / "lms")
+    for name, change in (("scheduler/scheduler_config.json", own), ("model_index.json", {"scheduler": ["diffusers", own["_class_name"]]})):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
+    [picture] = sample.render(sample.plain(base, torch.device("cpu")), None, PROMPTS[:1], tiny.CONFIG)
+    told = capsys.readouterr().out
+    assert told.startswith(f"bouquet: without scipy, {own['_class_name']}") and f"{drawn} with its usual steps does" in told
+    euler = sample.plain(tiny.base(), torch.device("cpu"))
+    euler.scheduler = getattr(diffusers, drawn).from_config(euler.scheduler.config)
+    np.testing.assert_array_equal(pixels([picture]), pixels(sample.render(euler, None, PROMPTS[:1], tiny.CONFIG)))

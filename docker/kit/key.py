@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 name, private = sys.argv[1], Path("site.key")
 if not private.exists():
     new = ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    half = Path(f".site.key.{os.getpid()}")  # a key is whole or not there
+    with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(new)
+    half.rename(private)
 public = load_ssh_private_key(private.read_bytes(), password=None).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
 Path(f"{name}.pub").write_bytes(public + f" {name}\n".encode())
 digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
 
 from app.errors import BouquetError
+from scripts import _kit
 from scripts._access.attacks import Hub
 from scripts._deployment import ROOT, free_port
 from scripts._flower import BIN
@@ -46,7 +47,7 @@ def clean() -> dict[str, str]:
 
 def image() -> str:
     """The image of this host: what .env says, or what there is."""
-    wanted = [os.environ.get("IMAGE", ""), "bouquet:cpu", "bouquet:cuda"]
+    wanted = [_kit.image(), "bouquet:cpu", "bouquet:cuda"]
     for name in filter(None, wanted):
         if subprocess.run(["docker", "image", "inspect", name], capture_output=True).returncode == 0:
             return name

@@ -157,4 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))

@@ -42,7 +42,7 @@ class Containers(Hub):
 
     def up(self) -> None:
         clone(self.home)
-        settings = {"COMPOSE_PROJECT_NAME": self.project, "HUB_PORT": free_port(), "CONTROL_PORT": self.control, "SITE_THREADS": 1}
+        settings = {"COMPOSE_PROJECT_NAME": self.project, "IMAGE": "bouquet:faults", "HUB_PORT": free_port(), "CONTROL_PORT": self.control, "SITE_THREADS": 1}
         settings |= {f"SITE_{number}_DATA": self.sites[f"site-{number}"] for number in (1, 2)}
         (self.home / ".env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         self.sh("scripts/setup", "--engine", "docker")

@@ -80,4 +80,6 @@ def write(run: Run, out: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from scripts._ended import quietly
+
+    sys.exit(quietly(main))
