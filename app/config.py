@@ -92,7 +92,7 @@ class RunConfig:
         for name in values:
             if name not in table:
                 close = difflib.get_close_matches(name[:100], table, n=1)
-                hint = f"did you mean {close[0]}?" if close else "see the README's table of run-config keys"
+                hint = f"did you mean {close[0]}?" if close else "docs/run-config.md has them all"
                 short = name[:100]
                 found = f"{short} = {_shown(values[name])}"
                 raise ConfigError("CONFIG-01", f"Unknown run-config key {short!r}.", found=found, fix=hint)
@@ -150,7 +150,7 @@ def _checked(name: str, spec: Any, value: Any) -> Any:
 
 
 def table() -> str:
-    """The README's table of run-config keys, as Markdown."""
+    """The table of run-config keys in docs/run-config.md, as Markdown."""
     rows = ["| key | default | unit | range | meaning |", "| --- | --- | --- | --- | --- |"]
     for f in fields(RunConfig):
         meta = f.metadata

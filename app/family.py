@@ -183,3 +183,21 @@ def readable(path: Path) -> Iterator[None]:
 def incomplete(found: str) -> ModelError:
     fix = f"copy the whole model in diffusers layout, weights as safetensors: {', '.join(PARTS)}, model_index.json"
     return ModelError("MODEL-03", "The base model is incomplete or damaged.", found=found, fix=fix)
+
+
+def tokens(base: Path) -> int:
+    """Of a caption, padded or cut: the tokenizer's `model_max_length`, and at most as many as the text encoder has positions for.
+
+    Many published tokenizers leave it unset, which is 1e30. A text encoder that names no `max_position_embeddings` has CLIP's 77.
+    Errors: MODEL-03.
+    """
+    encoder = read_json(base / "text_encoder" / "config.json")
+    tokenizer = read_json(base / "tokenizer" / "tokenizer_config.json")
+    inner = encoder.get("text_config")
+    positions = _length((inner if isinstance(inner, dict) else encoder).get("max_position_embeddings")) or 77
+    return min(positions, _length(tokenizer.get("model_max_length")) or positions)
+
+
+def _length(value: object) -> int:
+    """0 for what is no number of tokens."""
+    return int(value) if type(value) in (int, float) and 1 <= value < float("inf") else 0

@@ -11,8 +11,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from app.images import REASONS
-
+REASONS = {  # why a file is set aside (quarantined), and what it means to a person
+    "absent": "a list or table names it, and it is not in the folder",
+    "address": "an address in a list or table, not a picture: nothing is fetched",
+    "animated": "an animation, not a photo",
+    "caption-unreadable": "its caption file is not text in UTF-8, or cannot be read",
+    "changed": "its bytes are no longer those that were scanned",
+    "duplicate": "the same bytes as a picture before it",
+    "empty": "zero bytes",
+    "format": "not PNG, JPEG or WebP by its content",
+    "no-caption": "no caption, and no template to make one from",
+    "not-a-picture": "neither a picture nor a list, table or caption of one",
+    "outside": "a link or path that leads out of the data folder",
+    "pointer": "Git LFS's pointer to the file, not the file: git lfs pull",
+    "system": "hidden, or a computer's own: thumbnails, recycle bins, half a copy, a conflict (a folder counts as one)",
+    "too-large": "more than 50 million pixels (a JPEG in one scan: 200 million) or 200 MB, or packed so that reading "
+    "it is the work of many photos",
+    "undecodable": "the header or the pixels are damaged or cut off",
+    "unreadable": "not a file, or this process may not read it",
+    "unused-caption": "a caption without its picture, after another one, or in a caption file's second line",
+}
 NEEDED = ("num-examples", "train-loss", "validation-loss")
 PHASES = ("start", "encode", "load", "evaluate", "train")  # of a message's work, in their order (train.Clock)
 RANGES: dict[str, tuple[float, float]] = {

@@ -1,4 +1,4 @@
-# Reads .env as Docker Compose does, for every program here: the scripts, the site's kit, and Python (scripts/_env.py).
+# Reads .env as Docker Compose does, for every program here: the scripts, the site's kit, and Python (bouquet/dotenv.py).
 #
 #   LC_ALL=C awk -v file=.env -v mode=all|sh -f scripts/_env.awk
 #

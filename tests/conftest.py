@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from scripts._deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
+from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ("test_compose", "test_join_compose", "test_access")  # the first builds the image, the last attacks the one that is there
 LONGEST = ("docker", "test_bench", "test_faults", "test_accept", "test_trust", "test_federation", "test_publish", "test_parity")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
@@ -79,21 +78,21 @@ def docker() -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium, as scripts/_browser.py has it; skips where there is none."""
-    from scripts import _browser
+    """A headless Chromium, as benchmarks/browser.py has it; skips where there is none."""
+    from benchmarks import browser as browser_
 
-    if not _browser.find():
+    if not browser_.find():
         if os.environ.get("BOUQUET_REQUIRE_BROWSER"):
             pytest.fail("BOUQUET_REQUIRE_BROWSER is set and there is no Chromium")
         pytest.skip("no Chromium here; Debian: apt install chromium")
-    with _browser.Browser() as running:
+    with browser_.Browser() as running:
         yield running
 
 
 @pytest.fixture
 def federation(tmp_path):
     """A hub and two sites in one process, ready for one round of one step."""
-    from tests.memory import Federation
+    from tests.kit.memory import Federation
 
     return Federation(tmp_path, rounds=1, local_steps=1, sample_prompts="")
 
@@ -101,7 +100,7 @@ def federation(tmp_path):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """One whole run of two rounds at two sites with its pictures: (federation, its folder)."""
-    from tests.memory import Federation
+    from tests.kit.memory import Federation
 
     federation = Federation(tmp_path_factory.mktemp("federation"))
     with pytest.MonkeyPatch.context() as patch:
@@ -111,9 +110,9 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def final(tmp_path_factory) -> Path:
     """A run's folder with the app's own final files of a small adapter."""
-    from app import export
-    from tests import tiny
+    from app.adapter import formats
+    from tests.kit import tiny
 
     run = tmp_path_factory.mktemp("final")
-    export.write_final(run, tiny.adapter(1), tiny.CONFIG, {"adapter_sha256": "0" * 64})
+    formats.write_final(run, tiny.adapter(1), tiny.CONFIG, {"adapter_sha256": "0" * 64})
     return run

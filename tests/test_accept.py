@@ -13,16 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 
 from app import model
-from scripts._bench import __main__ as bench
-from scripts._bench import accept, accept_child, accept_machine, accept_memory, accept_runs, base, gpu
-from scripts._bench.accept import CHECKS, Check
-from scripts._bench.accept_desk import Desk, Skip, Wrong
-from scripts._bench.accept_found import NO_TIME, Found, Report, Row, Target
-from scripts._bench.accept_world import TINY, World
-from scripts._deployment import is_alive
+from benchmarks.gpu import accept, accept_child, accept_machine, accept_memory, accept_runs, gpu
+from benchmarks.gpu.accept import CHECKS, Check
+from benchmarks.gpu.accept_desk import Desk, Skip, Wrong
+from benchmarks.gpu.accept_found import NO_TIME, Found, Report, Row, Target
+from benchmarks.gpu.accept_world import TINY, World
+from benchmarks.speed import __main__ as bench
+from benchmarks.speed import base
+from bouquet import ROOT
+from bouquet.hub.deployment import is_alive
 
 MISSED, MET = Target("round / floor", 1.4, most=1.25), Target("round / floor", 1.1, most=1.25)
 MIB = 2**20
@@ -174,8 +175,8 @@ HELD = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from scripts._bench import accept
-from scripts._bench.accept_found import Found
+from benchmarks.gpu import accept
+from benchmarks.gpu.accept_found import Found
 endless = [sys.executable, "-c", "import time; time.sleep(600)"]
 checks = {"first": accept.Check(lambda desk: Found("fine"), 0, 5), "held": accept.Check(lambda desk: desk.command(endless), 0, 300)}
 asked = SimpleNamespace(device="cpu", tiny=True, json=Path(sys.argv[1]) / "found.json", limit=60)
@@ -276,8 +277,8 @@ def test_a_history_that_lacks_a_gpus_figures_is_told_by_round_and_site():
 
 
 def test_the_figures_that_a_history_must_have_are_those_that_the_gpus_driver_has(tmp_path, monkeypatch):
-    from tests.nvml import StandIn
-    from tests.nvml import gpu as line
+    from tests.kit.nvml import StandIn
+    from tests.kit.nvml import gpu as line
 
     stand_in = StandIn(tmp_path, monkeypatch)
     stand_in.state(line(energy=5, busy=3, free=20000))
@@ -356,7 +357,7 @@ def test_the_base_of_stable_diffusions_shape_is_one_that_the_app_takes(tmp_path)
 
 
 def test_photos_are_pictures_with_captions_that_a_site_can_read(tmp_path):
-    from app import data
+    from app.site.photos import data
 
     with World(tmp_path / "world", "cpu", TINY) as world:
         world.begin(["photos"])
@@ -369,8 +370,8 @@ def test_photos_are_pictures_with_captions_that_a_site_can_read(tmp_path):
 
 
 def test_nvmls_facts_are_those_of_the_first_gpu_and_what_it_cannot_say_is_none(tmp_path, monkeypatch):
-    from tests.nvml import StandIn
-    from tests.nvml import gpu as line
+    from tests.kit.nvml import StandIn
+    from tests.kit.nvml import gpu as line
 
     stand_in = StandIn(tmp_path, monkeypatch)
     stand_in.state(line(energy=5, processes="42:300"), driver="580.95.05 13000")

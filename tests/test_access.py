@@ -1,6 +1,6 @@
 """scripts/access: every attack tells a hub that lets it through from one that does not; and the real hub against Flower's quickstart.
 
-Offline: tests/false_hub.py. With Docker: the real thing, but for the attacks by load (a minute more: `scripts/access --only load`).
+Offline: tests/kit/false_hub.py. With Docker: the real thing, but for the attacks by load (a minute more: `scripts/access --only load`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, sh
+from conftest import sh
 
 from app.errors import BouquetError
-from scripts._access import __main__ as access
-from scripts._access import attacks as framework
-from scripts._access import load
-from scripts._access.attacks import ATTACKS, REFUSED, REMAINS, THROUGH, UNTRIED, Attack, Hub, Result, try_all
-from scripts._access.door import only_the_door
-from scripts._access.load import sites_afterwards
-from scripts._access.run import WITNESS, an_app, ran
-from scripts._hostile import CONTROL, Answer, Door, parse
-from tests.false_hub import FalseHub
+from benchmarks.access import __main__ as access
+from benchmarks.access import attacks as framework
+from benchmarks.access import load
+from benchmarks.access.attacks import ATTACKS, REFUSED, REMAINS, THROUGH, UNTRIED, Attack, Hub, Result, try_all
+from benchmarks.access.door import only_the_door
+from benchmarks.access.load import sites_afterwards
+from benchmarks.access.run import WITNESS, an_app, ran
+from benchmarks.hostile import CONTROL, Answer, Door, parse
+from bouquet import ROOT
+from tests.kit.false_hub import FalseHub
 
 QUICK = "--only join run trust path TLS network"
 REMAINING = {"replayed signed header within its window: one header 2 s old, ten connections, ten different calls"}

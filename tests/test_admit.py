@@ -10,23 +10,23 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-from app import server_app
 from app.errors import BouquetError
-from scripts import _ask, _hub, _sites
+from app.hub import server_app
+from bouquet.hub import admission, control, roster
 
 
 class Hub:
     """What the SuperLink remembers; it refuses, or the command is cut off at the step that is named."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.known: dict[str, _sites.Site] = {}
+        self.known: dict[str, roster.Site] = {}
         self.refuses, self.cut, self.admitted = False, "", folder / "admitted"
-        write, unlink = _hub.write, Path.unlink
-        monkeypatch.setattr(_hub, "ADMITTED", self.admitted)
-        monkeypatch.setattr(_sites, "registered", lambda: list(self.known.values()))
-        monkeypatch.setattr(_ask, "register", self.register)
-        monkeypatch.setattr(_ask, "unregister", self.unregister)
-        monkeypatch.setattr(_hub, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what)))
+        write, unlink = admission.write, Path.unlink
+        monkeypatch.setattr(admission, "ADMITTED", self.admitted)
+        monkeypatch.setattr(roster, "registered", lambda: list(self.known.values()))
+        monkeypatch.setattr(control, "register", self.register)
+        monkeypatch.setattr(control, "unregister", self.unregister)
+        monkeypatch.setattr(admission, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what)))
         monkeypatch.setattr(Path, "unlink", lambda file, **how: (self.step(f"unlink {file.name}"), unlink(file, **how)))
 
     def step(self, name: str) -> None:
@@ -37,7 +37,7 @@ class Hub:
         if self.refuses:
             raise BouquetError("HOST-08", "The hub refused register-node.", found="500", fix="")
         self.step("register")
-        self.known[name] = _sites.Site(name, "admitted", None, _sites.Key.of(load_pem_public_key(pem)), len(self.known))
+        self.known[name] = roster.Site(name, "admitted", None, roster.Key.of(load_pem_public_key(pem)), len(self.known))
 
     def unregister(self, node: int) -> None:
         self.step("unregister")
@@ -64,12 +64,12 @@ def key(folder: Path) -> Path:
 
 
 def admit(file: Path, images: int | None = 5) -> None:
-    read_out = _sites.Key.read(file).fingerprint
-    _hub.admit(argparse.Namespace(name="garden", key=file, fingerprint=read_out, images=images))
+    read_out = roster.Key.read(file).fingerprint
+    admission.admit(argparse.Namespace(name="garden", key=file, fingerprint=read_out, images=images))
 
 
 def revoke() -> None:
-    _hub.revoke(argparse.Namespace(name="garden"))
+    admission.revoke(argparse.Namespace(name="garden"))
 
 
 @pytest.mark.parametrize("stood", [{}, {"garden.pub": "waits", "garden.json": '{"images": 9}\n'}])
@@ -92,7 +92,7 @@ def test_an_admission_that_is_cut_off_lets_nobody_in_and_is_ended_by_the_same_co
     hub.cut = ""
     admit(file)
     assert hub.in_rounds(monkeypatch) == ({"garden"}, {"garden": 5}) and hub.known.keys() == {"garden"}
-    assert hub.files() == {"garden.json": '{"images": 5}\n', "garden.pub": f"{_sites.Key.read(file).line} garden\n"}
+    assert hub.files() == {"garden.json": '{"images": 5}\n', "garden.pub": f"{roster.Key.read(file).line} garden\n"}
 
 
 @pytest.mark.parametrize("cut", ["unlink garden.pub", "unlink garden.json", "unregister"])

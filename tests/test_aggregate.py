@@ -10,9 +10,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from app import aggregate, metrics, model, wire
+from app import metrics, model, wire
 from app.errors import AdapterError, BouquetError, HubError
-from tests import tiny
+from app.hub import guard
+from tests.kit import tiny
 
 SENT = tiny.adapter(0)
 HASH = model.adapter_hash(SENT)
@@ -38,8 +39,8 @@ def content(adapter: model.Adapter | None = None, applied: str = HASH, site: str
     return record
 
 
-def accept(record: RecordDict | Error, training: bool = True) -> aggregate.Reply:
-    return aggregate.accept(message(record), SENT, HASH, training=training)
+def accept(record: RecordDict | Error, training: bool = True) -> guard.Reply:
+    return guard.accept(message(record), SENT, HASH, training=training)
 
 
 def refused(record: RecordDict | Error, code: str, kind: type[BouquetError] = HubError, training: bool = True) -> BouquetError:
@@ -49,8 +50,8 @@ def refused(record: RecordDict | Error, code: str, kind: type[BouquetError] = Hu
     return caught.value
 
 
-def reply(site: str, images: int, seed: int) -> aggregate.Reply:
-    return aggregate.Reply(site, tiny.adapter(seed), images, {"train-loss": float(seed)})
+def reply(site: str, images: int, seed: int) -> guard.Reply:
+    return guard.Reply(site, tiny.adapter(seed), images, {"train-loss": float(seed)})
 
 
 # --- the guard ---------------------------------------------------------------------------------------------------------
@@ -209,20 +210,20 @@ def test_no_refusals_public_sentence_repeats_what_a_site_sent():
 
 
 def test_a_registered_site_goes_by_the_name_the_hub_gave_it_whatever_it_says():
-    got = aggregate.accept(message(content(tiny.adapter(1), site="site-2")), SENT, HASH, training=True, site="site-1")
+    got = guard.accept(message(content(tiny.adapter(1), site="site-2")), SENT, HASH, training=True, site="site-1")
     assert got.site == "site-1"
 
 
 # --- the length of updates ----------------------------------------------------------------------------------------------
 
 
-def of_length(site: str, norm: float) -> aggregate.Reply:
-    return aggregate.Reply(site, None, 10, {}, norm)
+def of_length(site: str, norm: float) -> guard.Reply:
+    return guard.Reply(site, None, 10, {}, norm)
 
 
 def test_an_updates_length_is_that_of_the_difference():
     old, new = {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1)}, {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
-    assert aggregate.update_norm(new, old) == 5.0  # 3, 0 and 4
+    assert guard.update_norm(new, old) == 5.0  # 3, 0 and 4
     assert accept(content(tiny.adapter(1))).norm == pytest.approx(math.sqrt(sum(((tiny.adapter(1)[k] - v) ** 2).sum().item() for k, v in SENT.items())))
 
 
@@ -239,21 +240,21 @@ def test_an_updates_length_is_that_of_the_difference():
 )
 def test_an_update_far_longer_than_the_median_one_is_refused(norms, earlier, refused):
     replies = [of_length(site, norm) for site, norm in zip("abc", norms, strict=False)]
-    kept, out = aggregate.guard_norms(replies, earlier, 5.0)
+    kept, out = guard.guard_norms(replies, earlier, 5.0)
     assert [reply.site for reply, _ in out] == refused and [r.site for r in kept] == [r.site for r in replies if r.site not in refused]
     assert all(reason.startswith("ADAPTER-04  The update is ") for _, reason in out)
 
 
 def test_without_a_bound_every_length_is_taken():
-    assert len(aggregate.guard_norms([of_length("a", 1.0), of_length("b", 1e9)], [], 0.0)[0]) == 2
+    assert len(guard.guard_norms([of_length("a", 1.0), of_length("b", 1e9)], [], 0.0)[0]) == 2
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------
 
 
 def weights(images: dict[str, int], admitted: dict[str, int] = {}, share: float = 0.8) -> dict[str, int]:
-    replies = [aggregate.Reply(site, None, count, {}) for site, count in images.items()]
-    return {r.site: r.images for r in aggregate.weigh(replies, admitted, share)}
+    replies = [guard.Reply(site, None, count, {}) for site, count in images.items()]
+    return {r.site: r.images for r in guard.weigh(replies, admitted, share)}
 
 
 def test_a_site_weighs_no_more_than_it_was_admitted_with():
@@ -273,8 +274,8 @@ def test_shares_below_the_largest_stay_as_they_are():
 
 def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
     claims = {"a": 10**9 - 1, "b": 60, "c": 40, "d": 9}
-    replies = [aggregate.Reply(site, None, count, {}) for site, count in claims.items()]
-    got = {r.site: (r.images, r.bound) for r in aggregate.weigh(replies, {"b": 50}, 0.8)}
+    replies = [guard.Reply(site, None, count, {}) for site, count in claims.items()]
+    got = {r.site: (r.images, r.bound) for r in guard.weigh(replies, {"b": 50}, 0.8)}
     assert got == {"a": (4 * 99, "largest-share"), "b": (50, "admitted number"), "c": (40, ""), "d": (9, "")}
     sentence = metrics.bounded("a", 10**9 - 1, 396, "largest-share")
     assert sentence.startswith("a says that it has 999,999,999 images and counts for 396, since one site may weigh no more")
@@ -283,8 +284,8 @@ def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
 
 def test_a_metric_is_weighted_by_images():
     # (30·1 + 10·2) / 40 = 1.25
-    replies = [aggregate.Reply("a", None, 30, {"train-loss": 1.0}), aggregate.Reply("b", None, 10, {"train-loss": 2.0})]
-    assert aggregate.weighted(replies, "train-loss") == 1.25
+    replies = [guard.Reply("a", None, 30, {"train-loss": 1.0}), guard.Reply("b", None, 10, {"train-loss": 2.0})]
+    assert guard.weighted(replies, "train-loss") == 1.25
 
 
 @pytest.mark.parametrize(
@@ -298,5 +299,5 @@ def test_a_metric_is_weighted_by_images():
 )
 def test_a_site_that_refuses_the_code_says_which_rule_it_broke_in_the_hubs_own_words(reason, why):
     with pytest.raises(HubError) as refused:
-        aggregate.accept(message(Error(7, reason)), SENT, HASH, training=True)
+        guard.accept(message(Error(7, reason)), SENT, HASH, training=True)
     assert str(refused.value) == f"TRUST-01  The site does not trust this code: {why}."

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 from flwr.proto import control_pb2
 from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse
 from flwr.proto.run_pb2 import Run, RunStatus
 
 from app.errors import BouquetError
-from scripts import _ask
+from bouquet import ROOT
+from bouquet.hub import control
 
 SECTION = "[superlink.remote-deployment]\n"
 NOON = "2026-01-02T12:00:00"
@@ -54,14 +54,14 @@ def runs(*found: Run) -> bytes:
 
 def error() -> BouquetError:
     with pytest.raises(BouquetError) as caught:
-        _ask.run("7")
+        control.run("7")
     assert caught.value.code == "HOST-08"
     return caught.value
 
 
 def test_the_newest_run_is_asked_for_with_one_call(hub):
     hub.body = runs(Run(run_id=7, pending_at="earlier", starting_at=NOON, status=RunStatus(status="starting")))
-    assert _ask.run() == _ask.Told("7", "starting", "", NOON)
+    assert control.run() == control.Told("7", "starting", "", NOON)
     [(path, kind, body)] = hub.asked
     assert (path, kind) == ("/v1/control/list-runs", "application/protobuf")
     assert ListRunsRequest.FromString(body) == ListRunsRequest(limit=1)
@@ -70,14 +70,14 @@ def test_the_newest_run_is_asked_for_with_one_call(hub):
 def test_a_run_that_ended_says_how(hub):
     status = RunStatus(status="finished", sub_status="failed", details="\x1b[2Jno")
     hub.body = runs(Run(run_id=7, pending_at="a", finished_at="b", status=status))
-    assert _ask.run("7") == _ask.Told("7", "finished:failed", "\ufffd[2Jno", "b")
+    assert control.run("7") == control.Told("7", "finished:failed", "\ufffd[2Jno", "b")
 
 
 def test_no_run_is_none(hub):
     hub.body = runs()
-    assert _ask.run() is None and _ask.run("../7") is None
+    assert control.run() is None and control.run("../7") is None
     hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
-    assert _ask.run("7") is None
+    assert control.run("7") is None
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,23 @@ def test_without_a_connection_the_command_that_writes_one_is_named(hub, tmp_path
 
 def test_flower_itself_is_whole_after_its_messages_were_taken_out_of_it():
     code = """
-from scripts import _ask
+from bouquet.hub import control
 import sys
 assert "flwr" not in sys.modules
 import flwr, flwr.cli.build
 from flwr.proto import control_pb2
 from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.supercore.control import ControlHttpClient
-assert control_pb2 is _ask.control and flwr.__version__
+assert control_pb2 is control.control and flwr.__version__
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_where_flower_is_in_memory_its_messages_are_taken_from_there():
-    assert _ask.messages() is control_pb2
+    assert control.messages() is control_pb2
 
 
-@pytest.mark.parametrize("command", ["_hub", "_status"])
+@pytest.mark.parametrize("command", ["admission", "status"])
 def test_the_hubs_commands_wait_for_neither_flower_nor_torch(command):
-    code = f"import scripts.{command}, sys; print(*({{'flwr', 'httpx', 'numpy', 'torch'}} & sys.modules.keys()))"
+    code = f"import bouquet.hub.{command}, sys; print(*({{'flwr', 'httpx', 'numpy', 'torch'}} & sys.modules.keys()))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=120).split() == []

@@ -11,17 +11,19 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
-from app import diffusion, model, train
-from app.cache import Encoded
-from scripts._bench import __main__ as bench
-from scripts._bench import base, contenders, floor, gpu, hub, sites, tries
-from scripts._bench.contenders import PHASES, Result, Task, by_phase
-from scripts._bench.naive import naive
-from scripts._bench.watch import MESSAGE, Process, Watch, idle_cpu, processes
-from tests import tiny
+from app import model
+from app.site import diffusion, train
+from app.site.cache import Encoded
+from benchmarks.gpu import gpu
+from benchmarks.speed import __main__ as bench
+from benchmarks.speed import base, contenders, floor, hub, sites, tries
+from benchmarks.speed.contenders import PHASES, Result, Task, by_phase
+from benchmarks.speed.naive import naive
+from benchmarks.speed.watch import MESSAGE, Process, Watch, idle_cpu, processes
+from bouquet import ROOT
+from tests.kit import tiny
 
 DOC = (ROOT / "docs/performance.md").read_text()
 

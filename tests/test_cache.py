@@ -12,9 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from app import cache, data, model
+from app import model
 from app.errors import ModelError, SiteError
-from tests import tiny
+from app.site import cache
+from app.site.photos import data
+from tests.kit import tiny
 
 CPU = torch.device("cpu")
 

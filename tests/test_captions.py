@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from app import privacy
-from app.data import scan
 from app.errors import SiteError
-from app.folders import OURS
+from app.site import privacy
+from app.site.photos.data import scan
+from app.site.photos.folders import OURS
 
 ROSE, LILY = "a red rose", "a white lily"
 

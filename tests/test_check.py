@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app import checkpoint, journal
-from scripts import _check
-from tests import tiny
-from tests.memory import Federation, spoil_from
+from app.hub import volume
+from app.site import journal
+from benchmarks import check
+from tests.kit import tiny
+from tests.kit.memory import Federation, spoil_from
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def root(good, tmp_path):
     return Path(shutil.copytree(good, tmp_path / "root", symlinks=True))
 
 
-def evidence(root: Path, **other) -> _check.Evidence:
+def evidence(root: Path, **other) -> check.Evidence:
     caches = {name: root / "cache" / name for name in ("site-1", "site-2")}
-    return _check.Evidence(root / "adapters" / "7", caches, tiny.models(), **other)
+    return check.Evidence(root / "adapters" / "7", caches, tiny.models(), **other)
 
 
 def finds(root: Path, text: str, **other) -> None:
-    problems = _check.check(evidence(root, **other))
+    problems = check.check(evidence(root, **other))
     assert any(text in problem for problem in problems), problems
 
 
@@ -64,12 +65,12 @@ def rewrite(file: Path, change) -> None:
 
 
 def test_a_good_run_passes(root):
-    assert _check.check(evidence(root, seconds=5, limit=10, before=_check.adapters(root / "adapters"))) == []
+    assert check.check(evidence(root, seconds=5, limit=10, before=check.adapters(root / "adapters"))) == []
 
 
 def test_the_command_says_so_and_ends_with_0_or_1(root):
     caches = [f"--cache=site-{n}={root / 'cache' / f'site-{n}'}" for n in (1, 2)]
-    command = [sys.executable, "-m", "scripts._check", str(root / "adapters" / "7"), "--models", str(tiny.models()), *caches]
+    command = [sys.executable, "-m", "benchmarks.check", str(root / "adapters" / "7"), "--models", str(tiny.models()), *caches]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(":")[0]) == (0, "whole"), done.stderr
     edit(root, state="failed")
@@ -85,7 +86,7 @@ def test_half_a_file_is_found(root, name):
 
 def test_a_file_that_nobody_cleaned_up_is_found_and_a_hidden_one_is_allowed(root):
     (root / "adapters" / "7" / ".half").write_text("{")
-    assert _check.check(evidence(root)) == []
+    assert check.check(evidence(root)) == []
     (root / "adapters" / "7" / "history.json.tmp").write_text("{")
     finds(root, "history.json.tmp is no file of a run")
 
@@ -126,7 +127,7 @@ def test_a_run_that_was_killed_between_a_round_and_its_history_passes(root):
     shutil.rmtree(root / "adapters" / "7" / "final")
     (root / "adapters" / "latest").unlink()
     edit(root, rounds=evidence(root).history()["rounds"][:1], state="running")
-    assert _check.check(evidence(root, state="finished:failed")) == []
+    assert check.check(evidence(root, state="finished:failed")) == []
 
 
 def test_another_adapter_in_a_rounds_folder_is_found(root):
@@ -196,7 +197,7 @@ def test_a_latest_that_leads_nowhere_to_another_run_or_is_not_there_is_found(roo
 
 @pytest.mark.parametrize("how", ["gone", "another"])
 def test_a_lost_adapter_is_found(root, how):
-    before = _check.adapters(root / "adapters")
+    before = check.adapters(root / "adapters")
     folder = root / "adapters" / "7" / "round-0001"
     if how == "gone":
         shutil.rmtree(folder)
@@ -207,8 +208,8 @@ def test_a_lost_adapter_is_found(root, how):
 
 def test_the_mean_by_hand():
     one, three = {"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([5.0, 1.0])}
-    assert _check.mean([(1, one), (3, three)])["w"].tolist() == [4.0, 2.0]
-    assert _check.farthest({"w": torch.tensor([4.0, 2.5])}, [(1, one), (3, three)]) == 0.5
+    assert check.mean([(1, one), (3, three)])["w"].tolist() == [4.0, 2.0]
+    assert check.farthest({"w": torch.tensor([4.0, 2.5])}, [(1, one), (3, three)]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_plain_fedavgs_file_is_judged_by_the_same_questions(saved, said, tmp_p
     if saved is not None:
         save_file(saved, tmp_path / "adapter.safetensors")
     honest = {"w": torch.ones(2)}
-    assert _check.check_stock(tmp_path / "adapter.safetensors", honest, honest) == said
+    assert check.check_stock(tmp_path / "adapter.safetensors", honest, honest) == said
 
 
 def test_a_run_that_went_on_from_another_passes(tmp_path, monkeypatch):
@@ -233,10 +234,10 @@ def test_a_run_that_went_on_from_another_passes(tmp_path, monkeypatch):
     cut = Federation(tmp_path, rounds=3, sample_prompts="")
     cut.grid.tamper = spoil_from("2")
     cut.fails(monkeypatch, "HUB-02")
-    assert _check.check(evidence(tmp_path, state="finished:failed")) == []
+    assert check.check(evidence(tmp_path, state="finished:failed")) == []
     cut.grid.tamper = lambda site, number, reply: reply
     cut.run_config["resume"] = "latest"
     cut.go(monkeypatch, run_id=8)
     caches = evidence(tmp_path).sites
-    assert _check.check(_check.Evidence(tmp_path / "adapters" / "8", caches, tiny.models())) == []
-    assert os.readlink(tmp_path / "adapters" / "latest") == "8" and checkpoint.written_rounds(tmp_path / "adapters" / "8") == [1, 2, 3]
+    assert check.check(check.Evidence(tmp_path / "adapters" / "8", caches, tiny.models())) == []
+    assert os.readlink(tmp_path / "adapters" / "latest") == "8" and volume.written_rounds(tmp_path / "adapters" / "8") == [1, 2, 3]

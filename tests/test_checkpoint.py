@@ -15,17 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import checkpoint, model
+from app import files, model
+from app.adapter import store
 from app.config import LORA_TARGETS
 from app.errors import AdapterError
-from tests import tiny
+from app.hub import volume
+from tests.kit import tiny
 
 ADAPTER = tiny.adapter(1)
 
 
 def fill(adapter: model.Adapter, note: str = ""):
     def write(folder: Path) -> None:
-        checkpoint.write_peft(folder, adapter, tiny.CONFIG)
+        store.write_peft(folder, adapter, tiny.CONFIG)
         (folder / "note.txt").write_text(note)
 
     return write
@@ -36,7 +38,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_rounds_folder_holds_the_adapter_its_config_and_its_metrics(tmp_path):
-    folder = checkpoint.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, {"train_loss": 0.5}, {})
+    folder = volume.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, {"train_loss": 0.5}, {})
     assert folder == tmp_path / "7" / "round-0003"
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors",
@@ -45,12 +47,12 @@ def test_a_rounds_folder_holds_the_adapter_its_config_and_its_metrics(tmp_path):
 
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
-    assert tiny.equal(checkpoint.read_adapter(folder), ADAPTER)
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    assert tiny.equal(store.read_adapter(folder), ADAPTER)
 
 
 def test_alpha_is_the_rank(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
     assert settings["target_modules"] == list(LORA_TARGETS["attention+resnet"])
@@ -59,7 +61,7 @@ def test_alpha_is_the_rank(tmp_path):
 def test_peft_loads_the_folder_and_the_unet_says_what_it_says_in_the_app(tmp_path):
     from peft import PeftModel
 
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     latents, text = tiny.batch(2)
     at = torch.tensor([10, 500])
     unet = tiny.unet()
@@ -69,7 +71,7 @@ def test_peft_loads_the_folder_and_the_unet_says_what_it_says_in_the_app(tmp_pat
 
 
 def test_others_who_share_the_volume_may_read_every_file(tmp_path):
-    folder = checkpoint.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
 
@@ -78,7 +80,7 @@ def test_others_who_share_the_volume_may_read_every_file(tmp_path):
 
 def test_a_failure_while_writing_leaves_the_folder_before_untouched(tmp_path):
     target = tmp_path / "round-0001"
-    checkpoint.write_folder(target, fill(ADAPTER, "before"), ADAPTER)
+    store.write_folder(target, fill(ADAPTER, "before"), ADAPTER)
     before = tree(target)
 
     def broken(folder: Path) -> None:
@@ -86,7 +88,7 @@ def test_a_failure_while_writing_leaves_the_folder_before_untouched(tmp_path):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_folder(target, broken, tiny.adapter(2))
+        store.write_folder(target, broken, tiny.adapter(2))
     assert tree(target) == before
 
 
@@ -96,16 +98,16 @@ def test_a_failure_while_writing_leaves_no_folder_where_there_was_none(tmp_path)
         raise OSError("No space left on device")
 
     with pytest.raises(OSError):
-        checkpoint.write_folder(tmp_path / "round-0001", broken, ADAPTER)
+        store.write_folder(tmp_path / "round-0001", broken, ADAPTER)
     assert not (tmp_path / "round-0001").exists()
 
 
 def test_an_adapter_that_does_not_read_back_as_it_was_is_not_put_in_place(tmp_path):
-    with pytest.raises(AssertionError, match="not the adapter in memory"):
-        checkpoint.write_folder(tmp_path / "final", fill(tiny.adapter(2)), ADAPTER)
+    with pytest.raises(OSError, match="is not what was written"):
+        store.write_folder(tmp_path / "final", fill(tiny.adapter(2)), ADAPTER)
     short = dict(list(ADAPTER.items())[1:])
     with pytest.raises(AdapterError, match="ADAPTER-01"):
-        checkpoint.write_folder(tmp_path / "final", fill(short), ADAPTER)
+        store.write_folder(tmp_path / "final", fill(short), ADAPTER)
     assert not (tmp_path / "final").exists()
 
 
@@ -115,25 +117,27 @@ def test_after_a_failure_the_next_writing_succeeds_and_cleans_up(tmp_path):
         raise OSError
 
     with pytest.raises(OSError):
-        checkpoint.write_folder(tmp_path / "final", broken, ADAPTER)
-    checkpoint.write_folder(tmp_path / "final", fill(ADAPTER), ADAPTER)
+        store.write_folder(tmp_path / "final", broken, ADAPTER)
+    store.write_folder(tmp_path / "final", fill(ADAPTER), ADAPTER)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert not (tmp_path / "final" / "rest").exists()
 
 
 def test_a_second_writing_replaces_the_first_and_leaves_nothing_beside_it(tmp_path):
     target = tmp_path / "final"
-    checkpoint.write_folder(target, fill(ADAPTER, "first"), ADAPTER)
-    checkpoint.write_folder(target, fill(tiny.adapter(2), "second"), tiny.adapter(2))
+    store.write_folder(target, fill(ADAPTER, "first"), ADAPTER)
+    store.write_folder(target, fill(tiny.adapter(2), "second"), tiny.adapter(2))
     assert (target / "note.txt").read_text() == "second"
-    assert tiny.equal(checkpoint.read_adapter(target), tiny.adapter(2))
+    assert tiny.equal(store.read_adapter(target), tiny.adapter(2))
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from app import checkpoint
+from app import files
+from app.adapter import store
+from app.hub import volume
 from app.config import RunConfig
 from safetensors.torch import load_file
 
@@ -148,7 +152,7 @@ def watch(moment):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
         return call
-    for owner, name in ((checkpoint, "save_file"), (Path, "write_text"), (os, "fsync"), (Path, "replace"), (Path, "chmod")):
+    for owner, name in ((volume, "save_file"), (store, "save_file"), (Path, "write_text"), (os, "fsync"), (Path, "replace"), (Path, "chmod")):
         setattr(owner, name, watched(getattr(owner, name)))
 
 moment, ends = 0, []
@@ -157,13 +161,13 @@ while not ends or ends[-1] == signal.SIGKILL:
     run = root / str(moment) / "8"
     (root / str(moment) / "7").mkdir(parents=True)
     run.mkdir()
-    checkpoint.point_latest(root / str(moment) / "7")
-    checkpoint.write_json(run / "history.json", {"new": False})
+    volume.point_latest(root / str(moment) / "7")
+    files.write_json(run / "history.json", {"new": False})
     if (child := os.fork()) == 0:
         watch(moment)
-        checkpoint.write_round(run, 1, adapter, RunConfig.read({}), {"new": True}, {})
-        checkpoint.write_json(run / "history.json", {"new": True})
-        checkpoint.point_latest(run)
+        volume.write_round(run, 1, adapter, RunConfig.read({}), {"new": True}, {})
+        files.write_json(run / "history.json", {"new": True})
+        volume.point_latest(run)
         os._exit(0)
     ends.append(os.waitpid(child, 0)[1])
 print(json.dumps(ends))
@@ -184,7 +188,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
         shared = tmp_path / str(moment)
         run = shared / "8"
         if written := (run / "round-0001").exists():
-            assert tiny.equal(checkpoint.read_adapter(run / "round-0001"), adapter)
+            assert tiny.equal(store.read_adapter(run / "round-0001"), adapter)
             assert json.loads((run / "round-0001" / "metrics.json").read_text()) == {"new": True}
         told = json.loads((run / "history.json").read_text())["new"]
         seen.append((written, told, os.readlink(shared / "latest")))
@@ -197,35 +201,35 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
 
 def test_latest_is_a_relative_link_that_moves_with_the_volume(tmp_path):
     run = tmp_path / "adapters" / "7"
-    checkpoint.write_round(run, 1, ADAPTER, tiny.CONFIG, {}, {})
-    checkpoint.point_latest(run)
+    volume.write_round(run, 1, ADAPTER, tiny.CONFIG, {}, {})
+    volume.point_latest(run)
     assert os.readlink(tmp_path / "adapters" / "latest") == "7"
     (tmp_path / "adapters").rename(tmp_path / "moved")
-    assert tiny.equal(checkpoint.read_adapter(tmp_path / "moved" / "latest" / "round-0001"), ADAPTER)
+    assert tiny.equal(store.read_adapter(tmp_path / "moved" / "latest" / "round-0001"), ADAPTER)
 
 
 def test_latest_switches_to_the_next_run_and_leaves_the_former(tmp_path):
     for name in ("7", "8"):
         (tmp_path / name).mkdir()
-        checkpoint.point_latest(tmp_path / name)
+        volume.point_latest(tmp_path / name)
         assert os.readlink(tmp_path / "latest") == name
     assert sorted(path.name for path in tmp_path.iterdir()) == [".latest.lock", "7", "8", "latest"]
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "history.json"
-    checkpoint.write_json(path, {"rounds": [1]})
+    files.write_json(path, {"rounds": [1]})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"rounds": [1, 2], "odd": object()})
+        files.write_json(path, {"rounds": [1, 2], "odd": object()})
     assert json.loads(path.read_text()) == {"rounds": [1]}
-    checkpoint.write_json(path, {"rounds": [1, 2]})
+    files.write_json(path, {"rounds": [1, 2]})
     assert json.loads(path.read_text()) == {"rounds": [1, 2]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["history.json"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_json_is_not_written_and_the_file_before_it_stays(tmp_path, value):
-    checkpoint.write_json(tmp_path / "history.json", {"loss": 0.5})
+    files.write_json(tmp_path / "history.json", {"loss": 0.5})
     with pytest.raises(ValueError):
-        checkpoint.write_json(tmp_path / "history.json", {"loss": value})
+        files.write_json(tmp_path / "history.json", {"loss": value})
     assert json.loads((tmp_path / "history.json").read_text()) == {"loss": 0.5}

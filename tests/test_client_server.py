@@ -6,31 +6,31 @@ The same over real processes, TLS and Docker is tested with the deployment.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from app import checkpoint, client_app, data, metrics, model, privacy, server_app, train, wire
-from app.errors import BouquetError, ConfigError, HubError
-from app.privacy import Secret
-from tests import tiny
-from tests.memory import COUNTS, Federation
+from app import metrics, model, wire
+from app.adapter import store
+from app.errors import BouquetError
+from app.site import client_app, privacy, train
+from app.site.photos import data
+from app.site.privacy import Secret
+from tests.kit import tiny
+from tests.kit.memory import COUNTS, Federation
 
 # --- federation happens ------------------------------------------------------------------------------------------------
 
 
 def test_round_2_starts_from_round_1s_aggregate_bit_for_bit(finished):
     federation, folder = finished
-    first = checkpoint.read_adapter(folder / "round-0001")
+    first = store.read_adapter(folder / "round-0001")
     received = federation.grid.adapters("2", federation.grid.sent)
     assert sorted(received) == ["site-1", "site-2"]
     assert all(tiny.equal(adapter, first) for adapter in received.values())
@@ -39,7 +39,7 @@ def test_round_2_starts_from_round_1s_aggregate_bit_for_bit(finished):
 
 def test_every_site_echoes_the_hash_of_the_adapter_it_was_sent(finished):
     federation, folder = finished
-    started = {"1": tiny.fresh(), "2": checkpoint.read_adapter(folder / "round-0001"), "3": checkpoint.read_adapter(folder / "round-0002")}
+    started = {"1": tiny.fresh(), "2": store.read_adapter(folder / "round-0001"), "3": store.read_adapter(folder / "round-0002")}
     echoed = [(number, reply.content["info"]["applied"]) for _, number, reply in federation.grid.came]
     assert sorted(echoed) == sorted((number, model.adapter_hash(adapter)) for number, adapter in started.items() for _ in COUNTS)
 
@@ -48,8 +48,8 @@ def test_the_history_chains_every_round_to_the_one_before(finished):
     federation, folder = finished
     one, two = federation.history()["rounds"]
     assert one["started_from"] == model.adapter_hash(tiny.fresh())
-    assert one["adapter"] == two["started_from"] == model.adapter_hash(checkpoint.read_adapter(folder / "round-0001"))
-    assert two["adapter"] == model.adapter_hash(checkpoint.read_adapter(folder / "final"))
+    assert one["adapter"] == two["started_from"] == model.adapter_hash(store.read_adapter(folder / "round-0001"))
+    assert two["adapter"] == model.adapter_hash(store.read_adapter(folder / "final"))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -57,7 +57,7 @@ def test_the_aggregate_is_the_mean_of_the_sites_adapters_weighted_by_images(fini
     federation, folder = finished
     replies = federation.grid.adapters(str(number), federation.grid.came)
     images = {site: m.content["metrics"]["num-examples"] for site, when, m in federation.grid.came if when == str(number)}
-    written = checkpoint.read_adapter(folder / f"round-000{number}")
+    written = store.read_adapter(folder / f"round-000{number}")
     for key, value in written.items():
         parts = (replies[site][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images))
         np.testing.assert_array_equal(value.numpy(), sum(parts))
@@ -73,7 +73,7 @@ def test_a_site_weighs_as_many_images_as_it_trained_on(finished):
 def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished):
     federation, folder = finished
     here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", "")
-    model.apply_adapter(here.unet, checkpoint.read_adapter(folder / "round-0001"))
+    model.apply_adapter(here.unet, store.read_adapter(folder / "round-0001"))
     here.fit(here.privacy.seed(42, "site-2", 2))
     assert tiny.equal(model.adapter_of(here.unet), federation.grid.adapters("2", federation.grid.came)["site-2"])
 
@@ -89,7 +89,7 @@ def test_one_site_alone_gets_its_own_adapter_back(federation, monkeypatch):
     federation.run_config["min-sites"] = 1
     folder = federation.go(monkeypatch)
     (own,) = federation.grid.adapters("1", federation.grid.came).values()
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), own)
+    assert tiny.equal(store.read_adapter(folder / "final"), own)
 
 
 def test_the_order_of_replies_does_not_matter_bit_for_bit(finished, tmp_path, monkeypatch):
@@ -97,14 +97,14 @@ def test_the_order_of_replies_does_not_matter_bit_for_bit(finished, tmp_path, mo
     again.grid.turned = True
     folder = again.go(monkeypatch)
     assert [site for site, _, _ in again.grid.came[:2]] == ["site-2", "site-1"]
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), checkpoint.read_adapter(finished[1] / "final"))
+    assert tiny.equal(store.read_adapter(folder / "final"), store.read_adapter(finished[1] / "final"))
 
 
 def test_in_half_precision_hub_and_sites_speak_of_the_same_numbers_in_half_the_bytes(finished, tmp_path, monkeypatch):
     federation = Federation(tmp_path, wire_precision="fp16", sample_prompts="")
     folder = federation.go(monkeypatch)
     one, two = federation.history()["rounds"]
-    kept = {number: checkpoint.read_adapter(folder / f"round-000{number}") for number in (1, 2)}
+    kept = {number: store.read_adapter(folder / f"round-000{number}") for number in (1, 2)}
     assert one["started_from"] == model.adapter_hash(wire.rounded(tiny.fresh(), "fp16"))
     assert two["started_from"] == one["adapter"] == model.adapter_hash(kept[1]) != model.adapter_hash(tiny.fresh())
     assert all(model.adapter_hash(adapter) == model.adapter_hash(wire.rounded(adapter, "fp16")) for adapter in kept.values())
@@ -134,7 +134,7 @@ def test_validation_is_the_arriving_adapters_loss_at_each_site_and_their_mean_by
     validation = federation.history()["validation"]
     assert [entry["after_round"] for entry in validation] == [0, 1, 2]
     images = {site: numbers["num-examples"] for site, numbers in federation.history()["rounds"][0]["sites"].items()}
-    adapters = [tiny.fresh(), *(checkpoint.read_adapter(folder / f"round-000{n}") for n in (1, 2))]
+    adapters = [tiny.fresh(), *(store.read_adapter(folder / f"round-000{n}") for n in (1, 2))]
     here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-1", federation.root / "cache" / "site-1", "")
     for entry, adapter in zip(validation, adapters, strict=True):
         model.apply_adapter(here.unet, adapter)
@@ -155,7 +155,7 @@ def test_provenance_says_what_the_adapter_was_made_of(finished):
     federation, folder = finished
     told = json.loads((folder / "final" / "provenance.json").read_text())
     assert told["run"] == "7" and told["rounds"] == 2
-    assert told["adapter_sha256"] == model.adapter_hash(checkpoint.read_adapter(folder / "final"))
+    assert told["adapter_sha256"] == model.adapter_hash(store.read_adapter(folder / "final"))
     assert told["base"] == {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}
     assert told["images"] == sum(site["images"] for site in told["sites"].values()) and set(told["sites"]) == set(COUNTS)
     assert told["config"]["lora_rank"] == 2 and "torch" in told["versions"]
@@ -272,6 +272,6 @@ def test_the_same_federation_runs_by_partition_as_in_a_simulation(finished, tmp_
         again.grid.sites[node] = (name, {"partition-id": number, "num-partitions": 2})
     for name, path in {"DATA": tmp_path / "data", "CACHE": tmp_path / "cache"}.items():
         monkeypatch.setenv(f"BOUQUET_{name}", str(path))
-    assert tiny.equal(checkpoint.read_adapter(again.go(monkeypatch) / "final"), checkpoint.read_adapter(finished[1] / "final"))
+    assert tiny.equal(store.read_adapter(again.go(monkeypatch) / "final"), store.read_adapter(finished[1] / "final"))
 
 

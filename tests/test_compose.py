@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 
-from scripts._deployment import free_port
-from scripts._flower import follow, status
+from bouquet import ROOT
+from bouquet.hub.deployment import free_port
+from bouquet.hub.runs import follow, status
 
 pytestmark = pytest.mark.usefixtures("docker")
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts=''"
@@ -35,7 +36,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
             patch.delenv(variable)
-        sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", copy)
+        sh("scripts/partition --dataset mini --sites 2 --images-per-site 24", copy)
         sh("chmod -R go= app docker models pyproject.toml scripts", copy)  # as a clone under umask 077 has them
         sh("umask 077; scripts/setup --engine docker", copy)
         yield copy

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, sh
+from conftest import sh
 from packaging.utils import canonicalize_name
 
-from scripts._deployment import Processes, free_port
-from scripts._flower import connect, follow, start_run
-from tests.nvml import A10, library
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.runs import connect, follow, start_run
+from tests.kit.nvml import A10, library
 
 IMAGE = os.environ.get("BOUQUET_CUDA_IMAGE", "")
 pytestmark = pytest.mark.skipif(not (IMAGE or torch.version.cuda), reason="torch has no CUDA here: scripts/test-cuda")
-BOUQUET = Path("/opt/bouquet") if IMAGE else ROOT / "docker"
+BOUQUET = Path("/opt/bouquet") if IMAGE else ROOT
 HARDENED = (
     "--init --read-only --tmpfs=/tmp:mode=1777,size=512m --tmpfs=/cache:mode=1777 --cap-drop=ALL --security-opt=no-new-privileges:true "
     "--pids-limit=512 --network=none"
@@ -36,7 +37,7 @@ STATES = [
     for by_nvml in (None, "0", "1")
     for visible in (None, "", "0")
 ]
-SOURCE = (ROOT / "docker" / "libraries.py").read_text()
+SOURCE = (ROOT / "bouquet" / "flower" / "libraries.py").read_text()
 SUPEREXECS = "superexec.server()"
 CHILD = (
     "import json, sys, torch; loaded = sorted({'accelerate', 'diffusers', 'peft', 'app'} & set(sys.modules)); "
@@ -68,7 +69,7 @@ def say(code: str, **env: str) -> list:
 def forked(server: str, child: str, **env: str) -> list:
     """What a process says that a fork server starts: `server` is Python for the server's context."""
     code = f"process = ({server}).Process(target=exec, args=({child!r}, {{}})); process.start(); process.join(); sys.exit(process.exitcode)"
-    return say(f"import multiprocessing, sys; sys.path.insert(0, {str(BOUQUET)!r}); import superexec; {code}", **env)
+    return say(f"import multiprocessing, sys; sys.path.insert(0, {str(BOUQUET)!r}); from bouquet.flower import superexec; {code}", **env)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_the_preflight_of_a_site_without_a_gpu_looks_at_all_that_is_here(tmp_pat
     """The base model, the photos, the memory; its hub is not there."""
     models, cache = ("/models", "/cache") if IMAGE else (str(ROOT / "models"), str(tmp_path))
     places = {"BOUQUET_MODELS": models, "BOUQUET_DATA": f"{models}/mini", "BOUQUET_CACHE": cache}
-    done = run("-m", "app.preflight", "--fast", "--json", SITE_NAME="rose", SITE_GPU="none", CUDA_VISIBLE_DEVICES="", **places)
+    done = run("-m", "bouquet.site.preflight", "--fast", "--json", SITE_NAME="rose", SITE_GPU="none", CUDA_VISIBLE_DEVICES="", **places)
     states = {line["name"]: line["state"] for line in json.loads(done.stdout)["checks"]}
     assert states["memory"] in ("pass", "warn") and states["disk"] in ("pass", "warn"), done.stdout
     assert {name: state for name, state in states.items() if name not in ("memory", "disk")} == {
@@ -162,10 +163,10 @@ def test_a_message_could_use_the_gpu_whatever_the_sites_environment_says(state: 
 
 @pytest.mark.skipif(bool(IMAGE), reason="the stand-in of NVIDIA's library is made for this machine")
 def test_a_message_could_use_the_gpu_where_the_libraries_see_one_while_they_are_imported(tmp_path: Path) -> None:
-    """What they do with a GPU that is there must not ask CUDA either; NVIDIA's library is tests/nvml_stub.c."""
+    """What they do with a GPU that is there must not ask CUDA either; NVIDIA's library is tests/kit/nvml_stub.c."""
     (tmp_path / "state").write_text(f"580.95.05 13000\n{A10}\n")
     driver = {"LD_LIBRARY_PATH": str(library().parent), "NVML_STATE": str(tmp_path / "state")}
-    shown = forked(SUPEREXECS, CHILD + "; import libraries; print(libraries.gpus_by_nvml())", **driver)
+    shown = forked(SUPEREXECS, CHILD + "; from bouquet.flower import libraries; print(libraries.gpus_by_nvml())", **driver)
     assert shown == [[False, ["accelerate", "diffusers", "peft"]], 1]
 
 
@@ -197,7 +198,7 @@ def test_a_message_uses_the_gpu(gpus: int) -> None:
 @pytest.mark.skipif(bool(IMAGE), reason="a deployment of processes: it runs in .venv-cuda")
 def test_a_run_of_two_sites_completes(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
     """SuperLink, ServerApp and two SuperNodes of this environment; their messages on the GPU where there is one."""
-    sh(f"scripts/certs && {sys.executable} scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
+    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     running, lines = Processes(tmp_path / "home", project / "certs", free_port(), sites), list[str]()
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "operator"))

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from app.data import Photo, pixels, scan
 from app.errors import SiteError
-from app.images import MAX_BYTES, REASONS, BadImage, check, rgb, to_pixels
+from app.site.photos.data import pixels, scan
+from app.site.photos.images import MAX_BYTES, REASONS, BadImage, check, rgb, to_pixels
+from bouquet import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -427,8 +427,8 @@ def test_a_missing_folder_and_a_file_in_its_place_are_named(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another user id")
 def test_a_folder_closed_to_the_containers_user_is_named_with_the_user_id():
-    script = "import os, sys, app.data, pathlib; os.setuid(65534)\n"
-    script += "try: app.data.scan(pathlib.Path(sys.argv[1]))\nexcept app.data.SiteError as error: print(error.report())"
+    script = "import os, sys, app.site.photos.data, pathlib; os.setuid(65534)\n"
+    script += "try: app.site.photos.data.scan(pathlib.Path(sys.argv[1]))\nexcept app.site.photos.data.SiteError as error: print(error.report())"
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, whose parents are closed as well
         Path(folder).chmod(0o700)
         command = [sys.executable, "-c", script, folder]
@@ -496,7 +496,7 @@ def test_a_long_quarantine_is_cut_short_in_the_log(tmp_path):
 
 
 def test_importing_the_data_module_loads_neither_torch_nor_datasets_nor_pyarrow():
-    script = "import sys, app.data; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
+    script = "import sys, app.site.photos.data; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

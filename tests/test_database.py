@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from conftest import ROOT
 from flwr.supercore.state.alembic import utils
 from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
 from app.errors import BouquetError
-from docker import database
-from scripts import _hostile
-from scripts._deployment import Processes, free_port
-from scripts._faults.bench import certificates
+from benchmarks import hostile
+from benchmarks.faults.bench import certificates
+from bouquet import ROOT
+from bouquet.flower import database
+from bouquet.hub.deployment import Processes, free_port
 
 OLD = "6e5225b231fc"  # one step before this Flower's newest revision
 OLDEST = "26b5d6018750"  # many steps before it
@@ -195,7 +195,7 @@ import json, os, resource, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from app.errors import BouquetError
-from docker import database
+from bouquet.flower import database
 """
 
 
@@ -324,7 +324,7 @@ def test_a_superlink_that_is_killed_again_and_again_in_its_first_start_starts(tm
         running.killed_when(lambda: (state / "superlink.db").exists())
         running.begin()
         running._wait_for_superlink()
-        door = _hostile.Door("127.0.0.1", running.port, running.certs / "ca.crt")
+        door = hostile.Door("127.0.0.1", running.port, running.certs / "ca.crt")
         assert door.send("GET", "/health").status == 200
         assert database.look(state / "superlink.db").revision == database.latest()
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 
 from app.errors import BouquetError
-from scripts import _deployment, _kit
-from scripts._deployment import Alive, Processes, end_group, free_port
-from scripts._faults.bench import certificates
+from benchmarks.faults.bench import certificates
+from bouquet import ROOT
+from bouquet.hub import deployment, kit
+from bouquet.hub.deployment import Alive, Processes, end_group, free_port
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_superlink_that_has_ended_is_named_at_once(hub):
 
 
 def test_while_it_starts_the_hubs_own_last_line_is_shown(hub, monkeypatch, capsys):
-    monkeypatch.setattr(_deployment, "TELL", 0.0)
+    monkeypatch.setattr(deployment, "TELL", 0.0)
     hub.program("import signal; print('bouquet: the database: step 3\\x1b[2J'); signal.pause()")
     with pytest.raises(BouquetError):
         hub._wait_for_superlink(timeout=1.5)
@@ -79,7 +80,7 @@ def test_a_torn_list_of_processes_does_not_keep_the_next_start_from_starting(hub
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(_deployment.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(deployment.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -88,7 +89,7 @@ def test_what_grows_its_log_or_uses_the_processor_is_not_silent(tmp_path, clock,
     alive = Alive(os.getpid())
     used = iter(["00:00:01", "00:00:01", "00:00:01", "00:00:02", "00:00:02"])
     ps = lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=next(used))  # noqa: E731
-    monkeypatch.setattr(_deployment.subprocess, "run", ps)
+    monkeypatch.setattr(deployment.subprocess, "run", ps)
     silent = []
     for write in ("a", "", "b", "", ""):  # then the same, more in the log, more of the processor, the same
         clock[0] += 10
@@ -227,8 +228,8 @@ def test_a_kit_and_compose_name_the_same_image(tmp_path, monkeypatch, env, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_kit, "ROOT", tmp_path)
-    assert _kit.image() == expected
+    monkeypatch.setattr(kit, "ROOT", tmp_path)
+    assert kit.image() == expected
     if not shutil.which("docker"):
         pytest.skip("there is no docker command")
     services = json.loads(sh("docker compose -f compose.yaml --profile '*' config --format json --no-path-resolution", ROOT).stdout)["services"]
@@ -258,7 +259,7 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
     hub.start_site("garden")
     for name, value in ({"SITE_LIMITS": "min-photos=4"} | hub.site_env).items():
         monkeypatch.setenv(name, value)
-    given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))  # as docker/supernode.py does
+    given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))  # as bouquet/flower/supernode.py does
     assert given["--root-certificates"] == f"{odd}/certs/ca.crt" and given["--auth-supernode-private-key"] == f"{odd}/certs/garden.key"
     assert given["--trusted-entities"] == f"{odd}/trusted.yaml"
     assert parse_config_args([given["--node-config"]]) == {
@@ -273,5 +274,5 @@ def test_an_archives_folder_has_the_same_files_as_the_clone_that_it_was_made_of(
     for made in (".env", "certs/site-1.key", "certs/admitted/a.pub", ".bouquet/kits/a.tar.gz", "models/big/unet/x.safetensors", "app/__pycache__/x.pyc"):
         (copy / made).parent.mkdir(parents=True, exist_ok=True)
         (copy / made).write_text("made")
-    monkeypatch.setattr(_deployment, "ROOT", copy)
-    assert set(_deployment.files()) == names and "models/mini/model_index.json" in names and "certs/README.md" in names
+    monkeypatch.setattr(deployment, "ROOT", copy)
+    assert set(deployment.files()) == names and "models/mini/model_index.json" in names and "certs/README.md" in names

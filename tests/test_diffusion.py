@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from app import diffusion, model
-from app.cache import Encoded
+from app import model
 from app.errors import ConfigError
-from tests import tiny
+from app.site import diffusion
+from app.site.cache import Encoded
+from tests.kit import tiny
 
 KEYS = ["rose", "lily", "lotus", "thistle", "poppy"]
 

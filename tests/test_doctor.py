@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from PIL import Image
 
 from app.errors import BouquetError
-from app.preflight import Line
-from scripts import _demo, _kit, _sample
-from scripts._ended import quietly
+from bouquet import ROOT, demo
+from bouquet.adapter import sample
+from bouquet.ended import quietly
+from bouquet.hub import kit as kit_
+from bouquet.site.preflight import Line
 
 
 @pytest.fixture
@@ -201,17 +203,17 @@ def test_a_step_without_a_terminal_says_that_it_goes_on_and_leaves_no_process(co
 
 
 def test_the_demo_says_what_it_waits_for_until_it_is_heard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_demo, "EVERY", 0.01)
-    monkeypatch.setattr(_demo, "TIMES", [])
+    monkeypatch.setattr(demo, "EVERY", 0.01)
+    monkeypatch.setattr(demo, "TIMES", [])
     heard_of, count = [], 0
-    monkeypatch.setattr(_demo, "say", heard_of.append)
-    with _demo.timed("start", "for every site to be online") as heard:
+    monkeypatch.setattr(demo, "say", heard_of.append)
+    with demo.timed("start", "for every site to be online") as heard:
         while len(heard_of) < 3:
             time.sleep(0.01)
         heard.set()
         count = len(heard_of)
     assert heard_of[0] == "start" and heard_of[1] == "start, 0 s so far: waiting for every site to be online"
-    assert len(heard_of) <= count + 1 and [name for name, _ in _demo.TIMES] == ["start"]
+    assert len(heard_of) <= count + 1 and [name for name, _ in demo.TIMES] == ["start"]
 
 
 # --- clones ------------------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_a_kit_that_cannot_be_written_and_pictures_that_cannot_are_named(copy: P
     told = sh("scripts/hub invite garden --hub localhost:8443", copy, check=False)
     assert told.returncode == 1 and told.stdout.startswith("JOIN-14  The kit cannot be written.\n"), told.stdout
     for place, kinds in ((copy / ".bouquet/kits/sheet.png", ()), (tmp_path / "sheet.xyz", (ValueError,))):
-        with pytest.raises(BouquetError, match="EXPORT-08") as caught, _sample.writing(place, *kinds):
+        with pytest.raises(BouquetError, match="EXPORT-08") as caught, sample.writing(place, *kinds):
             Image.new("RGB", (8, 8)).save(place)
         assert str(place) in caught.value.found
 
@@ -270,18 +272,18 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
     """Whether the publishers that sites pin are known there or not."""
     sh("mkdir -p certs && touch certs/trusted.yaml", copy)
     for _ in range(2):
-        told = sh(".venv/bin/python scripts/_sign.py", copy, check=False, BOUQUET_OPERATOR="1")
+        told = sh(".venv/bin/python -m bouquet.hub.sign", copy, check=False, BOUQUET_OPERATOR="1")
         assert told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator scripts/hub sign" in told.stdout
         assert not (copy / "certs/publisher.key").exists()
         (copy / "certs/trusted.yaml").unlink(missing_ok=True)
 
 
 def test_who_reads_no_more_ends_a_command_without_a_traceback(copy: Path) -> None:
-    told = sh("scripts/certs; .venv/bin/python scripts/_sign.py | head -1", copy)
+    told = sh("scripts/certs; .venv/bin/python -m bouquet.hub.sign | head -1", copy)
     assert "Traceback" not in told.stdout and "sign: bundle" in told.stdout
 
 
-ENDED = "import sys; sys.path.insert(0, '.'); from scripts._ended import quietly\n"
+ENDED = "import sys; sys.path.insert(0, '.'); from bouquet.ended import quietly\n"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_a_connection_that_breaks_is_no_reader_that_has_gone() -> None:
 
 def test_every_python_command_of_scripts_ends_that_way() -> None:
     commands = [path for path in ROOT.glob("scripts/**/*") if path.is_file() and "\n    sys.exit(main())" in path.read_text(errors="replace")]
-    assert {str(path.relative_to(ROOT)) for path in commands} <= {"scripts/_demo.py"}  # which has its own way
+    assert {str(path.relative_to(ROOT)) for path in commands} <= {"bouquet/demo.py"}  # which has its own way
 
 
 # --- an invitation that is cut off --------------------------------------------------------------------------------------------------
@@ -324,14 +326,14 @@ def test_a_disk_that_is_full_while_a_kit_is_written_is_named_and_the_kit_that_wa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _kit.place(kit, b"half of it", 0o644)
+        kit_.place(kit, b"half of it", 0o644)
     assert [path.name for path in tmp_path.iterdir()] == ["garden.tar.gz"] and kit.read_bytes() == b"the one before"
 
 
 def test_an_invitation_after_one_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kit, "KITS", tmp_path)
+    monkeypatch.setattr(kit_, "KITS", tmp_path)
     (tmp_path / ".garden.tar.gz.half").write_bytes(b"ha")
-    _kit.place(tmp_path / "garden.tar.gz", b"whole", 0o644)
+    kit_.place(tmp_path / "garden.tar.gz", b"whole", 0o644)
     assert [path.name for path in tmp_path.iterdir()] == ["garden.tar.gz"]
 
 

@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, sh
+from conftest import sh
 
 from app.errors import BouquetError
-from scripts import _demo, _env
+from bouquet import ROOT, demo, dotenv
 
 HOME = "/srv/me"
 REFUSED = object()
@@ -175,7 +175,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_reads_what_compose_reads(folders: list[Path]) -> None:
     def value(folder: Path) -> str | None:
         try:
-            return _env.read(folder).get("V")
+            return dotenv.read(folder).get("V")
         except BouquetError as error:
             assert error.code == "HOST-14" and f"{folder / '.env'}, line " in error.found
             return None
@@ -210,7 +210,7 @@ def test_the_environment_comes_before_the_file_and_an_empty_value_is_none(tmp_pa
             for key, value in env.items():
                 patch.setenv(key, value)
             assert sh(ask, tmp_path).stdout.split() == [port, "none"]
-            assert [_env.setting(tmp_path, "HUB_PORT", "8443"), _env.setting(tmp_path, "HUB_HOST", "none")] == [port, "none"]
+            assert [dotenv.setting(tmp_path, "HUB_PORT", "8443"), dotenv.setting(tmp_path, "HUB_HOST", "none")] == [port, "none"]
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -218,11 +218,11 @@ def test_what_the_scripts_and_the_kit_write_is_read_back(tmp_path: Path, value: 
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / ".env").write_text("export V=old\nW=1")  # spelled otherwise, and a last line that was not ended
     subprocess.run(["bash", "-euc", '. scripts/_lib.sh; keep V never; put V "$1"; keep X 2', "put", value], cwd=tmp_path, check=True)
-    assert _env.read(tmp_path) == {"V": value, "W": "1", "X": "2"}
+    assert dotenv.read(tmp_path) == {"V": value, "W": "1", "X": "2"}
     kit = (ROOT / "scripts/site").read_text()
     functions = "set -eu\n" + "".join(part for part in kit.split("\n\n") if part.startswith(("put()", "quoted()")))
     subprocess.run(["sh", "-c", functions.replace("quoted()", "\nquoted()") + '\nput V "$1"', "put", value], cwd=tmp_path, check=True)
-    assert _env.read(tmp_path)["V"] == value
+    assert dotenv.read(tmp_path)["V"] == value
 
 
 def test_a_line_that_nobody_can_read_is_named_by_every_script(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_line_that_nobody_can_read_is_named_by_every_script(tmp_path: Path) ->
     (tmp_path / ".env").mkdir()  # what Docker makes of a file that it was to mount and that is not there
     assert sh("scripts/certs", tmp_path, check=False).stdout.startswith("HOST-14")
     with pytest.raises(BouquetError, match="HOST-14"):
-        _env.read(tmp_path)
+        dotenv.read(tmp_path)
 
 
 # --- hosts and ports -----------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def ask_hosts(text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("text", HOSTS)
 def test_hosts_are_divided_and_trimmed_alike_in_both_languages(text: str) -> None:
-    assert ask_hosts(text, ROOT).stdout.split() == _env.hosts(text) == HOSTS[text]
+    assert ask_hosts(text, ROOT).stdout.split() == dotenv.hosts(text) == HOSTS[text]
 
 
 @pytest.mark.parametrize("word", NO_HOSTS)
@@ -266,15 +266,15 @@ def test_what_is_no_host_is_named_in_both_languages(word: str) -> None:
     told = ask_hosts(f"hub.example.org {word}", ROOT)
     assert told.returncode == 1 and told.stderr.startswith("CERT-05  That is no name of the hub.\n") and "HUB_HOST has " in told.stderr
     with pytest.raises(BouquetError, match="CERT-05"):
-        _env.hosts(f"hub.example.org {word}")
+        dotenv.hosts(f"hub.example.org {word}")
 
 
 @pytest.mark.parametrize("port", ["", "0", "65536", "eight", "8443 8444", "-1", "8443/tcp", "٤"])
 def test_a_port_that_is_none_is_named(tmp_path: Path, port: str) -> None:
     with pytest.raises(BouquetError, match="HOST-15"):
-        _env.port(port, "HUB_PORT")
+        dotenv.port(port, "HUB_PORT")
     assert sh(f'. scripts/_lib.sh; is_port "{port}"', ROOT, check=False).returncode == 1
-    assert _env.port("8443", "HUB_PORT") == 8443
+    assert dotenv.port("8443", "HUB_PORT") == 8443
 
 
 # --- the demo among processes ----------------------------------------------------------------------------------------------
@@ -286,10 +286,10 @@ def test_the_demo_takes_folders_as_people_write_them_and_gives_each_site_its_own
         "SITE_1_LIMITS='max-local-steps=200 min-batch-size=8'", "SITE_2_TRUST_DAYS=90", "SITE_2_CHECKPOINTING=1", "SITE_2_GPU=none", "SITE_KEEP=0",
     ]  # fmt: skip
     (tmp_path / ".env").write_text("\r\n".join(lines) + "\r\n")
-    monkeypatch.setattr(_demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     for key in [key for key in os.environ if key.startswith(("SITE_", "HUB_"))]:
         monkeypatch.delenv(key)
-    running = _demo.engine("process")
+    running = demo.engine("process")
     assert running.port == 8500
     assert running.sites == {"site-1": Path(HOME) / "photos", "site-2": Path("/srv/my photos")}
     assert running.pins["site-1"] == {"SITE_LIMITS": "max-local-steps=200 min-batch-size=8"}
@@ -300,12 +300,12 @@ def test_the_demo_takes_folders_as_people_write_them_and_gives_each_site_its_own
 
 
 def test_a_mistake_in_the_settings_is_the_demos_last_word_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["demo", "process"])
-    monkeypatch.setattr(_demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
     monkeypatch.delenv("HUB_PORT", raising=False)
     (tmp_path / ".env").write_text("HUB_PORT=https\n")
-    assert _demo.main() == 1
+    assert demo.main() == 1
     assert capsys.readouterr().err.startswith("HOST-15  A setting cannot be used.\n  found  HUB_PORT=https\n")
 
 

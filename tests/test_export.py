@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from app import checkpoint, export, sample
+from app.adapter import formats, sample, store
 from app.config import LORA_TARGETS
-from tests import tiny
+from tests.kit import tiny
 
 ADAPTER = tiny.adapter(3)
 PROMPTS = ["a red poppy, meadow background"]
@@ -25,7 +25,7 @@ PROMPTS = ["a red poppy, meadow background"]
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory):
-    return export.write_final(tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, {"run": "7", "images": 40})
+    return formats.write_final(tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, {"run": "7", "images": 40})
 
 
 def stock() -> StableDiffusionPipeline:
@@ -118,10 +118,10 @@ def test_diffusers_takes_the_scale_from_the_file_as_one(final):
 
 
 def test_the_final_folder_is_read_like_a_rounds(final):
-    assert tiny.equal(checkpoint.read_adapter(final), ADAPTER)
+    assert tiny.equal(store.read_adapter(final), ADAPTER)
 
 
 def test_versions_are_those_installed():
-    told = export.versions()
+    told = formats.versions()
     assert (told["diffusers"], told["peft"], told["accelerate"]) == (diffusers.__version__, peft.__version__, accelerate.__version__)
     assert torch.__version__.startswith(told["torch"].split("+")[0]) and "flwr" in told

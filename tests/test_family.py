@@ -13,10 +13,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from app import cache, family, model, preflight, sample, server_app
+from app import family, model
+from app.adapter import sample
 from app.errors import ModelError
-from tests import tiny
-from tests.memory import Federation
+from app.hub import server_app
+from bouquet.site import preflight
+from tests.kit import tiny
+from tests.kit.memory import Federation
 
 
 @pytest.fixture
@@ -380,7 +383,7 @@ def test_a_prompt_is_read_to_as_many_tokens_as_a_caption(base, length):
     edit(base / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     pipe = sample.plain(base, torch.device("cpu"))
     text = pipe.encode_prompt("a red poppy", torch.device("cpu"), 1, False)[0]
-    assert text.shape[1] == cache.tokens(base) == (12 if length == 12 else 24)
+    assert text.shape[1] == family.tokens(base) == (12 if length == 12 else 24)
     sample.render(pipe, None, ["a red poppy"], tiny.CONFIG)
 
 

@@ -20,14 +20,15 @@ import pytest
 from conftest import sh
 from safetensors.torch import load_file, save_file
 
-from scripts import _check
-from scripts._faults import __main__ as faults
-from scripts._faults import containers, disk, network, outcome, photos, updates
-from scripts._faults.bench import HOSTILE, RUN, Bench
-from scripts._faults.case import Case, differs, judge, lost, play, recovered
-from scripts._faults.hub import Late
-from scripts._faults.outcome import Outcome
-from tests import tiny
+from benchmarks import check
+from benchmarks.faults import __main__ as faults
+from benchmarks.faults import containers, disk, network, outcome, photos, updates
+from benchmarks.faults.bench import HOSTILE, RUN, Bench
+from benchmarks.faults.case import Case, differs, judge, lost, play, recovered
+from benchmarks.faults.hub import Late
+from benchmarks.faults.outcome import Outcome
+from bouquet import ROOT
+from tests.kit import tiny
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def everything(home: Path) -> Iterator[Bench]:
     """A small output volume and a hostile site, in one deployment."""
     mounted = not disk.no_mount() and not disk.mount(home / "adapters", disk.SIZES["adapters"])
     try:
-        with Bench(home, site_3={"PYTHONPATH": str(HOSTILE), "BOUQUET_WRONG": str(home / "wrong.json")}) as bench:
+        with Bench(home, site_3={"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}) as bench:
             yield bench
     finally:
         if mounted:
@@ -83,7 +84,7 @@ def test_on_a_full_output_volume_the_run_ends_declared_and_a_second_one_gives_th
 
 
 def test_the_harness_says_lost_when_an_earlier_adapter_has_changed_or_gone(bench: Bench, reference: str) -> None:
-    run, before = finished(bench), _check.adapters(bench.adapters)
+    run, before = finished(bench), check.adapters(bench.adapters)
     kept = bench.home / "kept"
     for harm in (shutil.rmtree, lambda folder: _add_one(folder / "adapter_model.safetensors")):
         folder = bench.adapters / run / "round-0001"
@@ -97,7 +98,7 @@ def test_the_harness_says_lost_when_an_earlier_adapter_has_changed_or_gone(bench
 
 
 def test_the_harness_says_so_when_a_run_is_late_or_its_end_is_not_declared(bench: Bench, reference: str) -> None:
-    run, before = finished(bench), _check.adapters(bench.adapters)
+    run, before = finished(bench), check.adapters(bench.adapters)
     assert any("3 s, 2 s were allowed" in problem for problem in judge(bench, run, "finished:completed", before, 3, 2))
     assert any("Flower says 'running'" in problem for problem in judge(bench, run, "running", before, 1, 2))
     assert judge(bench, "7", "finished:failed", before, 1, 2) == ["the run ended finished:failed and left no history"]
@@ -132,7 +133,7 @@ def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(benc
     last = finished(bench)
     assert last in two_runs
     for run in two_runs:  # of the one that was done first the checker says nothing but that `latest` has gone on to the other
-        assert _check.check(bench.evidence(run)) == ([] if run == last else [f"latest is {last}, the run's state is 'finished'"])
+        assert check.check(bench.evidence(run)) == ([] if run == last else [f"latest is {last}, the run's state is 'finished'"])
         assert differs(bench, run, reference, same=True) == []
 
 

@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 
 from app.errors import BouquetError
-from scripts._bench.contenders import sessions
-from scripts._bench.watch import MESSAGE, Watch, processes
-from scripts._deployment import Processes, free_port, is_alive
-from scripts._flower import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
+from benchmarks.speed.contenders import sessions
+from benchmarks.speed.watch import MESSAGE, Watch, processes
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, free_port, is_alive
+from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
 NODES = re.compile(r"(\x1b\[92m)?INFO")  # the SuperNode's own, about each message
@@ -37,7 +38,7 @@ SMALL = "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 
 def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """A hub and two sites with 24 drawn flowers each; FLWR_HOME is the test's own."""
     home = tmp_path_factory.mktemp("home")
-    sh("scripts/certs && .venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
+    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     running = Processes(home, project / "certs", free_port(), sites)
     with pytest.MonkeyPatch.context() as patch:

@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
-from runs import REASON, a_run, compared, history
 from safetensors.numpy import save_file
 
 from app.errors import BouquetError
-from scripts._report import findings, worth
+from bouquet.report import findings, worth
+from tests.kit.runs import REASON, a_run, compared, history
 
 # --- did it work? -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import BouquetError
-from scripts._flower import CONNECTION, connect
+from bouquet.hub.runs import CONNECTION, connect
 
 OURS = {"address": "127.0.0.1:8443", "root-certificates": "/ca.crt"}
 OTHERS = {  # legal spellings of an entry of the same name, and what else stands beside it

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
-from app import sample
-from app.gallery import Gallery
-from scripts._report import pictures
-from tests.memory import Federation, spoil_from
+from app.adapter import sample
+from app.hub.gallery import Gallery
+from bouquet.report import pictures
+from tests.kit import tiny
+from tests.kit.memory import Federation, spoil_from
 
 NOBODY = lambda *_: None  # noqa: E731
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from app.gpu import NO_GPU, Driver, GpuError, Meter, check_driver, check_pin, devices, pinned, visible
-from tests.memory import Federation
-from tests.nvml import A10, T4, StandIn, gpu, library
+from app.site.gpu import NO_GPU, Driver, GpuError, Meter, check_driver, check_pin, devices, pinned, visible
+from bouquet import ROOT
+from tests.kit.memory import Federation
+from tests.kit.nvml import A10, T4, StandIn, gpu, library
 
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 
 

@@ -23,12 +23,14 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from app import cache, images, model
-from app.data import scan
+from app import model
 from app.errors import BouquetError
-from tests import tiny
+from app.site import cache
+from app.site.photos import images
+from app.site.photos.data import scan
+from bouquet import ROOT
+from tests.kit import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000
 HUGE = "1" + "0" * 5000  # more digits than Python reads
@@ -67,13 +69,13 @@ def folder_of_two(folder: Path) -> Path:
 COST = """
 import re, sys
 from pathlib import Path
-import pyarrow.parquet, app.data
+import pyarrow.parquet, app.site.photos.data
 from app.errors import BouquetError
 # not getrusage: its peak is also the one of the process that started this one
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 before = peak()
 try:
-    print(app.data.scan(Path(sys.argv[1])).counts, end=" ")
+    print(app.site.photos.data.scan(Path(sys.argv[1])).counts, end=" ")
 except BouquetError as error:
     print(error.code, end=" ")
 print(peak() - before)
@@ -355,8 +357,8 @@ def test_a_pipe_by_any_name_is_not_waited_for(tmp_path, name):
     folder_of_two(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    script = "import sys, app.data, pathlib\ntry: print(app.data.scan(pathlib.Path(sys.argv[1])).counts)\n"
-    script += "except app.data.SiteError as error: print(error.code)"
+    script = "import sys, app.site.photos.data, pathlib\ntry: print(app.site.photos.data.scan(pathlib.Path(sys.argv[1])).counts)\n"
+    script += "except app.site.photos.data.SiteError as error: print(error.code)"
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import cache, export, model, sample
+from app import family, model
+from app.adapter import formats, sample
 from app.config import RunConfig
 from app.errors import BouquetError
-from tests import tiny
+from tests.kit import tiny
 from tests.test_hostile_files import DEEP, STRANGE_JSON, code_of
 
 # --- base models ---
@@ -42,7 +43,7 @@ def test_a_base_models_settings_that_are_no_object_are_refused_by_name(tmp_path,
         (base / name).write_text(text)
         assert code_of(lambda: model.fingerprint(base)) == "MODEL-03", text[:20]
         if name.endswith(("encoder/config.json", "tokenizer_config.json")):
-            assert code_of(lambda: cache.tokens(base)) == "MODEL-03", text[:20]
+            assert code_of(lambda: family.tokens(base)) == "MODEL-03", text[:20]
     (base / name).unlink()
     os.mkfifo(base / name)
     assert code_of(lambda: model.fingerprint(base)) == "MODEL-03"
@@ -91,7 +92,7 @@ def test_a_number_of_tokens_is_one_whatever_the_settings_say(tmp_path, value):
         ("text_encoder/config.json", {"text_config": value}),
     ):
         (base / name).write_text(json.dumps(text))
-    assert cache.tokens(base) == 77
+    assert family.tokens(base) == 77
 
 
 # --- LoRA files ---
@@ -101,7 +102,7 @@ LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 def lora(a=None, b=None, **more) -> dict[str, torch.Tensor]:
     """One layer of kohya's."""
-    name = export.kohya_name(LAYER)
+    name = formats.kohya_name(LAYER)
     parts = {
         "lora_down.weight": torch.ones(2, 8) if a is None else a,
         "lora_up.weight": torch.ones(8, 2) if b is None else b,
@@ -120,7 +121,7 @@ def entry(kind: str, shape: list[int], begin: int, end: int) -> dict:
 
 def both(kind: str, size: int) -> bytes:
     """A and B of eight numbers each in a type that torch may not have."""
-    name, half = export.kohya_name(LAYER), 8 * size // 8
+    name, half = formats.kohya_name(LAYER), 8 * size // 8
     a, b = entry(kind, [2, 4], 0, half), entry(kind, [4, 2], half, 2 * half)
     return raw({f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}, 2 * half)
 
@@ -139,7 +140,7 @@ BAD_LORAS = {
     "alpha of no number": lora(alpha=torch.ones(0)),
     "alpha of two": lora(alpha=torch.ones(2)),
     "alpha as truth": lora(alpha=torch.tensor(True)),
-    "alpha alone": {f"{export.kohya_name(LAYER)}.alpha": torch.tensor(1.0)},
+    "alpha alone": {f"{formats.kohya_name(LAYER)}.alpha": torch.tensor(1.0)},
     "two names for one": lora() | {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 8)},
     "ten thousand layers": {f"unet.mid_block.{n}.to_q.lora_A.weight": torch.ones(1, 1) for n in range(10_001)},
     "a key without an end": {"unet.mid_block." + "x" * 1_000_000: torch.ones(1)},
@@ -150,9 +151,9 @@ BAD_LORAS = {
     "a deep header": struct.pack("<Q", 10**5) + DEEP.encode(),
     "a pickle": b"PK\3\4junk",
     "a pointer": b"version https://git-lfs.github.com/spec/v1\n",
-    "a claim of 8 GB": raw({f"{export.kohya_name(LAYER)}.lora_down.weight": entry("F32", [2, 10**9], 0, 8 * 10**9)}),
+    "a claim of 8 GB": raw({f"{formats.kohya_name(LAYER)}.lora_down.weight": entry("F32", [2, 10**9], 0, 8 * 10**9)}),
     "more numbers than there are": raw(
-        {f"{export.kohya_name(LAYER)}.lora_down.weight": entry("F32", [2**40, 2**40], 0, 4)}, 4
+        {f"{formats.kohya_name(LAYER)}.lora_down.weight": entry("F32", [2**40, 2**40], 0, 4)}, 4
     ),
     "eight-bit exponents": both("F8_E8M0", 8),
     "complex numbers": both("C64", 64),
@@ -165,8 +166,8 @@ BAD_LORAS = {
 def test_a_lora_that_is_none_is_refused_by_name(tmp_path, name):
     path, content = tmp_path / "flowers.safetensors", BAD_LORAS[name]
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
-    assert code_of(lambda: export.read_lora(path)) == "EXPORT-03"
-    assert code_of(lambda: export.open_adapter(path)) == "EXPORT-03"
+    assert code_of(lambda: formats.read_lora(path)) == "EXPORT-03"
+    assert code_of(lambda: formats.open_adapter(path)) == "EXPORT-03"
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
@@ -175,7 +176,7 @@ def test_numbers_of_every_precision_are_read(tmp_path, kind):
         torch.ones(2, 8).to(kind), torch.ones(8, 2).to(kind), alpha=torch.tensor(1)
     )  # a whole number, as some tools write it
     save_file(ones, tmp_path / "flowers.safetensors")
-    found = export.read_lora(tmp_path / "flowers.safetensors").adapter[f"{LAYER}.lora_B.weight"]
+    found = formats.read_lora(tmp_path / "flowers.safetensors").adapter[f"{LAYER}.lora_B.weight"]
     assert found.dtype == torch.float32 and torch.equal(found, torch.full((8, 2), 0.5))  # alpha over rank
 
 
@@ -183,16 +184,16 @@ def test_a_file_larger_than_any_lora_is_not_read(tmp_path):
     size = 8 * 10**9
     layer = entry("F32", [2, 10**9], 0, size)
     with (tmp_path / "flowers.safetensors").open("wb") as file:
-        file.write(raw({f"{export.kohya_name(LAYER)}.lora_down.weight": layer}))
+        file.write(raw({f"{formats.kohya_name(LAYER)}.lora_down.weight": layer}))
         file.truncate(file.tell() + size)  # sparse: takes no room on disk
-    assert code_of(lambda: export.read_lora(tmp_path / "flowers.safetensors")) == "EXPORT-03"
+    assert code_of(lambda: formats.read_lora(tmp_path / "flowers.safetensors")) == "EXPORT-03"
 
 
 def test_a_pipe_or_folder_in_a_loras_place_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     for name in ("pipe", "folder", "absent"):
-        assert code_of(lambda name=name: export.read_lora(tmp_path / f"{name}.safetensors")) == "EXPORT-03"
+        assert code_of(lambda name=name: formats.read_lora(tmp_path / f"{name}.safetensors")) == "EXPORT-03"
 
 
 ALPHAS = [
@@ -204,10 +205,10 @@ ALPHAS = [
 def test_settings_of_a_lora_that_are_none_are_refused_by_name(tmp_path, text):
     tensors = {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 8), f"unet.{LAYER}.lora_B.weight": torch.ones(8, 2)}
     save_file(tensors, tmp_path / "flowers.safetensors", metadata={"lora_adapter_metadata": text})
-    assert code_of(lambda: export.read_lora(tmp_path / "flowers.safetensors")) == "EXPORT-03"
-    save_file(tensors, tmp_path / export.PEFT)
+    assert code_of(lambda: formats.read_lora(tmp_path / "flowers.safetensors")) == "EXPORT-03"
+    save_file(tensors, tmp_path / formats.PEFT)
     (tmp_path / "adapter_config.json").write_text(text)
-    assert code_of(lambda: export.open_adapter(tmp_path)) == "EXPORT-03"
+    assert code_of(lambda: formats.open_adapter(tmp_path)) == "EXPORT-03"
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "history.json"])
@@ -215,24 +216,24 @@ def test_notes_of_a_run_that_are_none_are_refused_by_name(tmp_path, name):
     (run := tmp_path / "run").mkdir()
     save_file(
         {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 8), f"unet.{LAYER}.lora_B.weight": torch.ones(8, 2)},
-        run / export.PEFT,
+        run / formats.PEFT,
     )
     for text in STRANGE_JSON:
         (tmp_path / name).write_text(text)
-        assert code_of(lambda: export.open_adapter(run)) == "EXPORT-03", text[:20]
+        assert code_of(lambda: formats.open_adapter(run)) == "EXPORT-03", text[:20]
     for config in ({"rounds": 10**400}, {"seed": "x"}, {"x" * 10**6: 1}, {"base_model": "\ud800"}):
         (tmp_path / name).write_text(json.dumps({"config": {k: v for k, v in config.items() if k != "rounds"}}))
-        assert code_of(lambda: export.open_adapter(run)) in (None, "CONFIG-01", "CONFIG-02", "EXPORT-03")
+        assert code_of(lambda: formats.open_adapter(run)) in (None, "CONFIG-01", "CONFIG-02", "EXPORT-03")
 
 
 def test_an_older_runs_many_prompts_do_not_keep_its_adapter_from_being_opened(tmp_path):
     save_file(
         {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 8), f"unet.{LAYER}.lora_B.weight": torch.ones(8, 2)},
-        tmp_path / export.PEFT,
+        tmp_path / formats.PEFT,
     )
     config = {"base_model": "mini", "sample_prompts": "|".join(["a rose " * 100] * 40)}
     (tmp_path / "provenance.json").write_text(json.dumps({"config": config}))
-    prompts = export.open_adapter(tmp_path)[1].prompts
+    prompts = formats.open_adapter(tmp_path)[1].prompts
     assert len(prompts) == 16 and {len(prompt) for prompt in prompts} <= {499, 500}
 
 

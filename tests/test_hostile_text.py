@@ -19,18 +19,21 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from runs import history
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app import exchange, model, server_app, text, wire
+from app import model, text, wire
 from app.errors import BouquetError
-from scripts import _ask, _card, _hub, _sites, _status, _volume
-from scripts._bench.hub import StubGrid, adapter_of_size
-from scripts._report import findings, progress
-from scripts._report.page import page
-from scripts._report.reading import read
-from tests import tiny
-from tests.memory import Federation
+from app.hub import exchange, server_app
+from benchmarks.speed.hub import StubGrid, adapter_of_size
+from bouquet.adapter import card
+from bouquet.hub import adapters, admission, control, roster
+from bouquet.hub import status as status_
+from bouquet.report import findings, progress
+from bouquet.report.page import page
+from bouquet.report.reading import read
+from tests.kit import tiny
+from tests.kit.memory import Federation
+from tests.kit.runs import history
 
 FORGED = "bouquet: round 6/6  train 0.0000"
 NASTY = {  # by what it does
@@ -112,7 +115,7 @@ def test_flowers_own_log_holds_no_text_that_a_terminal_obeys():
     except ValueError as error:
         logger.error("Requesting FAB for fab_hash=%s", FIELD, exc_info=error)
     assert wrong(out.getvalue()) == [] and "ValueError" in out.getvalue()
-    assert any(type(one).__name__ == "_Tidy" for one in logging.getLogger("flwr").filters)  # by app/server_app.py
+    assert any(type(one).__name__ == "_Tidy" for one in logging.getLogger("flwr").filters)  # by app/hub/server_app.py
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def old(tmp_path_factory) -> Told:
 
 def status_facts(run: Told) -> dict:
     found = read(run.folder)
-    return _status.tell(found, *_status.end_of(found), {})
+    return status_.tell(found, *status_.end_of(found), {})
 
 
 def sites_table(run: Told) -> str:
@@ -190,10 +193,10 @@ def sites_table(run: Told) -> str:
     node = SimpleNamespace(public_key=pem, status="offline", name=FIELD, node_id=1, **times)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setenv("BOUQUET_ADAPTERS", str(run.folder.parent))
-        patch.setattr(_sites, "registered", lambda: [_sites.site_of(node)])
+        patch.setattr(roster, "registered", lambda: [roster.site_of(node)])
         for as_json in (False, True):
-            _hub.sites(SimpleNamespace(json=as_json))
-        return out.getvalue() + "\n".join(texts(_sites.deeds(_volume.histories()))) + "\n".join(site.name for site in _sites.registered())
+            admission.sites(SimpleNamespace(json=as_json))
+        return out.getvalue() + "\n".join(texts(roster.deeds(adapters.histories()))) + "\n".join(site.name for site in roster.registered())
 
 
 def tracked(run: Told) -> str:
@@ -207,14 +210,14 @@ def tracked(run: Told) -> str:
 
 def carded(run: Told) -> str:
     provenance = json.loads((run.folder / "final" / "provenance.json").read_text())
-    return _card.card("garden/flowers", tiny.config(), provenance, [], "apache-2.0", "")
+    return card.card("garden/flowers", tiny.config(), provenance, [], "apache-2.0", "")
 
 
 SURFACES: dict[str, Callable[[Told], str]] = {
     "the run's own output": lambda run: run.output,
     "history.json as read": lambda run: "\n".join(texts(read(run.folder).history)),
     "status.json as read": lambda run: "\n".join(texts(read(run.folder).status)),
-    "scripts/hub status": lambda run: _status.words(status_facts(run), 0.0),
+    "scripts/hub status": lambda run: status_.words(status_facts(run), 0.0),
     "scripts/hub status --json": lambda run: "\n".join(texts(json.loads(json.dumps(status_facts(run))))),
     "scripts/hub sites": sites_table,
     "the progress line": lambda run: progress.line(read(run.folder)),
@@ -241,7 +244,7 @@ WRITTEN: dict[str, Callable[[Told], str]] = {  # by the hub under test alone
 def no_hub(monkeypatch) -> None:
     """What Flower says of the run, and it is a site's text too: the end of a run that failed."""
     told = SimpleNamespace(run_id=1, status=SimpleNamespace(status="finished", sub_status="failed", details=FIELD), finished_at="now")
-    monkeypatch.setattr(_ask, "run", lambda run: _ask.told(told))
+    monkeypatch.setattr(control, "run", lambda run: control.told(told))
 
 
 @pytest.mark.parametrize("surface", SURFACES)

@@ -1,6 +1,6 @@
 """What the hub does when a site fails, is late, lies or is gone, and how a run goes on after it was cut off.
 
-In one process (tests/memory.py); killed processes, cut networks and full disks are in tests/test_faults.py.
+In one process (tests/kit/memory.py); killed processes, cut networks and full disks are in tests/test_faults.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import pytest
 from flwr.app import Context, RecordDict
 
-from app import aggregate, checkpoint, exchange, model, server_app, spool, wire
+from app import model, wire
+from app.adapter import store
 from app.errors import ConfigError, HubError
-from tests import tiny
-from tests.memory import FakeTime, Federation, spoil_from
-
+from app.hub import exchange, guard, server_app, spool, volume
+from tests.kit import tiny
+from tests.kit.memory import FakeTime, Federation, spoil_from
 
 # --- a site that fails -------------------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation
     (entry,) = federation.history()["rounds"]
     assert entry["refused"] == [{"site": "site-2", "reason": "HUB-05  The reply's metrics are missing or impossible."}]
     assert list(entry["sites"]) == ["site-1"]
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
+    assert tiny.equal(store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
 
 
 def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_path, monkeypatch):
@@ -38,7 +39,7 @@ def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_pat
     assert "round 2: 1 of 2 needed. site-2: HUB-05" in str(error)
     history = federation.history()
     assert (history["state"], len(history["rounds"])) == ("failed", 1) and history["error"] == str(error)
-    kept = checkpoint.read_adapter(federation.adapters / "7" / "round-0001")
+    kept = store.read_adapter(federation.adapters / "7" / "round-0001")
     assert model.adapter_hash(kept) == history["rounds"][0]["adapter"]
     assert not (federation.adapters / "7" / "round-0002").exists() and not (federation.adapters / "7" / "final").exists()
 
@@ -191,7 +192,7 @@ def test_a_round_with_too_few_valid_replies_is_tried_again_and_ends_as_if_nothin
     folder = again.go(monkeypatch)
     assert [r["site"] for r in again.history()["rounds"][0]["refused"]] == ["site-2"]
     assert [number for site, number, _ in again.grid.sent if site == "site-1"] == ["1", "1", "2", "3"]
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), checkpoint.read_adapter(finished[1] / "final"))
+    assert tiny.equal(store.read_adapter(folder / "final"), store.read_adapter(finished[1] / "final"))
 
 
 def test_tries_are_bounded(federation, monkeypatch):
@@ -220,7 +221,7 @@ def test_an_update_a_million_times_too_long_is_refused_and_the_result_is_the_hon
     folder = federation.go(monkeypatch)
     (entry,) = federation.history()["rounds"]
     assert [(r["site"], r["reason"].split("  ")[0]) for r in entry["refused"]] == [("site-2", "ADAPTER-04")]
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
+    assert tiny.equal(store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
 
 
 def test_a_rounds_patience_comes_from_the_rounds_before_and_never_exceeds_the_ceiling(federation):
@@ -305,7 +306,7 @@ def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_m
 
 def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monkeypatch):
     seen = []
-    weigh = aggregate.weigh
+    weigh = guard.weigh
 
     def look(replies, *how):
         if any(reply.adapter is None for reply in replies):  # the last evaluation's
@@ -316,7 +317,7 @@ def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monke
         assert all(tiny.equal(dict(reply.adapter), sent[reply.site]) for reply in seen)
         return weigh(replies, *how)
 
-    monkeypatch.setattr(aggregate, "weigh", look)
+    monkeypatch.setattr(guard, "weigh", look)
     folder = federation.go(monkeypatch)
     assert [type(reply.adapter) for reply in seen] == [spool.Kept] * 2 and not (folder / ".replies").exists()
 
@@ -345,7 +346,7 @@ def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
     resumed = cut.go(monkeypatch, run_id=8)
     assert [number for site, number, _ in cut.grid.sent[-6:]] == ["2", "2", "3", "3", "4", "4"]
     for folder in ("round-0001", "round-0002", "round-0003", "final"):
-        assert tiny.equal(checkpoint.read_adapter(resumed / folder), checkpoint.read_adapter(whole / folder)), folder
+        assert tiny.equal(store.read_adapter(resumed / folder), store.read_adapter(whole / folder)), folder
     history, reference = (json.loads((folder / "history.json").read_text()) for folder in (resumed, whole))
     assert history["resumed"] == {"run": "7", "after_round": 1}
     assert [r["adapter"] for r in history["rounds"]] == [r["adapter"] for r in reference["rounds"]]
@@ -355,14 +356,14 @@ def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
 def test_latest_is_the_run_that_wrote_a_round_last_and_an_id_names_another(tmp_path):
     for number, run in enumerate(("7", "8", "9")):
         if run != "9":  # it wrote nothing
-            checkpoint.write_round(tmp_path / run, 1, tiny.adapter(1), tiny.CONFIG, {}, {})
+            volume.write_round(tmp_path / run, 1, tiny.adapter(1), tiny.CONFIG, {}, {})
             os.utime(tmp_path / run / "round-0001", (number, number))
         (tmp_path / run).mkdir(exist_ok=True)
-    assert checkpoint.find_run(tmp_path, "latest").name == "8"
-    assert checkpoint.find_run(tmp_path, "7").name == "7"
+    assert volume.find_run(tmp_path, "latest").name == "8"
+    assert volume.find_run(tmp_path, "7").name == "7"
     for nothing in ("9", "10"):
         with pytest.raises(HubError, match="HUB-08"):
-            checkpoint.find_run(tmp_path, nothing)
+            volume.find_run(tmp_path, nothing)
 
 
 def test_a_run_cannot_go_on_with_another_rank_or_another_base(federation, monkeypatch, tmp_path):
@@ -376,16 +377,16 @@ def test_a_run_cannot_go_on_with_another_rank_or_another_base(federation, monkey
 
 def test_a_volume_without_room_ends_the_run_with_the_last_round_whole(tmp_path, monkeypatch):
     federation = Federation(tmp_path, rounds=2, sample_prompts="")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0 if federation.grid.came else 2**40}))
+    monkeypatch.setattr(volume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0 if federation.grid.came else 2**40}))
     federation.fails(monkeypatch, "HUB-09")
     history = federation.history()
     assert history["state"] == "failed" and history["error"].startswith("HUB-09")
-    assert model.adapter_hash(checkpoint.read_adapter(federation.adapters / "7" / "round-0001")) == history["rounds"][0]["adapter"]
+    assert model.adapter_hash(store.read_adapter(federation.adapters / "7" / "round-0001")) == history["rounds"][0]["adapter"]
 
 
 def test_only_the_newest_rounds_are_kept_when_the_run_says_so(tmp_path, monkeypatch):
     folder = Federation(tmp_path, rounds=3, keep_rounds=2, local_steps=1, sample_prompts="").go(monkeypatch)
-    assert checkpoint.written_rounds(folder) == [2, 3] and len(json.loads((folder / "history.json").read_text())["rounds"]) == 3
+    assert volume.written_rounds(folder) == [2, 3] and len(json.loads((folder / "history.json").read_text())["rounds"]) == 3
 
 
 def test_the_hubs_operator_bounds_what_a_site_weighs(federation, monkeypatch, tmp_path):

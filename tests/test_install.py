@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from bouquet import ROOT
 
 CPU, CUDA = "2.13.0+cpu", "2.13.0"
 LOCK = "packaging==25.0\nnvidia-ml-py==13.615.71\ntorch==2.13.0\n\n# CUDA: what that build brings besides\ntriton==3.7.1\n"

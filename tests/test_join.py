@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -29,9 +29,10 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from app import model
-from scripts._deployment import Processes, end_group, free_port
-from scripts._flower import connect, follow
-from scripts._sites import registered
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, end_group, free_port
+from bouquet.hub.roster import registered
+from bouquet.hub.runs import connect, follow
 
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"
 KIT = {".env", "README.md", "ca.crt", "compose.yaml", "cpu.yaml", "env.awk", "key.py", "models", "site", "trusted.yaml"}
@@ -92,7 +93,7 @@ def invited(root: Path, name: str, to: Path) -> SiteHost:
     """`scripts/hub invite`, and the kit unpacked on the site's machine."""
     sh(f"scripts/hub invite {name}", root)
     to.mkdir(parents=True, exist_ok=True)
-    sh(f".venv/bin/python scripts/partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn && mv {to}/drawn/site-1 {to}/photos", root)
+    sh(f"scripts/partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn && mv {to}/drawn/site-1 {to}/photos", root)
     sh(f"tar -xzf {root}/.bouquet/kits/{name}.tar.gz", to)
     return SiteHost(to / name, root)
 

@@ -16,9 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 
-from scripts._deployment import free_port
+from bouquet import ROOT
+from bouquet.hub.deployment import free_port
 
 pytestmark = [pytest.mark.usefixtures("docker"), pytest.mark.slow]
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"
@@ -64,7 +65,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
         patch.setenv("FLWR_HOME", str(folder.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_", "HUB"))]:
             patch.delenv(variable)
-        sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24", folder)
+        sh("scripts/partition --dataset mini --sites 2 --images-per-site 24", folder)
         try:
             operator.follow("Install")
             yield operator

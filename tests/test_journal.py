@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from conftest import ROOT
 from safetensors.torch import load_file
 
-from app import checkpoint, journal, model
-from tests import tiny
+from app import model
+from app.adapter import store
+from app.site import journal
+from bouquet import ROOT
+from tests.kit import tiny
 
 
 def test_a_line_that_was_cut_off_does_not_spoil_those_before_it(tmp_path):
@@ -38,10 +40,10 @@ def test_what_was_sent_is_kept_where_the_site_asks_for_it(federation, monkeypatc
     kept = {s: load_file(federation.root / "cache" / s / "sent" / f"{h}.safetensors") for s, h in federation.history()["rounds"][0]["adapters"].items()}
     assert all(model.adapter_hash(adapter) == h for adapter, h in zip(kept.values(), federation.history()["rounds"][0]["adapters"].values(), strict=True))
     weights = {site: numbers["weight"] for site, numbers in federation.history()["rounds"][0]["sites"].items()}
-    for key, value in checkpoint.read_adapter(folder / "final").items():
+    for key, value in store.read_adapter(folder / "final").items():
         mean = sum(kept[s][key].double() * w for s, w in weights.items()) / sum(weights.values())
         assert (value.double() - mean).abs().max() < 1e-6
-    assert tiny.equal(checkpoint.read_adapter(folder / "final"), checkpoint.read_adapter(folder / "round-0001"))
+    assert tiny.equal(store.read_adapter(folder / "final"), store.read_adapter(folder / "round-0001"))
 
 
 def entry(run: str, number: int, sent: str, minute: int) -> dict:
@@ -78,6 +80,6 @@ def test_a_line_that_a_power_cut_has_spoilt_is_none_and_those_after_it_count(tmp
 
 def test_the_reader_is_a_command_that_needs_neither_torch_nor_a_model(tmp_path):
     journal.note(tmp_path, run="7", round=1, sent="", images=3, applied="aa")
-    code = f"import runpy, sys; sys.argv = ['journal', {str(tmp_path)!r}]; runpy.run_module('app.journal', run_name='__main__'); assert 'torch' not in sys.modules"
+    code = f"import runpy, sys; sys.argv = ['journal', {str(tmp_path)!r}]; runpy.run_module('app.site.journal', run_name='__main__'); assert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.startswith("run 7  trained in 0 rounds, measured in 1 more, ") and shown.endswith("in the last seven days: 1 runs, 1 messages\n")

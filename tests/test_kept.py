@@ -16,8 +16,10 @@ import torch
 import transformers
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from app import client_app, data, diffusion, model, train, wire
-from tests import tiny
+from app import model, wire
+from app.site import client_app, diffusion, train
+from app.site.photos import data
+from tests.kit import tiny
 
 ROUND = {"sample-prompts": "", "local-steps": 2}
 

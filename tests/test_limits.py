@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
 
 from app.config import RunConfig
 from app.errors import ConfigError, SiteError
-from app.limits import MODELS, NUMBERS, OWN, PRIVATE, WEEK, Limits
+from app.site.limits import MODELS, NUMBERS, OWN, PRIVATE, WEEK, Limits
+from bouquet import ROOT
 
 RUN = RunConfig()  # base-model mini, local-steps 60, batch-size 16, learning-rate 0.003, lora-rank 16
 RULES = Limits().private()

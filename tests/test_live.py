@@ -18,20 +18,21 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from conftest import ROOT
-from runs import HOSTILE, history, written
 
 from app.errors import BouquetError
-from scripts import _browser, _sites
-from scripts._live import view
-from scripts._live.server import application
-from scripts._live.sites import Known, Sites
+from benchmarks import browser as browser_
+from bouquet import ROOT
+from bouquet.hub import roster
+from bouquet.hub.live import view
+from bouquet.hub.live.server import application
+from bouquet.hub.live.sites import Known, Sites
+from tests.kit.runs import HOSTILE, history, written
 
 HOME = "http://127.0.0.1"
 
 
-def site(name: str, state: str = "online", seen: str | None = "2026-11-28T05:00:00+00:00") -> _sites.Site:
-    return _sites.Site(name, state, seen, _sites.Key("ecdsa x"), 1)
+def site(name: str, state: str = "online", seen: str | None = "2026-11-28T05:00:00+00:00") -> roster.Site:
+    return roster.Site(name, state, seen, roster.Key("ecdsa x"), 1)
 
 
 KNOWN = Known((site("rose"), site("lily", "offline"), site("garden", "admitted", None), site("old", "revoked")), "", 1_700_000_000.0)
@@ -237,7 +238,7 @@ def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monke
             raise answer
         return answer
 
-    monkeypatch.setattr(_sites, "registered", registered)
+    monkeypatch.setattr(roster, "registered", registered)
     with Sites(every=0.05) as sites:
         assert asked.acquire(timeout=10) and asked.acquire(timeout=10)
         sites.closed.set()
@@ -305,7 +306,7 @@ def served(tmp_path) -> Iterator[tuple[Path, str, uvicorn.Server]]:
     door.close()
 
 
-def until(browser: _browser.Browser, question: str, seconds: float = 30) -> bool:
+def until(browser: browser_.Browser, question: str, seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while not browser.js(question) and time.monotonic() < end:
         time.sleep(0.1)

@@ -13,11 +13,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from app import export, lora_files, model, sample
+from app import model
+from app.adapter import formats, lora_files, sample
 from app.config import RunConfig
 from app.errors import AdapterError
-from scripts import _sample
-from tests import tiny
+from bouquet.adapter import sample as sample_
+from tests.kit import tiny
 
 ADAPTER = tiny.adapter(3, tiny.config(lora_targets="attention"))
 LAYERS = sorted({key.rsplit(".lora_", 1)[0] for key in ADAPTER})
@@ -40,9 +41,9 @@ def renamed(
 
 
 def kohya(alpha: float | None = None) -> dict[str, torch.Tensor]:
-    out = renamed("", ".lora_down.weight", ".lora_up.weight", export.kohya_name)
+    out = renamed("", ".lora_down.weight", ".lora_up.weight", formats.kohya_name)
     return out | (
-        {f"{export.kohya_name(layer)}.alpha": torch.tensor(float(alpha)) for layer in LAYERS}
+        {f"{formats.kohya_name(layer)}.alpha": torch.tensor(float(alpha)) for layer in LAYERS}
         if alpha is not None
         else {}
     )
@@ -98,7 +99,7 @@ WORDS = (
 
 @pytest.mark.parametrize("layer", WORDS.split())
 def test_kohyas_flat_names_lead_back_to_every_layer_of_the_unet(tmp_path, layer):
-    flat = export.kohya_name(layer)
+    flat = formats.kohya_name(layer)
     file = read(tmp_path, {f"{flat}.lora_down.weight": torch.ones(2, 8), f"{flat}.lora_up.weight": torch.ones(8, 2)})
     assert set(file.unet) == {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
 
@@ -195,7 +196,7 @@ def test_rank_stabilised_lora_is_divided_by_the_root_of_the_rank(tmp_path):
 
 
 def test_kohyas_convolutions_have_an_alpha_of_their_own(tmp_path):
-    flat = export.kohya_name("mid_block.resnets.0.conv1")
+    flat = formats.kohya_name("mid_block.resnets.0.conv1")
     conv = {f"{flat}.lora_down.weight": torch.ones(4, 8, 3, 3), f"{flat}.lora_up.weight": torch.ones(8, 4, 1, 1)}
     notes = {"ss_network_alpha": "1", "ss_network_args": json.dumps({"conv_dim": "4", "conv_alpha": "3"})}
     got = read(tmp_path, kohya() | conv, notes).unet
@@ -215,7 +216,7 @@ def test_kohyas_convolutions_have_an_alpha_of_their_own(tmp_path):
 
 def test_a_layer_without_alpha_among_others_with_one_has_the_rank(tmp_path):
     tensors = kohya(1)
-    del tensors[f"{export.kohya_name(LAYER)}.alpha"]
+    del tensors[f"{formats.kohya_name(LAYER)}.alpha"]
     got = read(tmp_path, tensors, {"ss_network_alpha": "1"}).unet
     assert tiny.equal(got, HALF | {f"{LAYER}.lora_B.weight": ADAPTER[f"{LAYER}.lora_B.weight"]})
 
@@ -226,7 +227,7 @@ def test_kohyas_metadata_may_say_that_alpha_is_the_rank(tmp_path, said):
 
 
 def test_layers_of_different_ranks_become_one_rank_with_the_same_products(tmp_path):
-    tensors, flat = kohya(1), export.kohya_name(LAYER)
+    tensors, flat = kohya(1), formats.kohya_name(LAYER)
     wide = {
         f"{flat}.lora_down.weight": torch.randn(5, tensors[f"{flat}.lora_down.weight"].shape[1]),
         f"{flat}.alpha": torch.tensor(10.0),
@@ -242,7 +243,7 @@ def test_layers_of_different_ranks_become_one_rank_with_the_same_products(tmp_pa
 
 # --- what cannot be carried over --------------------------------------------------------------------------------------
 
-FLAT = export.kohya_name(LAYER)
+FLAT = formats.kohya_name(LAYER)
 STRANGE = {
     "DoRA": f"{FLAT}.dora_scale",
     "a DoRA": f"unet.{LAYER}.lora_magnitude_vector",
@@ -351,7 +352,7 @@ def loras(ordinary, tmp_path):
     for name, (a, b, alpha) in ordinary.items():
         part, layer = name.split(".", 1)
         flat = (
-            export.kohya_name(layer)
+            formats.kohya_name(layer)
             if part == "unet"
             else "lora_te_text_model_" + layer.removeprefix("text_model.").replace(".", "_")
         )
@@ -369,14 +370,14 @@ def test_an_ordinary_lora_draws_what_its_numbers_say(loras, expected):
 
 
 def test_merged_into_the_base_it_draws_the_same(loras, expected, tmp_path):
-    export.merge(tiny.base(), lora_files.read(loras), tmp_path / "merged")
+    formats.merge(tiny.base(), lora_files.read(loras), tmp_path / "merged")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(drawn(pipe), expected, atol=1e-3)
 
 
 def test_the_command_draws_any_of_them_at_every_strength(loras, tmp_path):
-    _sample.draw(
+    sample_.draw(
         SimpleNamespace(
             adapter=loras, base="tiny", models=tiny.models(), prompt=["a red poppy"], grid=True, strength=1.0,
             steps=1, guidance=1.0, size=16, seed=1, out=tmp_path / "sheet.png",
@@ -412,10 +413,10 @@ def test_a_linear_layers_factors_written_as_a_1x1_convolution_are_the_same_numbe
 
 def test_what_a_run_could_train_is_told_by_rank_and_layers(tmp_path):
     save_file(renamed("unet."), tmp_path / "flowers.safetensors")
-    adapter, config = export.open_adapter(tmp_path / "flowers.safetensors", "tiny")
+    adapter, config = formats.open_adapter(tmp_path / "flowers.safetensors", "tiny")
     assert tiny.equal(adapter, ADAPTER) and (config.lora_rank, config.lora_targets, config.base_model) == (
         2,
         "attention",
         "tiny",
     )
-    assert export.open_file(tmp_path / "flowers.safetensors")[1] == RunConfig()
+    assert formats.open_file(tmp_path / "flowers.safetensors")[1] == RunConfig()

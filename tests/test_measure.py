@@ -7,17 +7,18 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from conftest import sh
 from PIL import Image
 
-from app import cache, sample
+from app.adapter import sample
 from app.errors import BouquetError
-from scripts import _measure, _memory, _pictures
-from scripts._report import findings, memory
-from scripts._report.page import page
-from scripts._report.reading import read
+from app.site import cache
+from bouquet.adapter import measure, memorised, pictures
+from bouquet.report import findings, memorisation
+from bouquet.report.page import page
+from bouquet.report.reading import read
+from tests.kit import tiny
 from tests.test_worth import run_of
 
 
@@ -41,7 +42,7 @@ def run(tmp_path):
 
 
 def column(samples: list[float], held_out: list[float], **more) -> dict:
-    return {"site": "rose", "adapter": "a", "space": _memory.SPACE, "photos": 12, "samples": samples, "held_out": held_out} | more
+    return {"site": "rose", "adapter": "a", "space": memorised.SPACE, "photos": 12, "samples": samples, "held_out": held_out} | more
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------
@@ -50,8 +51,8 @@ def column(samples: list[float], held_out: list[float], **more) -> dict:
 def test_a_number_is_the_nearest_distance_over_the_mean_of_the_next():
     photos = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 8.0]])
     # from (1, 0): 1, 3 and √65; from a photo itself: 0
-    assert _memory.numbers(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), photos) == pytest.approx([1 / ((3 + math.sqrt(65)) / 2), 0.0])
-    assert _memory.numbers(torch.tensor([[1.0, 0.0]]), photos, neighbours=1) == pytest.approx([1 / 3])
+    assert memorised.numbers(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), photos) == pytest.approx([1 / ((3 + math.sqrt(65)) / 2), 0.0])
+    assert memorised.numbers(torch.tensor([[1.0, 0.0]]), photos, neighbours=1) == pytest.approx([1 / 3])
 
 
 def test_a_copy_of_a_training_photo_is_far_below_every_held_out_photo_also_with_some_noise():
@@ -59,39 +60,40 @@ def test_a_copy_of_a_training_photo_is_far_below_every_held_out_photo_also_with_
     photos, held_out = torch.randn(60, 64, generator=draw), torch.randn(20, 64, generator=draw)
     copies = photos[:3] + 0.2 * torch.randn(3, 64, generator=draw)
     blurred = torch.zeros(3, 64)  # near to everything, a copy of nothing
-    samples = _memory.numbers(torch.cat([copies, blurred]), photos)
-    ordinary = _memory.numbers(held_out, photos)
-    assert memory.suspicious(samples, ordinary) == 3 and max(samples[:3]) < 0.3 < min(ordinary) < min(samples[3:])
+    samples = memorised.numbers(torch.cat([copies, blurred]), photos)
+    ordinary = memorised.numbers(held_out, photos)
+    assert memorisation.suspicious(samples, ordinary) == 3 and max(samples[:3]) < 0.3 < min(ordinary) < min(samples[3:])
 
 
 def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path):
-    from app import data, model, train
+    from app import model
+    from app.site import train
 
     here = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "cache", "")
     photos = here.photos
     images = [Image.open(site / photo.name) for photo in photos]
-    torch.testing.assert_close(_memory.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3)  # the cache holds float16
+    torch.testing.assert_close(memorised.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3)  # the cache holds float16
     assert isinstance(here.train, cache.Encoded) and model.locate("tiny", tiny.models())
 
 
 @pytest.mark.parametrize(("count", "chance"), [(0, 1.0), (1, 4 / 10), (2, 4 * 3 / (10 * 9)), (4, 4 * 3 * 2 / (10 * 9 * 8 * 7))])
 def test_the_chance_that_the_smallest_of_all_are_samples(count, chance):
     """4 samples and 6 held-out photos in any order."""
-    assert memory.chance(4, 6, count) == pytest.approx(chance)
+    assert memorisation.chance(4, 6, count) == pytest.approx(chance)
 
 
 def test_the_chance_is_that_of_shuffling():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(20_000):
         order = rng.permutation(10)
-        hits += memory.suspicious(order[:4].tolist(), order[4:].tolist()) >= 2
-    assert hits / 20_000 == pytest.approx(memory.chance(4, 6, 2), abs=0.01)
+        hits += memorisation.suspicious(order[:4].tolist(), order[4:].tolist()) >= 2
+    assert hits / 20_000 == pytest.approx(memorisation.chance(4, 6, 2), abs=0.01)
 
 
 def test_what_a_site_reads():
-    none = memory.found("rose", column([0.7, 0.9], [0.6, 0.8]))
-    luck = memory.found("rose", column([0.5, 0.9], [0.6, 0.8]))
-    grave = memory.found("rose", column([0.1] * 5 + [0.9], [0.6] * 20))
+    none = memorisation.found("rose", column([0.7, 0.9], [0.6, 0.8]))
+    luck = memorisation.found("rose", column([0.5, 0.9], [0.6, 0.8]))
+    grave = memorisation.found("rose", column([0.1] * 5 + [0.9], [0.6] * 20))
     assert (none.suspicious, none.rare) == (0, False) and none.sentence.startswith("None of 2 samples")
     assert (luck.suspicious, luck.chance, luck.rare) == (1, 0.5, False) and luck.sentence.endswith("That is not unusual.")
     assert grave.rare and "5 of 6 samples are nearer" in grave.sentence and grave.sentence.endswith("before the adapter goes out.")
@@ -124,14 +126,14 @@ def test_the_report_warns_of_a_site_whose_photos_come_back(run):
 @pytest.mark.parametrize("spoil", [{"samples": []}, {"samples": [float("nan")]}, {"held_out": [-1]}, {"held_out": "x"}, {"photos": "<b>"}])
 def test_distances_of_another_shape_are_refused_by_name(spoil):
     with pytest.raises(BouquetError, match="MEASURE-02"):
-        memory.check({"sites": {"rose": column([0.5], [0.5]) | spoil}})
+        memorisation.check({"sites": {"rose": column([0.5], [0.5]) | spoil}})
 
 
 def test_columns_of_two_adapters_are_refused(run, tmp_path):
     for name, adapter in (("rose", "a"), ("lily", "b")):
         (tmp_path / f"{name}.json").write_text(json.dumps(column([0.5], [0.5]) | {"site": name, "adapter": adapter}))
     with pytest.raises(BouquetError, match="MEASURE-02"):
-        _measure.collect(run, [tmp_path / "rose.json", tmp_path / "lily.json"])
+        measure.collect(run, [tmp_path / "rose.json", tmp_path / "lily.json"])
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------
@@ -139,9 +141,9 @@ def test_columns_of_two_adapters_are_refused(run, tmp_path):
 
 def test_diversity_is_the_mean_distance_of_two_pictures_of_a_prompt(pipe, monkeypatch):
     rows = {"a": torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]), "b": torch.zeros(2, 2)}
-    monkeypatch.setattr(_memory, "latents", lambda _, images: rows[images])
+    monkeypatch.setattr(memorised, "latents", lambda _, images: rows[images])
     # a: distances 5, 5 and 10 over √2; b: all alike
-    assert _pictures.diversity(pipe, ["a", "b"]) == pytest.approx((20 / 3 / math.sqrt(2) + 0) / 2)
+    assert pictures.diversity(pipe, ["a", "b"]) == pytest.approx((20 / 3 / math.sqrt(2) + 0) / 2)
 
 
 def test_the_judge_counts_what_was_asked_for():
@@ -149,10 +151,10 @@ def test_the_judge_counts_what_was_asked_for():
 
     pairs = draw.photos(("poppy",), 4, 3)
     poppies = [image for image, _ in pairs]
-    assert _pictures.judged(["a red poppy, meadow background"], [poppies]) >= 0.75
-    assert _pictures.judged(["a white lily, night background"], [poppies]) <= 0.25
+    assert pictures.judged(["a red poppy, meadow background"], [poppies]) >= 0.75
+    assert pictures.judged(["a white lily, night background"], [poppies]) <= 0.25
     with pytest.raises(BouquetError, match="MEASURE-01"):
-        _pictures.judged(["a bicycle"], [poppies])
+        pictures.judged(["a bicycle"], [poppies])
 
 
 def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
@@ -168,24 +170,24 @@ def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
     [("--photos {data}", "torch_fidelity"), ("--photos {data} --kid judge", "torchmetrics"), ("--clip {data}", "torchmetrics")],
 )
 def test_a_measure_that_cannot_be_taken_is_named_before_anything_is_drawn(run, site, monkeypatch, options, words):
-    found = _pictures.find_spec
-    monkeypatch.setattr(_pictures, "find_spec", lambda name: None if name == words else found("json"))
+    found = pictures.find_spec
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == words else found("json"))
     monkeypatch.setattr(sample, "pipeline", lambda *_: pytest.fail("something was drawn"))
     monkeypatch.setattr("sys.argv", ["measure", "pictures", str(run), *options.format(data=site).split()])
-    asked = _measure.arguments()
+    asked = measure.arguments()
     with pytest.raises(BouquetError, match="MEASURE-01") as refused:
         asked.work(asked)
     assert words in refused.value.found
 
 
 def test_missing_weights_are_named_and_not_fetched(monkeypatch, tmp_path):
-    monkeypatch.setattr(_pictures, "find_spec", lambda name: True)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(BouquetError, match="MEASURE-01") as refused:
-        _pictures.need_kid("inception")
-    assert _pictures.INCEPTION in refused.value.found and list(tmp_path.iterdir()) == []
+        pictures.need_kid("inception")
+    assert pictures.INCEPTION in refused.value.found and list(tmp_path.iterdir()) == []
     with pytest.raises(BouquetError, match="MEASURE-01"):
-        _pictures.need_clip(tmp_path)
+        pictures.need_clip(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`:UserWarning")
@@ -194,9 +196,9 @@ def test_kid_is_small_for_the_same_flowers_and_large_for_others():
     from models.mini import draw
 
     poppies, more, lilies = ([image for image, _ in draw.photos((name,), 24, seed)] for name, seed in (("poppy", 1), ("poppy", 2), ("lily", 1)))
-    same, other = (_pictures.kid(drawn, poppies, "judge", seed=0) for drawn in (more, lilies))
+    same, other = (pictures.kid(drawn, poppies, "judge", seed=0) for drawn in (more, lilies))
     assert abs(same["mean"]) < other["mean"] / 10 and same["subset"] == 24
-    assert _pictures.kid(more, poppies, "judge", seed=0) == same
+    assert pictures.kid(more, poppies, "judge", seed=0) == same
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -220,4 +222,4 @@ def test_clip_score_is_a_hundred_times_the_cosine_of_picture_and_prompt(tmp_path
         out = net(**processor(text=[prompt], images=[image], return_tensors="pt", padding=True))
     cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).item()
     assert cosine > 0.01
-    assert _pictures.clip([prompt], [[image]], tmp_path) == pytest.approx(100 * cosine, abs=1e-3)
+    assert pictures.clip([prompt], [[image]], tmp_path) == pytest.approx(100 * cosine, abs=1e-3)

@@ -16,10 +16,12 @@ from diffusers import AutoencoderKL
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from app import cache, memory, model
+from app import family, model
 from app.config import RunConfig
-from scripts._bench.gpu import Shape, new_unet
-from tests import tiny
+from app.site import cache
+from benchmarks.gpu.gpu import Shape, new_unet
+from bouquet.site import estimate
+from tests.kit import tiny
 
 GIB = 2**30
 MINI = tiny.ROOT / "models" / "mini"
@@ -35,7 +37,7 @@ def config(**changes) -> RunConfig:
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_what_is_alive_is_counted_by_storage_and_in_blocks_of_512_bytes(device: str) -> None:
     known = torch.zeros(1000, device=device)
-    with memory.Alive([known]) as alive:
+    with estimate.Alive([known]) as alive:
         one = torch.zeros(100, 100, device=device)  # 40,000 bytes: 79 blocks
         view = one.t()[3:].reshape(97, 10, 10)
         known.view(10, 100).add_(1)
@@ -58,8 +60,8 @@ def test_the_step_without_contents_holds_what_torchs_profiler_sees_a_real_step_h
     for parameter in unet.train().parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     inputs = torch.randn(8, 4, 16, 16), torch.zeros(8), torch.randn(8, 24, 128)
-    kept, most = memory.step_of(memory._unet(MINI, run, half=False), *memory._inputs(8, 4, 16, 24, 128), half=False)
-    assert memory.step_of(unet, *inputs, half=False) == pytest.approx((kept, most), rel=0.003)  # the same count on real tensors
+    kept, most = estimate.step_of(estimate._unet(MINI, run, half=False), *estimate._inputs(8, 4, 16, 24, 128), half=False)
+    assert estimate.step_of(unet, *inputs, half=False) == pytest.approx((kept, most), rel=0.003)  # the same count on real tensors
     assert peak_by_profiler(lambda: F.mse_loss(unet(*inputs).sample, inputs[0]).backward()) == pytest.approx(most, rel=0.01)
     assert kept < most
 
@@ -83,7 +85,7 @@ def peak_by_profiler(work) -> int:
 def test_floor_and_need_bracket_what_a_real_step_takes_on_the_cpu(checkpointing: bool) -> None:
     """Weights and AdamW's moments are the formula's; the step's part is the profiler's, as above."""
     run = config(batch_size=8, gradient_checkpointing=checkpointing)
-    guess = memory.estimate(MINI, run, tokens=24, half=False, on_gpu=False)
+    guess = estimate.estimate(MINI, run, tokens=24, half=False, on_gpu=False)
     unet = model.load_unet(MINI)
     frozen = sum(p.numel() for p in unet.parameters())
     model.add_adapter(unet, run)
@@ -112,8 +114,8 @@ PYTHON = {"__matmul__": "matmul", "__pow__": "pow", "interpolate": "upsample_nea
 
 def test_every_function_is_cast_as_torchs_lists_for_cuda_say() -> None:
     lower, whole = header("AT_FORALL_LOWER_PRECISION_FP"), header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE")
-    assert {PYTHON.get(name, name) for name in memory.LOWER} <= lower
-    assert {PYTHON.get(name, name) for name in memory.WHOLE} <= whole
+    assert {PYTHON.get(name, name) for name in estimate.LOWER} <= lower
+    assert {PYTHON.get(name, name) for name in estimate.WHOLE} <= whole
 
 
 def test_of_what_a_unet_calls_nothing_that_autocast_casts_is_left_out() -> None:
@@ -125,13 +127,13 @@ def test_of_what_a_unet_calls_nothing_that_autocast_casts_is_left_out() -> None:
             return function(*args, **(kwargs or {}))
 
     run = config(batch_size=2)
-    unet = memory._unet(MINI, run, half=False)
+    unet = estimate._unet(MINI, run, half=False)
     with Listen():
-        unet(*memory._inputs(2, 4, 16, 24, 128))
+        unet(*estimate._inputs(2, 4, 16, 24, 128))
     cast = header("AT_FORALL_LOWER_PRECISION_FP") | header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE")
     expected = {name for name in called if PYTHON.get(name, name) in cast}
     assert {"conv2d", "linear", "group_norm", "layer_norm", "scaled_dot_product_attention", "interpolate"} <= expected
-    assert expected <= memory.LOWER | memory.WHOLE
+    assert expected <= estimate.LOWER | estimate.WHOLE
 
 
 @pytest.mark.skipif(not torch.version.cuda, reason="torch has no CUDA here; its build for CUDA needs no GPU for this")
@@ -146,9 +148,9 @@ def test_a_forward_pass_leaves_as_much_alive_as_under_torchs_own_autocast(base) 
                 return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
             return function(*args, **(kwargs or {}))
 
-    unet = memory._unet(base(), config(batch_size=4), half=True)
-    shapes = [x.shape for x in memory._inputs(4, 4, 16, 24, unet.config.cross_attention_dim)]
-    kept, _ = memory.step_of(unet, *memory._inputs(4, 4, 16, 24, unet.config.cross_attention_dim), half=True)
+    unet = estimate._unet(base(), config(batch_size=4), half=True)
+    shapes = [x.shape for x in estimate._inputs(4, 4, 16, 24, unet.config.cross_attention_dim)]
+    kept, _ = estimate.step_of(unet, *estimate._inputs(4, 4, 16, 24, unet.config.cross_attention_dim), half=True)
     with FakeTensorMode(), Tiles():
         for module in unet.modules():
             for name, value in list(module._parameters.items()):
@@ -158,7 +160,7 @@ def test_a_forward_pass_leaves_as_much_alive_as_under_torchs_own_autocast(base) 
         try:
             torch.set_autocast_dtype("cuda", torch.bfloat16)
             torch.set_autocast_enabled("cuda", True)
-            with memory.Alive([*unet.parameters(), latents, text]) as alive:
+            with estimate.Alive([*unet.parameters(), latents, text]) as alive:
                 predicted = unet(latents.to(unet.dtype), t, text.to(unet.dtype)).sample
                 loss = F.mse_loss(predicted.float(), torch.empty_like(latents))
                 assert alive.now == pytest.approx(kept, rel=0.01)  # the flash attention of a GPU keeps its random state, too
@@ -188,8 +190,8 @@ def sd15_run(batch_size: int, **changes) -> RunConfig:
 
 
 @functools.cache
-def guess(base: Path, batch_size: int, checkpointing: bool = False, **more: int) -> memory.Estimate:
-    return memory.estimate(base, sd15_run(batch_size, gradient_checkpointing=checkpointing), tokens=77, half=True, on_gpu=True, **more)
+def guess(base: Path, batch_size: int, checkpointing: bool = False, **more: int) -> estimate.Estimate:
+    return estimate.estimate(base, sd15_run(batch_size, gradient_checkpointing=checkpointing), tokens=77, half=True, on_gpu=True, **more)
 
 
 @pytest.mark.parametrize(("batch_size", "measured"), [(8, 10.4), (64, 71.0)])
@@ -234,25 +236,25 @@ def test_the_sum_of_the_parts_is_the_estimate() -> None:
     unet = tiny.unet()
     adapter = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in unet.parameters()) - adapter
-    kept, step = memory.step_of(memory._unet(tiny.base(), run, False), *memory._inputs(4, 4, 8, 24, 16), half=False)
-    on_gpu, on_cpu = (memory.estimate(tiny.base(), run, **parts, on_gpu=on_gpu, photos=10) for on_gpu in (True, False))
+    kept, step = estimate.step_of(estimate._unet(tiny.base(), run, False), *estimate._inputs(4, 4, 8, 24, 16), half=False)
+    on_gpu, on_cpu = (estimate.estimate(tiny.base(), run, **parts, on_gpu=on_gpu, photos=10) for on_gpu in (True, False))
     photos = 10 * (4 * 4 * 8 * 8 + 2 * 24 * 16)  # float32 latents of 16² pixels, half a caption of 24 tokens
     assert on_gpu.floor == 4 * frozen + 16 * adapter + kept
     assert on_cpu.floor == on_gpu.floor + photos and on_cpu.peak == on_gpu.peak + photos
-    assert on_gpu.peak == 4 * frozen + max(16 * adapter + step, 4 * adapter + memory.encoding_of(tiny.base(), 16, 1))
+    assert on_gpu.peak == 4 * frozen + max(16 * adapter + step, 4 * adapter + estimate.encoding_of(tiny.base(), 16, 1))
     assert (on_gpu.need, on_cpu.need) == (int(1.05 * on_gpu.peak + GIB), int(2 * on_cpu.peak + GIB))
-    pulled = memory.estimate(tiny.base(), tiny.config(proximal_mu=0.1), **parts, on_gpu=True)
+    pulled = estimate.estimate(tiny.base(), tiny.config(proximal_mu=0.1), **parts, on_gpu=True)
     assert pulled.floor == on_gpu.floor + 4 * adapter
 
 
 def test_attention_may_be_called_by_keyword() -> None:
     rows = {name: torch.empty(2, 4, 256, 8, device="meta", requires_grad=True) for name in ("query", "key", "value")}
-    with memory.OnGpu(half=True), memory.Alive(rows.values()) as alive:
+    with estimate.OnGpu(half=True), estimate.Alive(rows.values()) as alive:
         out = F.scaled_dot_product_attention(**rows, dropout_p=0.0, is_causal=False)
     assert out.shape == (2, 4, 256, 8) and out.dtype == torch.bfloat16
     assert alive.now < 2 * 4 * 256 * 256  # never the whole matrix
     real = {name: torch.randn(2, 4, 16, 8) for name in rows}
-    with memory.OnGpu(half=False):
+    with estimate.OnGpu(half=False):
         assert torch.equal(F.scaled_dot_product_attention(**real, scale=0.5), F.scaled_dot_product_attention(*real.values(), scale=0.5))
 
 
@@ -268,7 +270,7 @@ def folder(to: Path, encoder: dict, **tokenizer) -> Path:
 
 @pytest.mark.parametrize("unset", [1e30, 10**30, 1000000000000000019884624838656, "77", None, True, -1, 0, float("nan"), float("inf"), [77]])
 def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text_encoder_has_positions(tmp_path: Path, unset) -> None:
-    assert cache.tokens(folder(tmp_path, {"max_position_embeddings": 24}, model_max_length=unset)) == 24
+    assert family.tokens(folder(tmp_path, {"max_position_embeddings": 24}, model_max_length=unset)) == 24
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text
     ],
 )
 def test_a_caption_has_the_fewer_of_both_parts_tokens(tmp_path: Path, encoder: dict, tokenizer: dict, tokens: int) -> None:
-    assert cache.tokens(folder(tmp_path, encoder, **tokenizer)) == tokens
+    assert family.tokens(folder(tmp_path, encoder, **tokenizer)) == tokens
 
 
 @pytest.fixture
@@ -304,5 +306,5 @@ def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unse
 
 
 def test_the_estimate_is_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
-    one, other = (memory.estimate(base, tiny.CONFIG, tokens=cache.tokens(base), half=True, on_gpu=True) for base in (tiny.base(), unset))
+    one, other = (estimate.estimate(base, tiny.CONFIG, tokens=family.tokens(base), half=True, on_gpu=True) for base in (tiny.base(), unset))
     assert one == other

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app import cache, model, sample
+from app import model
+from app.adapter import sample
 from app.config import RunConfig
 from app.errors import AdapterError, ModelError
-from tests import tiny
+from app.site import cache
+from tests.kit import tiny
 
 
 def refused(code: str, adapter: model.Adapter) -> AdapterError:

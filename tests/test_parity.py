@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from app import export, model
+from app import model
+from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
-from scripts import _parity
-from tests import tiny
+from bouquet.adapter import parity
+from tests.kit import tiny
 
 FIXTURES = tiny.ROOT.parent / "shared" / "data" / "sd15-fixtures"
 LORA = FIXTURES / "diffusers_sd_pokemon_lora.safetensors"
@@ -26,7 +27,7 @@ PATHS = [(path, precision) for precision in ("fp32", "fp16") for path in ("PEFT"
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory) -> Path:
-    return export.write_final(tmp_path_factory.mktemp("parity"), tiny.adapter(3), tiny.CONFIG, {})
+    return formats.write_final(tmp_path_factory.mktemp("parity"), tiny.adapter(3), tiny.CONFIG, {})
 
 
 @pytest.fixture
@@ -54,23 +55,23 @@ def rewrite(file: Path, change, notes: dict[str, str] | None = None) -> None:
 
 
 def test_every_path_draws_the_picture_that_training_meant(final):
-    rows = _parity.check(final, tiny.base(), tiny.CONFIG)
+    rows = parity.check(final, tiny.base(), tiny.CONFIG)
     assert [(row.path, row.precision) for row in rows] == PATHS
     assert all(row.difference < (0.0001 if row.precision == "fp32" else 0.003) for row in rows)
 
 
 def test_every_path_draws_the_same_picture_on_the_base_model_that_ships(tmp_path):
     base, config = tiny.ROOT / "models" / "mini", RunConfig.read({"lora-rank": 4})
-    final = export.write_final(tmp_path, trained(base, config, 0.1), config, {})
-    assert [(row.path, row.precision) for row in _parity.check(final, base, config)] == PATHS
+    final = formats.write_final(tmp_path, trained(base, config, 0.1), config, {})
+    assert [(row.path, row.precision) for row in parity.check(final, base, config)] == PATHS
 
 
 def test_a_share_is_the_mean_difference_over_the_adapters_effect(final, monkeypatch):
     """The base draws 0, training's adapter 0.5, every file 0.45: a difference of 0.05, a tenth of the effect."""
     flat = lambda value: np.full((16, 16, 3), value)  # noqa: E731
-    monkeypatch.setattr(_parity, "reference", lambda *_: (flat(0.0), flat(0.5)))
-    monkeypatch.setattr(_parity, "drawn", lambda *_: flat(0.45))
-    rows = list(_parity.differences(final, tiny.base(), tiny.CONFIG))
+    monkeypatch.setattr(parity, "reference", lambda *_: (flat(0.0), flat(0.5)))
+    monkeypatch.setattr(parity, "drawn", lambda *_: flat(0.45))
+    rows = list(parity.differences(final, tiny.base(), tiny.CONFIG))
     assert [row.difference for row in rows] == pytest.approx([0.1] * len(PATHS)) and not any(row.same for row in rows)
 
 
@@ -99,7 +100,7 @@ def a_layer_is_missing(folder: Path) -> None:
 
 
 def another_adapter(folder: Path) -> None:
-    export.write_diffusers(folder / "fp16", tiny.adapter(4), tiny.CONFIG)
+    formats.write_diffusers(folder / "fp16", tiny.adapter(4), tiny.CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +116,15 @@ def another_adapter(folder: Path) -> None:
 def test_a_changed_file_is_refused_by_name(copy, spoil, named):
     spoil(copy)
     with pytest.raises(AdapterError, match="EXPORT-01") as refused:
-        _parity.check(copy, tiny.base(), tiny.CONFIG)
+        parity.check(copy, tiny.base(), tiny.CONFIG)
     wrong = refused.value.found.partition(": ")[2].split(", ")
     assert [row.rsplit(" ", 4)[0] for row in wrong] == [named]
 
 
 def test_an_adapter_that_changes_nothing_proves_nothing(tmp_path):
-    final = export.write_final(tmp_path, tiny.fresh(), tiny.CONFIG, {})
+    final = formats.write_final(tmp_path, tiny.fresh(), tiny.CONFIG, {})
     with pytest.raises(AdapterError, match="EXPORT-05"):
-        _parity.check(final, tiny.base(), tiny.CONFIG)
+        parity.check(final, tiny.base(), tiny.CONFIG)
 
 
 # --- Stable Diffusion 1.5 ------------------------------------------------------------------------------------------------------
@@ -176,23 +177,23 @@ def sd15(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_every_path_draws_the_same_picture_on_stable_diffusions_architecture(sd15, tmp_path):
-    final = export.write_final(tmp_path, trained(sd15, SD15, 0.02), SD15, {})
-    assert [(row.path, row.precision) for row in _parity.check(final, sd15, SD15)] == PATHS
+    final = formats.write_final(tmp_path, trained(sd15, SD15, 0.02), SD15, {})
+    assert [(row.path, row.precision) for row in parity.check(final, sd15, SD15)] == PATHS
 
 
 @pytest.mark.slow
 def test_a_published_stable_diffusion_lora_draws_the_same_through_our_files_as_through_its_own(sd15, tmp_path):
     if not LORA.exists():
         pytest.skip("the published LoRA ../shared/data/sd15-fixtures/diffusers_sd_pokemon_lora.safetensors is not here")
-    lora = export.read_lora(LORA)
+    lora = formats.read_lora(LORA)
     assert (lora.rank, lora.targets) == (4, "attention")
     model.check_adapter(lora.adapter, model.new_adapter(sd15, SD15))  # as a starting adapter is checked
-    final = export.write_final(tmp_path, lora.adapter, SD15, {})
+    final = formats.write_final(tmp_path, lora.adapter, SD15, {})
     config, pictures = replace(SD15, sample_steps=2), []
-    for load in (lambda pipe: pipe.load_lora_weights(LORA), lambda pipe: _parity.with_kohya(pipe, final), lambda pipe: None):
-        pipe = _parity.stock(sd15)
+    for load in (lambda pipe: pipe.load_lora_weights(LORA), lambda pipe: parity.with_kohya(pipe, final), lambda pipe: None):
+        pipe = parity.stock(sd15)
         load(pipe)
-        pictures.append(_parity.drawn(pipe, config))
+        pictures.append(parity.drawn(pipe, config))
     theirs, ours, plain = pictures
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.abs(theirs - plain).max() > 1e-3

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from app.data import scan
-from app.images import REASONS
+from app.site.photos.data import scan
+from app.site.photos.images import REASONS
+from bouquet import ROOT
 from models.mini.draw import UNSEEN, site_photos
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CLASSES = ("pink primrose", "tiger lily", "globe-flower", "corn_poppy")
 NO_NETWORK = """

@@ -10,16 +10,15 @@ import subprocess
 import sys
 import zlib
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from app import images
-from app.images import MAX_JPEG, MAX_PIXELS, BadImage, check, rgb
+from app.site.photos import images
+from app.site.photos.images import MAX_JPEG, MAX_PIXELS, BadImage, check, rgb
+from bouquet import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TO_XYZ = {  # an RGB space's primaries as XYZ under D50, a column each. Sources: Adobe RGB (1998), 4.3; ICC, Display P3
     "Adobe RGB": ((0.60974, 0.20528, 0.14919), (0.31111, 0.62567, 0.06322), (0.01947, 0.06087, 0.74457)),
     "Display P3": ((0.51512, 0.29198, 0.15710), (0.24120, 0.69225, 0.06657), (-0.00105, 0.04189, 0.78407)),
@@ -243,7 +242,7 @@ def test_what_cannot_be_decoded_smaller_is_refused_as_before_and_the_reason_says
 PEAK = """
 import re, sys
 from pathlib import Path
-from app.images import rgb
+from app.site.photos.images import rgb
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 data, before = Path(sys.argv[1]).read_bytes(), peak()
 print(rgb(data).size, peak() - before)

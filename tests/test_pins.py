@@ -12,12 +12,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from flwr.common.config import parse_config_args
 
-from scripts import _demo, _env
-from scripts._deployment import Processes, free_port, pin
-from scripts._sign import publisher_key
+from bouquet import ROOT, demo, dotenv
+from bouquet.hub.deployment import Processes, free_port, pin
+from bouquet.hub.sign import publisher_key
 
 ONE = ["0", "17", "GPU-aaaa1111-0000-0000-0000-000000000001", "MIG-aaaa1111-0000-0000-0000-000000000001", "MIG-GPU-aaaa1111/7/0", "none"]
 NOT_ONE = ["0,1", "0 1", "0;1", "GPU-aaaa1111,GPU-bbbb2222", "nonsense", "-1", "GPU-", "all", "none,0", "0\n1", "$(id)"]
@@ -41,7 +41,7 @@ def environment(text: str) -> dict[str, str]:
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The environment in which Processes starts a site, given its pins."""
-    monkeypatch.setattr("scripts._deployment.sys.executable", str(executable(tmp_path / "python", "env")))
+    monkeypatch.setattr("bouquet.hub.deployment.sys.executable", str(executable(tmp_path / "python", "env")))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
 
     def start(name: str, **gpus: str) -> dict[str, str]:
@@ -77,8 +77,8 @@ def test_the_hubs_own_processes_get_no_pin(tmp_path: Path) -> None:
 def test_the_demo_pins_what_env_says_for_each_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["HUB_PORT=8443", "SITE_1_DATA=./one", "SITE_2_DATA=./two", "SITE_3_DATA=./three", "SITE_1_GPU=1", "SITE_2_GPU='GPU-bbbb2222'", "SITE_3_GPU="]
     (tmp_path / ".env").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(_demo, "ROOT", tmp_path)
-    running = _demo.engine("process")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    running = demo.engine("process")
     assert running.sites == {f"site-{n}": tmp_path / name for n, name in ((1, "one"), (2, "two"), (3, "three"))}
     assert {site: env["CUDA_VISIBLE_DEVICES"] for site, env in running.pins.items()} == {"site-1": "1", "site-2": "GPU-bbbb2222"}
 
@@ -185,7 +185,7 @@ def test_a_kits_process_sees_the_gpu_of_its_settings_alone(kit: Path, gpu: str) 
     assert site(kit, "init", "--data", "../photos", "--gpu", gpu).returncode == 0
     with (kit / ".env").open("a") as settings:
         settings.write("SITE_CHECKPOINTING=1\nSITE_KEEP=0\nSITE_TRUST_DAYS=90\n")
-    for command, program in (("start", "docker/supernode.py"), ("check", "-m app.preflight")):
+    for command, program in (("start", "-m bouquet.flower.supernode"), ("check", "-m bouquet.site.preflight")):
         shown = site(kit, command)
         assert shown.returncode == 0 and program in shown.stdout, shown
         env = environment(shown.stdout)
@@ -217,7 +217,7 @@ def test_a_pin_that_was_edited_into_the_settings_is_refused_when_the_site_is_che
 def test_a_kits_options_are_taken_in_both_forms_and_the_home_by_its_sign(kit: Path, form: str, named: str) -> None:
     done = site(kit, "init", *form.format(named).split(), HOME=str(kit.parent))
     assert done.returncode == 0, done.stderr
-    assert _env.read(kit)["SITE_DATA"] == str(kit.parent / named.strip("./~")) and f"{kit}/garden.pub   send it" in done.stdout
+    assert dotenv.read(kit)["SITE_DATA"] == str(kit.parent / named.strip("./~")) and f"{kit}/garden.pub   send it" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--data"], ["--dta", "../photos"], ["../photos"], ["--gpu=0", "--data"]])
@@ -243,12 +243,12 @@ ODD = ["my photos", "cost $5", "a#b", "back`tick", "l'eau", 'quo"te', "Ünï —
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_folder_of_any_name_reaches_the_supernode_as_it_is(kit: Path, name: str) -> None:
-    """Through .env, and through --node-config with the environment's variables in it, which docker/supernode.py puts in, to Flower's parser."""
+    """Through .env, and through --node-config with the environment's variables in it, which bouquet/flower/supernode.py puts in, to Flower's parser."""
     photos = kit.parent / "photos" / name
     photos.mkdir()
     done = site(kit, "init", "--data", f"../photos/{name}", "--gpu", "none")
     assert done.returncode == 0, done.stderr
-    assert _env.read(kit)["SITE_DATA"] == str(photos)
+    assert dotenv.read(kit)["SITE_DATA"] == str(photos)
     executable(kit.parent / "bouquet/.venv/bin/python", 'for argument; do printf "%s\\0" "$argument"; done')
     arguments = site(kit, "start").stdout.split("\0")
     [config] = [argument.removeprefix("--node-config=") for argument in arguments if argument.startswith("--node-config=")]

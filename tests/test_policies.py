@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -15,22 +16,25 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from app.config import RunConfig, table
-from scripts._deployment import files as project_files
+from bouquet import ROOT
+from bouquet.hub.deployment import files as project_files
 
-ROOT = Path(__file__).resolve().parent.parent
-APP = sorted((ROOT / "app").glob("*.py"))
+APP = sorted((ROOT / "app").rglob("*.py"))
+PRODUCT = sorted((ROOT / "bouquet").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
     {"text", "quiet"},
     {"errors"},
-    {"config", "images", "gpu", "reach", "unpacked"},
-    {"limits", "metrics", "captions", "seen"},
+    {"config", "metrics", "files", "gpu", "unpacked"},
+    {"images"},
+    {"limits", "captions", "seen"},
     {"tables"},
     {"folders", "family"},
     {"data", "model", "diffusion"},
-    {"cache", "wire", "memory", "journal", "privacy", "lora_files"},
-    {"train", "aggregate", "checkpoint", "sample"},
-    {"export", "spool", "preflight", "gallery", "tracking"},
+    {"cache", "wire", "journal", "privacy", "lora_files", "store"},
+    {"train", "guard", "volume", "sample"},
+    {"formats", "spool", "gallery", "tracking"},
     {"strategy"},
     {"exchange"},
     {"client_app", "server_app"},
@@ -61,7 +65,18 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
 
 def own(path: Path) -> set[str]:
     """Modules of the app that a module of the app imports."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("app.")} & LEVEL.keys()
+    return {part for name in imports(path) if name.startswith("app.") for part in name.split(".")[1:]} & LEVEL.keys()
+
+
+def outside(paths: list[Path], *packages: str) -> dict[str, set[str]]:
+    """Which of these modules import from those packages, and what."""
+    wanted = tuple(f"{package}." for package in packages)
+    found = {str(path.relative_to(ROOT)): {name for name in imports(path) if f"{name}.".startswith(wanted)} for path in paths}
+    return {path: names for path, names in found.items() if names}
+
+
+def below(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 # --- layers ------------------------------------------------------------------------------------------------------------
@@ -77,20 +92,44 @@ def test_a_module_imports_only_from_lower_layers(path):
     assert wrong == []
 
 
-def test_only_the_outermost_modules_the_aggregation_the_wire_and_the_preflight_know_flower():
+def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
     users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
-    assert users == {"client_app", "server_app", "exchange", "aggregate", "strategy", "wire", "reach", "preflight"}
+    assert users == {"client_app", "server_app", "exchange", "guard", "strategy", "wire"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "limits", "images", "captions", "tables", "seen", "folders", "data", "gpu", "reach", "preflight", "client_app"])
-def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(module):
-    names = imports(ROOT / "app" / f"{module}.py", everywhere=False)
+SOON = (  # what only reads settings and folders
+    "app/errors", "app/config", "app/site/limits", "app/site/gpu", "app/site/client_app", "app/site/photos/*", "bouquet/site/reach", "bouquet/site/preflight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for name in SOON for path in sorted(ROOT.glob(f"{name}.py"))], ids=lambda path: path.stem)
+def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(path):
+    names = imports(path, everywhere=False)
     assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}
 
 
-def test_the_app_does_not_import_scripts_models_or_tests():
-    outside = {name for path in APP for name in imports(path) if name.split(".")[0] in {"scripts", "models", "tests", "docker"}}
-    assert outside == set()
+# --- the house -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sites_half_never_imports_the_hubs_nor_the_hubs_a_sites():
+    assert outside(below("app/site"), "app.hub", "bouquet.hub") == {}
+    assert outside(below("app/hub") + below("app/adapter") + sorted((ROOT / "app").glob("*.py")), "app.site", "bouquet.site") == {}
+    assert outside(below("bouquet/site"), "app.hub", "bouquet.hub") == {}
+
+
+def test_the_app_imports_nothing_but_itself_and_the_product_no_benchmark():
+    assert outside(APP, "bouquet", "benchmarks", "scripts", "models", "tests", "docker") == {}
+    assert outside(PRODUCT, "benchmarks", "scripts", "tests", "docker") == {}
+    assert outside(BENCHMARKS, "tests") == {}
+    assert len(APP) > 30 and len(PRODUCT) > 40 and len(BENCHMARKS) > 40
+
+
+def test_what_a_run_is_started_from_has_no_app_of_its_own_which_would_run_instead_of_the_signed_one():
+    """The bundle's `app` is imported in these processes; one that is imported already would stay."""
+    started = ["superexec", "serverapp", "supernode", "libraries"]
+    code = "import sys; " + "; ".join(f"import bouquet.flower.{name}" for name in started if name != "supernode")
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(sorted(name for name in sys.modules if name.split('.')[0] == 'app'))"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 # --- the bundle --------------------------------------------------------------------------------------------------------
@@ -108,7 +147,7 @@ def test_the_bundle_holds_the_apps_code_and_nothing_of_a_sites_or_the_hubs(tmp_p
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as bundle:
         names = {name for name in bundle.namelist() if not name.startswith(".info/")}
         everything = b"".join(bundle.read(name) for name in bundle.namelist())
-    assert names == {f"app/{path.name}" for path in APP} | {"pyproject.toml"}
+    assert names == {str(path.relative_to(ROOT)) for path in APP} | {"pyproject.toml"}
     assert b"anna.png" not in everything
 
 
@@ -122,8 +161,8 @@ def test_pyprojects_run_config_is_the_apps_defaults():
     assert given == {name.replace("_", "-"): value for name, value in vars(defaults).items()}
 
 
-def test_the_readmes_table_is_the_apps():
-    between = re.search(r"<!-- run-config -->\n(.*?)\n<!-- /run-config -->", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_table_of_run_config_keys_is_the_apps():
+    between = re.search(r"<!-- run-config -->\n(.*?)\n<!-- /run-config -->", (ROOT / "docs/run-config.md").read_text(), re.DOTALL)
     assert between.group(1).strip() == table()
 
 
@@ -148,7 +187,7 @@ def test_every_direct_dependency_has_the_same_pin_in_the_constraints():
 
 def codes() -> set[str]:
     """Error codes that the code names."""
-    sources = [path for folder in ("app", "scripts", "docker") for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in {"", ".py", ".sh"}]
+    sources = [path for folder in ("app", "bouquet", "benchmarks", "scripts", "docker") for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in {"", ".py", ".sh"}]
     return {code for path in sources for code in re.findall(r"\b[A-Z]{3,}-\d\d\b", path.read_text())}
 
 
@@ -184,7 +223,7 @@ def test_the_check_for_pickles_finds_them(line):
 
 
 def test_no_python_file_opens_a_pickle_or_runs_a_models_code():
-    sources = [path for path in files() if is_python(path) and path.parent.name != "tests"]  # the tests make hostile files
+    sources = [path for path in files() if is_python(path) and path.relative_to(ROOT).parts[0] != "tests"]  # the tests make hostile files
     assert len(sources) > len(APP)
     assert {str(path.relative_to(ROOT)): found for path in sources if (found := forbidden(ast.parse(path.read_text())))} == {}
 

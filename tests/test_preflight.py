@@ -1,6 +1,6 @@
 """The preflight's checks against what they check: real TLS servers, a real SuperLink, a real model and real photos.
 
-Only the GPU is a stand-in (tests/nvml_stub.c).
+Only the GPU is a stand-in (tests/kit/nvml_stub.c).
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import http.server
 import ipaddress
 import json
 import shutil
-import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +25,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
-from app import data, model, preflight, privacy, reach, train
+from app import model
 from app.errors import BouquetError
-from app.preflight import Preflight, Settings
-from scripts._deployment import Processes, free_port
-from scripts._flower import connect, flwr, nodes_online
-from tests import tiny
-from tests.nvml import A10, T4, StandIn, gpu
+from app.site import privacy, train
+from app.site.photos import data
+from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.runs import connect, flwr, nodes_online
+from bouquet.site import preflight, reach
+from bouquet.site.preflight import Preflight, Settings
+from tests.kit import tiny
+from tests.kit.nvml import A10, T4, StandIn, gpu
 
 DAY = datetime.timedelta(days=1)
 RUN = 'base-model="tiny" resolution=16 batch-size=4 lora-rank=2 precision="fp32"'
@@ -381,7 +382,7 @@ def test_an_estimate_that_fails_warns_and_leaves_the_answer_to_the_step(site: di
     def fail(*_: object, **__: object) -> None:
         raise IndexError("tuple index out of range")
 
-    monkeypatch.setattr("app.memory.estimate", fail)
+    monkeypatch.setattr("bouquet.site.estimate.estimate", fail)
     shown = lines(site, "step")
     assert shown["memory"].state == "warn" and "cannot be estimated (IndexError: tuple index out of range)" in shown["memory"].text
     assert "GiB of RAM free" in shown["memory"].text and "training step" in shown["memory"].fix
@@ -499,6 +500,6 @@ def test_a_step_that_runs_out_of_gpu_memory_says_what_to_ask_for(site: dict[str,
     def full(*_: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("app.train.fit", full)
+    monkeypatch.setattr("app.site.train.fit", full)
     line = lines(site, "step")["step"]
     assert line.text.startswith("GPU-05") and "Tried to allocate 2.00 GiB" in line.text and "smaller batch-size" in line.fix

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from app import checkpoint, data, diffusion, journal, model, privacy, train
-from app.data import Photo
+from app import model
+from app.adapter import store
 from app.errors import BouquetError, SiteError
-from app.limits import Limits
-from app.privacy import PUBLIC, Privacy, Secret
-from tests import tiny
-from tests.memory import Federation
+from app.site import diffusion, journal, privacy, train
+from app.site.limits import Limits
+from app.site.photos import data
+from app.site.photos.data import Photo
+from app.site.privacy import PUBLIC, Privacy, Secret
+from tests.kit import tiny
+from tests.kit.memory import Federation
 
 SECRET = bytes(range(32))
 PRIVATE = Privacy(SECRET)
@@ -264,10 +267,10 @@ def test_a_run_that_is_taken_up_again_goes_on_bit_for_bit_with_the_sites_secret(
     federation.go(monkeypatch, run_id=8)
     federation.run_config |= {"rounds": 2, "resume": "8"}
     resumed = federation.go(monkeypatch, run_id=9)
-    assert tiny.equal(checkpoint.read_adapter(resumed / "final"), checkpoint.read_adapter(whole / "final"))
+    assert tiny.equal(store.read_adapter(resumed / "final"), store.read_adapter(whole / "final"))
     (tmp_path / "cache" / "site-1" / privacy.FILE).unlink()
     again = federation.go(monkeypatch, run_id=10)
-    assert not tiny.equal(checkpoint.read_adapter(again / "final"), checkpoint.read_adapter(whole / "final"))
+    assert not tiny.equal(store.read_adapter(again / "final"), store.read_adapter(whole / "final"))
 
 
 def test_a_site_that_has_answered_enough_this_week_refuses_the_next_run_by_name(private_run, monkeypatch):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 
-from runs import a_run, history, written
-
-from scripts import _demo
-from scripts._report import progress
+from bouquet import demo
+from bouquet.report import progress
+from tests.kit.runs import a_run, history, written
 
 
 def test_a_sparkline_goes_from_the_lowest_bar_to_the_highest():
@@ -47,7 +46,7 @@ DEMO = [
 
 
 def test_in_a_terminal_the_demos_rounds_share_a_line_with_a_bar_for_each_loss():
-    view = _demo.View(out := Terminal())
+    view = demo.View(out := Terminal())
     for line in DEMO:
         view(line)
     assert out.getvalue().split("\n") == [
@@ -60,7 +59,7 @@ def test_in_a_terminal_the_demos_rounds_share_a_line_with_a_bar_for_each_loss():
 
 
 def test_elsewhere_the_demos_lines_are_the_servers():
-    view = _demo.View(out := io.StringIO())
+    view = demo.View(out := io.StringIO())
     for line in DEMO:
         view(line)
     assert out.getvalue().splitlines() == [line.removeprefix("bouquet: ") for line in DEMO]

@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from test_join import invited, wait_for
 from test_preflight import Authority, Hub, refused
 
-from app import reach
-from scripts._deployment import Processes, free_port
-from scripts._flower import connect, spared
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.runs import connect, spared
+from bouquet.site import reach
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 FAR = "hub.invalid"  # reached through the proxy alone
@@ -198,7 +199,7 @@ def test_the_scripts_and_all_that_they_start_ask_no_proxy_for_this_host(authorit
         for host in (hub, hub.replace("localhost", "127.0.0.1")):
             ask = f"import ssl, urllib.request, httpx\ntls = ssl.create_default_context(cafile={str(authority.ca)!r})\n"
             look = f"assert httpx.get('https://{host}/', verify=tls).status_code == 404\ntry: urllib.request.urlopen('https://{host}/', context=tls)\nexcept urllib.error.HTTPError as e: print(e.code)"
-            done = subprocess.run([sys.executable, "-c", f"import scripts._flower, urllib.error\n{ask}{look}"], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", f"import bouquet.hub.runs, urllib.error\n{ask}{look}"], cwd=ROOT, capture_output=True, text=True)
             assert done.stdout == "404\n", done.stderr
 
 

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
 
-from app import export, model
+from app import model
+from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
-from scripts import _card, _publish
-from tests import tiny
-from tests.hub import TOKEN, Hub
+from bouquet import ROOT
+from bouquet.adapter import card
+from bouquet.adapter import publish as publish_
+from tests.kit import tiny
+from tests.kit.hub import TOKEN, Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # huggingface_hub's PUT with httpx 0.28
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -44,9 +47,9 @@ def run(adapters: Path, config: RunConfig, base: Path, adapter: model.Adapter) -
         "sites": SITES,
         "images": 64,
         "config": asdict(config),
-        "versions": export.versions(),
+        "versions": formats.versions(),
     }
-    export.write_final(adapters / "12", adapter, config, told)
+    formats.write_final(adapters / "12", adapter, config, told)
     (adapters / "latest").symlink_to("12")
     return adapters / "12"
 
@@ -59,7 +62,7 @@ def copy(tmp_path_factory) -> Path:
     adapter = {key: torch.randn(value.shape, generator=draw) * 0.2 for key, value in model.new_adapter(MINI, CONFIG).items()}
     (folder / ".bouquet" / "adapters").mkdir(parents=True)
     run(folder / ".bouquet" / "adapters", CONFIG, MINI, adapter)
-    sh(".venv/bin/python scripts/partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
+    sh("scripts/partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
     for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
         (folder.parent / tool).mkdir(parents=True)
     return folder
@@ -81,7 +84,7 @@ def publish(tiny_run, tmp_path, monkeypatch, capsys):
     def call(*options: str, repo: str = "garden/flowers"):
         given = ["publish", repo, "--adapter", str(final), "--models", str(tiny.models()), "--licence", "mit", *options]
         monkeypatch.setattr(sys, "argv", given)
-        code = _publish.main()
+        code = publish_.main()
         shown = capsys.readouterr()
         return code, shown.out + shown.err, final
 
@@ -135,7 +138,7 @@ def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_the
 
 
 def test_half_precision_has_the_same_tensors_in_half_the_bytes(tiny_run):
-    sizes = [sum(value.nbytes for value in load_file(tiny_run / "final" / folder / export.DIFFUSERS).values()) for folder in (".", "fp16")]
+    sizes = [sum(value.nbytes for value in load_file(tiny_run / "final" / folder / formats.DIFFUSERS).values()) for folder in (".", "fp16")]
     assert sizes[0] == 2 * sizes[1] == 4 * sum(value.numel() for value in tiny.adapter(3).values())
 
 
@@ -171,7 +174,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
         "license": "mit",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": list(_card.TAGS),
+        "tags": list(card.TAGS),
         "instance_prompt": first,
         "widget": [{"text": first, "output": {"url": "images/1.png"}}, {"text": second, "output": {"url": "images/2.png"}}],
     }
@@ -181,7 +184,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
 
 def test_stable_diffusions_place_on_the_hub_and_licence_are_known():
     config = RunConfig.read({"base-model": "stable-diffusion-v1-5"})
-    assert _card.licence(config, None) == "creativeml-openrail-m" and _card.licence(config, "mit") == "mit"
+    assert card.licence(config, None) == "creativeml-openrail-m" and card.licence(config, "mit") == "mit"
     assert model.HUB[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -238,7 +241,7 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
     for path, content in repo["files"].items():
         assert path == "provenance.json" or content == (final / path).read_bytes()
     assert set(listed) == {"README.md", "provenance.json", "images/1.png", "images/2.png", "images/before-after.png"} | {
-        f"{folder}{name}" for folder in ("", "fp16/") for name in export.FILES
+        f"{folder}{name}" for folder in ("", "fp16/") for name in formats.FILES
     }
 
 
@@ -263,7 +266,7 @@ def test_the_token_may_be_a_file(publish, hub, monkeypatch, tmp_path):
 def test_there_is_no_option_for_a_token(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["publish", "garden/flowers", "--token", TOKEN])
     with pytest.raises(SystemExit):
-        _publish.main()
+        publish_.main()
     assert "unrecognized arguments: --token" in capsys.readouterr().err
 
 
@@ -291,7 +294,7 @@ def test_what_the_hub_says_when_it_refuses_stands_in_the_error(publish, hub, mon
 
 def test_a_licence_that_nobody_named_is_asked_for():
     with pytest.raises(AdapterError, match="EXPORT-06"):
-        _card.licence(tiny.CONFIG, None)
+        card.licence(tiny.CONFIG, None)
 
 
 def test_a_folder_without_the_final_files_is_named(publish):
@@ -303,7 +306,7 @@ def test_a_folder_without_the_final_files_is_named(publish):
 
 def test_files_of_another_run_than_the_provenance_tells_are_refused(publish):
     final = publish.final
-    export.write_formats(final, tiny.adapter(4), tiny.CONFIG)
+    formats.write_formats(final, tiny.adapter(4), tiny.CONFIG)
     code, shown, _ = publish()
     assert code == 1 and "EXPORT-01" in shown and "provenance.json tells of" in shown
 
@@ -320,5 +323,5 @@ def test_another_base_model_than_the_runs_is_refused(publish):
 def test_a_name_that_the_hub_cannot_have_is_refused_at_once(repo, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["publish", repo])
     with pytest.raises(SystemExit):
-        _publish.main()
+        publish_.main()
     assert repo in capsys.readouterr().err

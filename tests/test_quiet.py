@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from app import quiet
-from docker import superexec
-from scripts._flower import OURS
+from bouquet import ROOT
+from bouquet.flower import superexec
+from bouquet.hub.runs import OURS
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
 DRIVER = """
@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from app.errors import BouquetError
 from flwr.supercore.logger import log
-from tests import tiny
-from tests.memory import Federation
+from tests.kit import tiny
+from tests.kit.memory import Federation
 
 root, name = Path(sys.argv[1]), sys.argv[2]
 federation = Federation(root, rounds=1, local_steps=1, sample_prompts="a red poppy")

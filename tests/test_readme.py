@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from PIL import Image
 from test_partition import data_set, jpeg_or_png
 
-from app import export, model
-from app.client_app import FOLDERS
+from app import model
+from app.adapter import formats
 from app.config import RunConfig
-from app.data import scan
-from scripts._deployment import Processes, free_port
-from scripts._flower import connect
+from app.site.client_app import FOLDERS
+from app.site.photos.data import scan
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.runs import connect
 
 README = (ROOT / "README.md").read_text()
+PAGES = "".join((ROOT / page).read_text() for page in ("docs/simulation.md", "docs/run-config.md", "docs/troubleshooting.md", "CONTRIBUTING.md"))
 BASE = ROOT / "models" / "mini"
 CERTS, COMPOSE, FEDERATION, JOIN, REPORT, SIMULATION, TRUST, WORTH, HERE = (
     f"tests/test_{name}.py" for name in ("certs", "compose", "federation", "join", "report", "simulation", "trust", "worth", "readme")
@@ -84,7 +87,7 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),
     "scripts/add-site 3 --data DIR": (f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
     ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (PRESET, "--run-config app/presets/sd15.toml --stream"),
-    ".venv/bin/python scripts/partition --dataset <hub name or folder> --sites 2 --out .bouquet/flowers": (
+    "scripts/partition --dataset <hub name or folder> --sites 2 --out .bouquet/flowers": (
         f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<hub name or folder>"),
     "scripts/partition": (f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "scripts/partition"),
     "docker/install .venv cpu simulation": (f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
@@ -98,15 +101,15 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
 }  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> set[str]:
-    """Every line of the sh blocks without its comment, and what the text, or docs/troubleshooting.md, names as a script or a Compose command."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    """Every line of the sh blocks without its comment, and what the texts name as a script or a Compose command."""
+    lines = "\n".join(blocks("sh", README + PAGES)).replace("\\\n", " ").splitlines()
     typed = {" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines}
-    text = re.sub(r"```.*?```", "", README + (ROOT / "docs/troubleshooting.md").read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", README + PAGES, flags=re.DOTALL)
     named = {" ".join(command.split()) for command in re.findall(r"`((?:scripts/|docker compose )[^`]+)`", text)}
     return (typed | named) - {"", "scripts/*"}
 
@@ -140,7 +143,7 @@ def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
 
 def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path: Path) -> None:
     flowers = data_set(tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)])
-    [command] = [line for line in commands() if line.startswith(".venv/bin/python scripts/partition")]
+    [command] = [line for line in commands() if line.startswith("scripts/partition")]
     sh(command.replace("<hub name or folder>", str(flowers)), copy)
     photos = [scan(copy / ".bouquet/flowers" / site).photos for site in ("site-1", "site-2")]
     assert [len(part) for part in photos] == [6, 6]
@@ -194,7 +197,7 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's final folder with a small adapter of random numbers on models/mini."""
     config, generator = RunConfig.read({"lora-rank": 2}), torch.Generator().manual_seed(1)
     adapter = {key: torch.randn(value.shape, generator=generator) * 0.2 for key, value in model.new_adapter(BASE, config).items()}
-    return export.write_final(tmp_path_factory.mktemp("run"), adapter, config, {})
+    return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, {})
 
 
 @pytest.fixture

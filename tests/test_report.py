@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, sh
+from conftest import sh
 from PIL import Image
-from runs import HOSTILE, PROMPTS, a_run, compared, history, written
 
-from app import checkpoint, metrics, sample
-from scripts._report import charts, findings, pictures, reading, shots
-from scripts._report.page import PHASES, page
+from app import metrics
+from app.adapter import sample, store
+from benchmarks import shots
+from bouquet import ROOT
+from bouquet.report import charts, findings, pictures, reading
+from bouquet.report.page import PHASES, page
+from tests.kit.runs import HOSTILE, PROMPTS, a_run, compared, history, written
 
 # --- pictures and charts ----------------------------------------------------------------------------------------------
 
@@ -183,7 +186,7 @@ def test_a_real_runs_checkpoint_and_history_have_a_page(tmp_path, final):
     os.symlink(final / "final", written(tmp_path / "7", told) / "final")
     text = Tags(page(reading.read(tmp_path / "7"))).text
     assert hashlib.sha256((final / "final/pytorch_lora_weights.safetensors").read_bytes()).hexdigest() in text
-    assert checkpoint.read_adapter(final / "final") and "the files agree with each other" in text
+    assert store.read_adapter(final / "final") and "the files agree with each other" in text
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def test_light_dark_and_print_have_their_colours(browser, shown):
 
 
 def test_the_pictures_of_the_docs_are_made_by_the_command(browser, shown, tmp_path):
-    sh(f".venv/bin/python -m scripts._report.shots {shown.parent} --out {tmp_path}", ROOT)
+    sh(f".venv/bin/python -m benchmarks.shots {shown.parent} --out {tmp_path}", ROOT)
     sizes = {}
     for file in tmp_path.glob("*.png"):
         with Image.open(file) as picture:

@@ -12,8 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageFont
 
-from app import model, sample
-from tests import tiny
+from app import model
+from app.adapter import sample
+from tests.kit import tiny
 
 PROMPTS = ["a red poppy, meadow background", "a white lily, night background"]
 

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from app import cache, checkpoint, diffusion, export, model, train
+from app import model
+from app.adapter import formats, store
 from app.config import RunConfig
-from tests import tiny
+from app.site import cache, diffusion, train
+from tests.kit import tiny
 
 pytestmark = pytest.mark.slow
 FIXTURES = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "sd15-fixtures"
@@ -108,13 +110,13 @@ def test_the_steps_adapter_changes_the_validation(unet, scheduler, photos, train
 def test_the_exported_file_has_the_tensors_of_a_published_stable_diffusion_lora(tmp_path, trained):
     if not LORA.exists():
         pytest.skip("the published LoRA ../shared/data/sd15-fixtures/diffusers_sd_pokemon_lora.safetensors is not here")
-    final = export.write_final(tmp_path, trained[1], CONFIG, {})
+    final = formats.write_final(tmp_path, trained[1], CONFIG, {})
     ours = {key: tuple(value.shape) for key, value in load_file(final / "pytorch_lora_weights.safetensors").items()}
     with safe_open(LORA, "pt") as file:
         published = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     renamed = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): shape for key, shape in published.items()}
     assert ours == renamed
-    assert tiny.equal(checkpoint.read_adapter(final), trained[1])
+    assert tiny.equal(store.read_adapter(final), trained[1])
 
 
 

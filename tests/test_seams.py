@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
-from app import reach
 from app.errors import BouquetError
-from docker import seams
-
-import contracts  # isort: skip, which lies beside seams.py
-from contracts import called_with, in_order, says, uses_only  # isort: skip
+from bouquet import ROOT
+from bouquet.flower import contracts, seams
+from bouquet.flower.contracts import called_with, in_order, says, uses_only
+from bouquet.site import reach
 
 ALL = seams.declared()
 OURS = {name: seam for name, seam in ALL.items() if seam.ours}
@@ -67,7 +65,7 @@ def test_what_we_write_out_of_flowers_is_what_the_seams_say():
     between = re.search(r"\^POST /v1/fleet/\(([a-z|-]+)\)\$", (ROOT / "docker/gateway.conf").read_text())
     assert sorted(between.group(1).split("|")) == sorted({*seams.CALLS.split()} - {"register-node", "unregister-node"})
     assert re.search(r"^LONGEST = 75$", (ROOT / "docker/health.py").read_text(), re.MULTILINE)  # 2.5 of 30 s
-    assert "[code: 23]" in (ROOT / "docker/register.py").read_text()
+    assert "[code: 23]" in (ROOT / "bouquet/flower/register.py").read_text()
     assert (reach.BEHIND, reach.AHEAD) == (300, 5)
 
 
@@ -80,7 +78,7 @@ def test_each_seam_says_why_it_is_there_and_what_would_end_it():
 
 
 def test_the_command_says_what_holds_and_starts_nothing():
-    done = subprocess.run([sys.executable, "docker/seams.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "bouquet.flower.seams"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.split() == [word for name in ALL for word in ("ok", name)]
 
 
@@ -276,8 +274,8 @@ import importlib, runpy, sys
 setattr(importlib.import_module({cli!r}), {entry!r}, lambda: print("started"))
 delattr(importlib.import_module({module!r}), {name!r})
 sys.argv = [{program!r}]
-sys.path.insert(0, {str(ROOT / "docker")!r})
-runpy.run_path({str(ROOT / "docker" / program)!r}, run_name="__main__")
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_module("bouquet.flower.{program.removesuffix(".py")}", run_name="__main__")
 """
     env = {"PATH": "", "BOUQUET_SIGNATURES": str(tmp_path)}
     done = subprocess.run(
@@ -290,8 +288,8 @@ runpy.run_path({str(ROOT / "docker" / program)!r}, run_name="__main__")
 
 def test_nothing_of_the_app_is_imported_by_what_fits():
     """A process that works on messages has the bundle's `app`."""
-    beside = str(ROOT / "docker")
-    code = f"import sys; sys.path.insert(0, {beside!r}); import seams; seams.check(); print('app' in sys.modules)"
+    beside = str(ROOT)
+    code = f"import sys; sys.path.insert(0, {beside!r}); from bouquet.flower import seams; seams.check(); print('app' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
     assert done.stdout == "False\n", done.stderr
 
@@ -318,7 +316,7 @@ def reaches(file: Path) -> list[str]:
 
 
 def test_nothing_but_take_puts_something_into_flower():
-    files = [*(ROOT / "docker").glob("*.py"), *(ROOT / "app").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    files = [*(ROOT / "bouquet").rglob("*.py"), *(ROOT / "app").rglob("*.py")]
     found = {file.name: names for file in files if (names := reaches(file))}
     assert found == {"wire.py": ["Array.inflate"], "exchange.py": ["http_grid.pull_objects"]}
 

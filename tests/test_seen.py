@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from app import data, folders, seen
-from app.images import BadImage
-from tests import tiny
+from app.site.photos import data, folders, seen
+from app.site.photos.images import BadImage
+from tests.kit import tiny
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-from docker import serverapp
-from scripts._control import Control
-from scripts._deployment import Processes, free_port
-from scripts._faults.bench import _running, certificates
-from scripts._hostile import Door
+from benchmarks.control import Control
+from benchmarks.faults.bench import _running, certificates
+from benchmarks.hostile import Door
+from bouquet import ROOT
+from bouquet.flower import serverapp
+from bouquet.hub.deployment import Processes, free_port
 
 
 class Line:
@@ -71,7 +71,7 @@ def test_a_process_whose_superexec_has_gone_does_not_begin(tmp_path):
     """Its task is, or will be, another process's; to take it up would end the run."""
     mine, theirs = os.pipe()
     flags = ["--runtime-api-address=127.0.0.1:1", "--token=x", "--insecure", "--parent-pid=1"]
-    command = [sys.executable, ROOT / "docker" / "serverapp.py", "flwr-serverapp", str(theirs), *flags]
+    command = [sys.executable, "-m", "bouquet.flower.serverapp", "flwr-serverapp", str(theirs), *flags]
     done = subprocess.run(command, pass_fds=[theirs], capture_output=True, text=True, timeout=120)
     os.close(theirs)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
@@ -80,8 +80,9 @@ def test_a_process_whose_superexec_has_gone_does_not_begin(tmp_path):
 
 def test_every_place_in_flower_where_a_run_is_started_is_there_and_runs_alone_are_asked_for():
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT / "docker")!r})
-import json, superexec, serverapp
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import json
+from bouquet.flower import serverapp, superexec
 from flwr.supercore.superexec.plugin import AutoExecPlugin
 superexec.adopt(serverapp.Runs())
 print(json.dumps([str(kind) for kind in AutoExecPlugin.supported_task_types]))
@@ -113,7 +114,7 @@ serverapp.speaker = counted
 
 def changed(command: list, code: str) -> list:
     """The same command, with another number in one of its modules."""
-    beside = f"import sys; del sys.argv[0]; sys.path.insert(0, {str(ROOT / 'docker')!r})"
+    beside = f"import sys; del sys.argv[:2]; sys.path.insert(0, {str(ROOT)!r})"
     return [command[0], "-c", f"{beside}\n{code}", *command[1:]]
 
 
@@ -123,16 +124,16 @@ class Hub(Control, Processes):
     def __init__(self, home: Path) -> None:
         (home / "slow").mkdir()
         (home / "slow" / "sitecustomize.py").write_text(SLOW)
-        env = {"PYTHONPATH": str(home / "slow"), "SLOW": str(home / "slow")}
+        env = {"PYTHONPATH": f"{home / 'slow'}:{ROOT}", "SLOW": str(home / "slow")}
         super().__init__(home, certificates(home), free_port(), {}, env)
         self.door = Door("127.0.0.1", self.port, self.certs / "ca.crt")
 
     def superlink(self) -> list:
         less = f"from flwr.supercore.corestate import sql_corestate as it; it.HEARTBEAT_DEFAULT_INTERVAL = {LEASE}"
-        return changed(super().superlink(), f"{less}\nimport runpy\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+        return changed(super().superlink(), f"{less}\nimport runpy\nrunpy.run_module(sys.argv[0], run_name='__main__')")
 
     def serverapp(self) -> list:
-        return changed(super().serverapp(), f"import serverapp; serverapp.BEAT = {BEAT}\n{COUNTED}\nserverapp.main()")
+        return changed(super().serverapp(), f"from bouquet.flower import serverapp; serverapp.BEAT = {BEAT}\n{COUNTED}\nserverapp.main()")
 
     def starts(self) -> list[str]:
         file = self.home / "slow" / "starts"

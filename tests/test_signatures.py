@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, sh
+from conftest import copy_project, sh
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from docker.superlink import signatures
-from docker.trust import DAY, DAYS, Ran, Refusal, days, read, refusals
-from scripts._sign import bundle, publisher_id, publisher_key, sign
+from bouquet import ROOT
+from bouquet.flower.superlink import signatures
+from bouquet.flower.trust import DAY, DAYS, Ran, Refusal, days, read, refusals
+from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign
 
 NOW = 1_800_000_000
 A, B = "a" * 64, "b" * 64
@@ -158,16 +159,16 @@ def key(tmp_path: Path) -> Ed25519PrivateKey:
 
 
 def supernode(folder: Path, code: str, config: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """docker/supernode.py with this code in place of Flower's loop: what Flower would find."""
+    """bouquet/flower/supernode.py with this code in place of Flower's loop: what Flower would find."""
     config = f'cache-path="{folder}/cache"' if config is None else config
     program = f"""
 import json, runpy, sys
 from flwr.supercore.fab import Fab
 from flwr.supernode import cli, start_client_internal as flower
-sys.path.insert(0, {str(ROOT / "docker")!r})
+sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["supernode.py", "--trusted-entities={folder}/trusted.yaml", '--node-config={config}']
 {code}
-runpy.run_path({str(ROOT / "docker/supernode.py")!r}, run_name="__main__")
+runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 """
     command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env={"PATH": "", **env})

@@ -1,7 +1,7 @@
 """The same app in Flower's local simulation: a SuperLink that `flwr run` starts itself, and sites as Ray actors.
 
 Needs the extra `simulation` (`docker/install .venv cpu simulation`); without Ray the runs are skipped and say so.
-The base model is tests/tiny.py's, the photos are drawn by scripts/partition as in the README.
+The base model is tests/kit/tiny.py's, the photos are drawn by scripts/partition as in the README.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, sh
+from conftest import sh
 from flwr.app import Context, RecordDict
 
-from app import model, train
-from app.checkpoint import read_adapter
-from app.client_app import places
+from app import model
+from app.adapter.store import read_adapter
 from app.config import RunConfig
 from app.errors import SiteError
-from app.privacy import Secret
-from scripts._deployment import free_port
-from tests import tiny
+from app.site import train
+from app.site.client_app import places
+from app.site.privacy import Secret
+from bouquet import ROOT
+from bouquet.hub.deployment import free_port
+from tests.kit import tiny
 
 BIN = Path(sys.executable).parent
 RUN = {
@@ -97,7 +99,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
     (home / "adapters").mkdir()
     for number, count in enumerate(IMAGES, 1):
         drawn = home / f"drawn-{number}"
-        sh(f"{sys.executable} scripts/partition --dataset mini --sites 2 --images-per-site {count} --out {drawn}", ROOT)
+        sh(f"scripts/partition --dataset mini --sites 2 --images-per-site {count} --out {drawn}", ROOT)
         shutil.move(drawn / f"site-{number}", home / f"data/site-{number}")
     env = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",

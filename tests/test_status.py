@@ -10,11 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, sh
+from conftest import sh
 
 from app.errors import BouquetError
-from scripts import _ask, _sites, _status, _volume
-from scripts._report.reading import read
+from bouquet import ROOT
+from bouquet.hub import adapters, control, roster
+from bouquet.hub import status as status_
+from bouquet.report.reading import read
 
 NOW = datetime(2026, 1, 2, 12, 0, 30, tzinfo=timezone.utc).timestamp()
 
@@ -37,21 +39,21 @@ def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "w
 def hub(monkeypatch):
     """What Flower says of the run, and which sites the hub has not heard of."""
     word = {"state": ("running", ""), "offline": {}}
-    monkeypatch.setattr(_ask, "run", lambda run="": _ask.Told(run, *word["state"], "2026-01-02T12:00:00Z"))
-    monkeypatch.setattr(_status, "seen", lambda: word["offline"])
+    monkeypatch.setattr(control, "run", lambda run="": control.Told(run, *word["state"], "2026-01-02T12:00:00Z"))
+    monkeypatch.setattr(status_, "seen", lambda: word["offline"])
     return word
 
 
 def facts(folder: Path, hub: dict) -> dict:
     run = read(folder)
-    return _status.tell(run, *_status.end_of(run), hub["offline"])
+    return status_.tell(run, *status_.end_of(run), hub["offline"])
 
 
 def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until_when(tmp_path, hub):
     hub["offline"] = {"orchard": "2026-01-02T11:59:00+00:00"}
     more = {"since": NOW - 30, "deadline": NOW + 45, "took": {"meadow": 48.3}}
     folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **more)
-    assert _status.words(facts(folder, hub), NOW).splitlines() == [
+    assert status_.words(facts(folder, hub), NOW).splitlines() == [
         "run       7  running, waiting",
         "rounds    1 of 3 done, now 2",
         "waiting   since 12:00:00 UTC, until 12:01:15 UTC (45 s more), try 2",
@@ -66,11 +68,11 @@ def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until
 def test_a_site_that_never_replied_before_and_one_of_an_older_hub_are_at_work_all_the_same(tmp_path, hub):
     for number, took in enumerate(({}, None, {"meadow": "long"}), start=7):
         folder = a_run(tmp_path / str(number), doing="waiting", round=2, missing=["meadow"], since=NOW - 80, deadline=NOW, took=took)
-        assert "missing   meadow  at work for 80 s\n" in _status.words(facts(folder, hub), NOW)
+        assert "missing   meadow  at work for 80 s\n" in status_.words(facts(folder, hub), NOW)
 
 
 def test_a_run_that_failed_says_why_where_its_last_good_adapter_is_and_how_to_go_on(tmp_path, hub):
-    said = _status.words(facts(a_run(tmp_path / "7", "failed"), hub), NOW)
+    said = status_.words(facts(a_run(tmp_path / "7", "failed"), hub), NOW)
     assert "why       HUB-02  Too few valid replies in round 2." in said and "adapter   7/round-0001" in said
     assert said.splitlines()[-1] == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'"
 
@@ -85,14 +87,14 @@ def test_without_an_answer_of_the_hub_a_run_counts_as_running_and_that_is_said(t
     def silent(run: str):
         raise BouquetError("HOST-08", "The hub does not answer.", found="", fix="")
 
-    monkeypatch.setattr(_ask, "run", silent)
+    monkeypatch.setattr(control, "run", silent)
     found = facts(a_run(tmp_path / "7"), hub)
     assert found["state"] == "running"
     assert found["why"] == "the hub does not answer now: HOST-08  The hub does not answer."
 
 
 def test_a_run_that_the_hub_has_forgotten_does_not_go_on(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(_ask, "run", lambda run: None)
+    monkeypatch.setattr(control, "run", lambda run: None)
     found = facts(a_run(tmp_path / "7"), hub)
     assert found["state"] == "failed" and "its state was made anew" in found["why"]
 
@@ -108,11 +110,11 @@ def volume(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def shown(monkeypatch, capsys, told: _ask.Told | None, number: str = "") -> tuple[int, list[str]]:
+def shown(monkeypatch, capsys, told: control.Told | None, number: str = "") -> tuple[int, list[str]]:
     """`scripts/hub status` while the hub says that."""
-    monkeypatch.setattr(_ask, "run", lambda number="": told)
-    monkeypatch.setattr(_status, "seen", dict)
-    code = _status.show(argparse.Namespace(run=number, follow=False, json=False))
+    monkeypatch.setattr(control, "run", lambda number="": told)
+    monkeypatch.setattr(status_, "seen", dict)
+    code = status_.show(argparse.Namespace(run=number, follow=False, json=False))
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -121,19 +123,19 @@ def shown(monkeypatch, capsys, told: _ask.Told | None, number: str = "") -> tupl
 )
 @pytest.mark.parametrize("number", ["", "8"])
 def test_a_run_that_has_written_nothing_says_what_it_waits_for(volume, monkeypatch, capsys, state, what, number):
-    code, lines = shown(monkeypatch, capsys, _ask.Told("8", state, "", "2026-01-02T13:00:05+01:00"), number)
+    code, lines = shown(monkeypatch, capsys, control.Told("8", state, "", "2026-01-02T13:00:05+01:00"), number)
     assert code == 3 and lines[0] == f"run       8  running, {state}"
     assert lines[1].startswith("waiting   since 12:00:05 UTC, for ") and what in lines[1]
     assert lines[2:] == ["adapter   none yet"]
 
 
 def test_a_run_that_ended_before_it_wrote_anything_says_why(volume, monkeypatch, capsys):
-    told = _ask.Told("8", "finished:failed", "MODEL-01  There is no such base model.", "2026-01-02T12:00:00+00:00")
+    told = control.Told("8", "finished:failed", "MODEL-01  There is no such base model.", "2026-01-02T12:00:00+00:00")
     code, lines = shown(monkeypatch, capsys, told)
     assert code == 1 and lines[0] == "run       8  failed" and "MODEL-01  There is no such base model." in lines[1]
 
 
-@pytest.mark.parametrize("told", [None, _ask.Told("9", "finished:completed", "", "2026-01-02T12:00:00+00:00")])
+@pytest.mark.parametrize("told", [None, control.Told("9", "finished:completed", "", "2026-01-02T12:00:00+00:00")])
 def test_without_a_newer_run_the_newest_on_the_volume_is_shown(volume, monkeypatch, capsys, told):
     """A hub that is new, or a newest run whose folder somebody has taken away."""
     code, lines = shown(monkeypatch, capsys, told)
@@ -143,19 +145,19 @@ def test_without_a_newer_run_the_newest_on_the_volume_is_shown(volume, monkeypat
 def test_a_torn_history_is_named_and_hides_no_other_run(volume, monkeypatch):
     (volume / "8").mkdir()
     (volume / "8" / "history.json").write_text('{"run": "8", "state": "runn')
-    assert [history["run"] for history in _volume.histories()] == ["7"]
+    assert [history["run"] for history in adapters.histories()] == ["7"]
     with pytest.raises(BouquetError, match="REPORT-02"):
-        _status.find("8", volume)
+        status_.find("8", volume)
 
 
 def test_a_torn_status_is_as_none(volume, monkeypatch):
     (volume / "7" / "status.json").write_text('{"run": "7", "st')
-    assert _status.find("7", volume).status == {}
+    assert status_.find("7", volume).status == {}
 
 
 def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):
     folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=0, since=NOW, deadline=NOW, missing=["\x1b[2Jmeadow"])
-    said = _status.words(facts(folder, hub), NOW)
+    said = status_.words(facts(folder, hub), NOW)
     assert "\x1b" not in said and "missing   \ufffd[2Jmeadow" in said
 
 
@@ -182,10 +184,10 @@ def test_without_an_id_the_newest_run_is_meant(tmp_path, monkeypatch):
     for age, name in enumerate(("9", "8", "7")):
         os.utime(a_run(tmp_path / name) / "history.json", (time.time() - age, time.time() - age))
     (tmp_path / "latest").symlink_to("7")
-    assert _volume.run("", tmp_path).name == "9" and _volume.run("8", tmp_path).name == "8"
+    assert adapters.run("", tmp_path).name == "9" and adapters.run("8", tmp_path).name == "8"
 
 
 def test_a_sites_last_sign_of_life_is_the_hubs_own(monkeypatch):
-    sites = [_sites.Site("garden", "online", "t1", None, 1), _sites.Site("meadow", "offline", "t2", None, 2), _sites.Site("new", "admitted", None, None, 3)]
-    monkeypatch.setattr(_sites, "registered", lambda: sites)
-    assert _status.seen() == {"meadow": "t2", "new": "never"}
+    sites = [roster.Site("garden", "online", "t1", None, 1), roster.Site("meadow", "offline", "t2", None, 2), roster.Site("new", "admitted", None, None, 3)]
+    monkeypatch.setattr(roster, "registered", lambda: sites)
+    assert status_.seen() == {"meadow": "t2", "new": "never"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from app import aggregate, strategy
-from app.strategy import Strategy
-from tests import tiny
+from app.hub import guard, strategy
+from app.hub.strategy import Strategy
+from tests.kit import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +16,13 @@ def hub(monkeypatch) -> None:
     tiny.be_the_hub(monkeypatch)
 
 
-def reply(site: str, images: int, value: list[float] | int) -> aggregate.Reply:
+def reply(site: str, images: int, value: list[float] | int) -> guard.Reply:
     """A site's reply with the adapter {"w": value}, or the tiny adapter of that seed."""
     adapter = tiny.adapter(value) if isinstance(value, int) else {"w": torch.tensor(value)}
-    return aggregate.Reply(site, adapter, images, {})
+    return guard.Reply(site, adapter, images, {})
 
 
-def mean(replies: list[aggregate.Reply], **config) -> dict[str, torch.Tensor]:
+def mean(replies: list[guard.Reply], **config) -> dict[str, torch.Tensor]:
     return Strategy(tiny.config(**config)).aggregate(1, replies, {key: torch.zeros_like(v) for key, v in replies[0].adapter.items()})
 
 

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
-PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT / 'docker')!r}); import superexec, json; "
+from bouquet import ROOT
+
+PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bouquet.flower import superexec; import json; "
 
 
 def run(code: str) -> list:
@@ -74,7 +75,7 @@ def test_importing_the_libraries_never_asks_cuda_whatever_the_user_set():
 import os
 os.environ |= {{"PYTORCH_NVML_BASED_CUDA_CHECK": "0", "CUDA_VISIBLE_DEVICES": "0"}}
 {AS_CUDA}
-import libraries
+from bouquet.flower import libraries
 before = list(asked)
 torch.cuda.is_available()
 print(json.dumps([before, asked]))
@@ -97,7 +98,7 @@ def test_a_server_whose_children_could_not_use_the_gpu_does_not_start():
 import torch
 torch._C._cuda_isInBadFork = lambda: True
 try:
-    import libraries
+    from bouquet.flower import libraries
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """)
@@ -106,10 +107,8 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 2)])
 def test_the_number_of_gpus_is_nvmls_unless_cuda_was_told_to_see_none(visible, gpus, monkeypatch, tmp_path):
-    from tests.nvml import A10, T4, StandIn
-
-    monkeypatch.syspath_prepend(str(ROOT / "docker"))
-    import libraries
+    from bouquet.flower import libraries
+    from tests.kit.nvml import A10, T4, StandIn
 
     StandIn(tmp_path, monkeypatch).state(A10, T4)
     if visible is not None:
@@ -122,7 +121,7 @@ def test_the_number_of_gpus_is_nvmls_unless_cuda_was_told_to_see_none(visible, g
 DRIVER = """
 import json, os, sys, time
 sys.path.insert(0, {docker!r})
-import superexec
+from bouquet.flower import superexec
 
 def work(orders, keep):
     '''In place of the app: says who took which message, and keeps something unless it is told not to.'''
@@ -167,7 +166,7 @@ if __name__ == "__main__":
 def took(tmp_path: Path, *orders: str, keep: float = 300) -> list[tuple[str, int]]:
     """(message, a number that stands for the process that took it) in the order in which they ended; or (alive, how many wait)."""
     out, driver = tmp_path / "out", tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(docker=str(ROOT / "docker"), out=str(out)))
+    driver.write_text(DRIVER.format(docker=str(ROOT), out=str(out)))
     subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=120)
     pids: dict[str, int] = {}
     lines = [line.split() for line in out.read_text().splitlines()]
@@ -218,7 +217,7 @@ def test_what_a_message_holds_is_looked_for_sooner_than_a_second_later_by_site_a
     from flwr.supercore.inflatable import inflatable_utils
     from flwr.superlink.grid import http_grid
 
-    from app import exchange
+    from app.hub import exchange
 
     [soon] = run(PRELUDE + "print(json.dumps(superexec.SOON))")
     assert soon.keys() <= inspect.signature(inflatable_utils.pull_and_inflate_object_from_tree).parameters.keys()

@@ -1,4 +1,4 @@
-"""What docker/superlink.py and docker/supernode.py change in Flower, by its effect on real SuperLinks and SuperNodes.
+"""What bouquet/flower/superlink.py and bouquet/flower/supernode.py change in Flower, by its effect on real SuperLinks and SuperNodes.
 
 Each of these could stop to work while the rest goes on as if nothing were; none needs a run.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
@@ -26,16 +25,17 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from scripts._control import Control
-from scripts._deployment import Processes, free_port
-from scripts._faults.bench import certificates
-from scripts._hostile import CONTROL, Door, Key, new_key, public
+from benchmarks.control import Control
+from benchmarks.faults.bench import certificates
+from benchmarks.hostile import CONTROL, Door, Key, new_key, public
+from bouquet import ROOT
+from bouquet.hub.deployment import Processes, free_port
 
 BUSY = 2000  # milliseconds that the SuperLink waits for its database here; else 25000, and Flower's own 5000
 HUB = f"""
 from flwr.supercore import sql_mixin
 sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", "0"), *sql_mixin.SQLITE_PRAGMAS[1:])  # no patience of Flower's own
-import superlink
+from bouquet.flower import superlink
 superlink.BUSY = {BUSY}
 superlink.main()
 """
@@ -47,14 +47,14 @@ def sleep(seconds):
         print(f"sleeps {seconds}", flush=True)
     slept(seconds)
 time.sleep = sleep
-import supernode
+from bouquet.flower import supernode
 supernode.SHARE, supernode.GOODBYE = 0, 0  # as if there had been work a moment ago; goodbye at once
 supernode.main()
 """
 HEARTLESS = """
 from flwr.supernode.fleet_http_client import FleetHttpClient
 FleetHttpClient.SendNodeHeartbeat = lambda *_: 1 / 0
-import supernode
+from bouquet.flower import supernode
 supernode.main()
 """
 
@@ -72,7 +72,7 @@ class Hub(Control, Processes):
     def _spawn(self, name: str, command: list, env: dict[str, str] = {}) -> None:
         if name == "serverapp":
             return  # there is no run
-        beside = f"import sys; del sys.argv[0]; sys.path.insert(0, {str(ROOT / 'docker')!r})"
+        beside = f"import sys; del sys.argv[:2]; sys.path.insert(0, {str(ROOT)!r})"
         super()._spawn(name, [command[0], "-c", f"{beside}\n{self.code[name]}", *command[1:]], env)
 
     def admit(self, key: Key, name: str) -> None:
@@ -172,7 +172,7 @@ def test_a_supernode_has_our_superexec_and_ends_with_it(hub: Hub) -> None:
         for task in Path(f"/proc/{supernode.pid}/task").iterdir()
         for pid in (task / "children").read_text().split()
     ]
-    assert str(ROOT / "docker/superexec.py") in Path(f"/proc/{superexec}/cmdline").read_text().split("\0")
+    assert "bouquet.flower.superexec" in Path(f"/proc/{superexec}/cmdline").read_text().split("\0")
     os.kill(superexec, signal.SIGKILL)
     wait(lambda: supernode.poll() is not None, lambda: hub.log("site-1"))
     assert (

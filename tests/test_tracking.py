@@ -10,14 +10,14 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
-from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app import tracking
 from app.errors import ConfigError
-from tests.memory import Federation, spoil_from
+from app.hub import tracking
+from bouquet import ROOT
+from tests.kit import tiny
+from tests.kit.memory import Federation, spoil_from
 
 ROUND = {
     "round": 3,
@@ -169,7 +169,7 @@ def test_in_a_fresh_process_a_tracker_that_logs_when_it_begins_can(tmp_path):
     code = f"""
 from pathlib import Path
 from accelerate import tracking as theirs
-from app import tracking
+from app.hub import tracking
 from app.config import RunConfig
 
 class Loud(theirs.TensorBoardTracker):

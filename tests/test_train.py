@@ -12,10 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from app import cache, data, diffusion, model, privacy, train
-from app.aggregate import update_norm
+from app import model
 from app.errors import ModelError, SiteError
-from tests import tiny
+from app.hub.guard import update_norm
+from app.site import cache, diffusion, privacy, train
+from app.site.photos import data
+from tests.kit import tiny
 
 
 def encoded(count: int = 6) -> cache.Encoded:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, sh
+from conftest import sh
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -30,12 +30,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.errors import BouquetError
-from docker import superlink
-from docker.superlink import signatures
-from docker.trust import DAY, DAYS
-from scripts._deployment import Processes, free_port
-from scripts._flower import CONNECTION, connect, flwr, follow
-from scripts._sign import bundle, publisher_id, publisher_key, sign, trust
+from bouquet import ROOT
+from bouquet.flower import superlink
+from bouquet.flower.superlink import signatures
+from bouquet.flower.trust import DAY, DAYS
+from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.runs import CONNECTION, connect, flwr, follow
+from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign, trust
 
 TINY = "rounds=1 round-retries=0 local-steps=2 batch-size=2 lora-rank=2 validation-timesteps=1 sample-prompts=''"
 REFUSED = "TRUST-01  The site does not trust this code"
@@ -191,13 +192,13 @@ def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_
 def test_a_supernode_whose_heartbeat_has_died_ends_so_that_it_can_be_started_again() -> None:
     code = f"""
 import runpy, sys, threading, time
-sys.path.insert(0, {str(ROOT / "docker")!r})
+sys.path.insert(0, {str(ROOT)!r})
 import flwr.supernode.cli as cli
 def alive():
     threading.Thread(target=lambda: 1 / 0).start()
     time.sleep(60)
 cli.flower_supernode = alive
-runpy.run_path({str(ROOT / "docker" / "supernode.py")!r}, run_name="__main__")
+runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
@@ -252,7 +253,7 @@ class Trusting(Processes):
 @pytest.fixture(scope="module")
 def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
     home = tmp_path_factory.mktemp("home")
-    sh("scripts/certs && .venv/bin/python scripts/partition --dataset mini --sites 2 --images-per-site 24 && scripts/hub sign", project)
+    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24 && scripts/hub sign", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     running = Trusting(home, project / "certs", free_port(), sites, trusted=project / "certs/trusted.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -404,6 +405,6 @@ def test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again(fresh:
 def test_a_site_that_pins_nobody_does_not_start(tmp_path: Path) -> None:
     """Flower takes an empty list of publishers for none asked for, and runs any code."""
     (tmp_path / "trusted.yaml").write_text("{}\n")
-    command = [sys.executable, ROOT / "docker/supernode.py", "--insecure", f"--trusted-entities={tmp_path}/trusted.yaml"]
+    command = [sys.executable, "-m", "bouquet.flower.supernode", "--insecure", f"--trusted-entities={tmp_path}/trusted.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "TRUST-05  The site pins no publisher." in done.stdout + done.stderr

@@ -10,7 +10,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from app import model, wire
 from app.errors import AdapterError
-from tests import tiny
+from tests.kit import tiny
 
 
 def test_an_adapter_arrives_bit_for_bit():

@@ -7,23 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import tiny
-from conftest import ROOT, sh
+from conftest import sh
 from PIL import Image
 
-from app import export, model, sample, train
+from app import model
+from app.adapter import formats, sample
 from app.errors import BouquetError
-from scripts import _worth
-from scripts._report import pictures
-from scripts._report.page import page
-from scripts._report.reading import read
+from app.site import train
+from bouquet import ROOT, worth
+from bouquet.report import pictures
+from bouquet.report.page import page
+from bouquet.report.reading import read
+from tests.kit import tiny
 
 
 def run_of(root: Path, seed: int, **changes) -> Path:
     """A finished run of the tiny base, with an adapter of random numbers."""
     config = tiny.config(seed=seed, **changes)
     folder = root / f"run-{seed}"
-    export.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
+    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
     told = {"state": "finished", "config": asdict(config), "base": {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}}
     (folder / "history.json").write_text(json.dumps(told))
     return folder
@@ -43,7 +45,7 @@ def runs(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def column(site, runs, tmp_path_factory) -> dict:
     other = tiny.site(tmp_path_factory.mktemp("other") / "data", 12, seed=5)
-    return _worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
+    return worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
 
 
 def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_out_photos(column, site, tmp_path):
@@ -69,7 +71,7 @@ def test_a_column_holds_numbers_and_the_sites_name_alone(column):
 
 def test_pooled_photos_hold_out_what_the_site_holds_out(site, tmp_path):
     other = tiny.site(tmp_path / "other", 12, seed=5)
-    folder = _worth.together([site, other], tmp_path / "photos")
+    folder = worth.together([site, other], tmp_path / "photos")
     alone = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "one", "")
     pooled = train.Site(tiny.CONFIG, tiny.models(), folder, tmp_path / "two", "")
     assert len(pooled.train.keys) + len(pooled.held_out.keys) == 24
@@ -84,7 +86,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, spoil):
         told = json.loads((other / "history.json").read_text())
         (other / "history.json").write_text(json.dumps(told | {"state": "failed"}))
     with pytest.raises(BouquetError, match="WORTH-01") as refused:
-        _worth.alike([one, other])
+        worth.alike([one, other])
     assert "run-1: finished, seed 1" in refused.value.found
 
 
@@ -92,7 +94,7 @@ def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
     for name, seeds in (("rose", [1, 2]), ("lily", [1, 3])):
         (tmp_path / f"{name}.json").write_text(json.dumps(column | {"site": name, "seeds": seeds}))
     with pytest.raises(BouquetError, match="WORTH-02") as refused:
-        _worth.collect(runs[0], [tmp_path / "rose.json", tmp_path / "lily.json"])
+        worth.collect(runs[0], [tmp_path / "rose.json", tmp_path / "lily.json"])
     assert "lily: seeds [1, 3]" in refused.value.found
 
 
@@ -104,7 +106,7 @@ def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_i
         assert pictures.layout(drawn.size, list(tiny.CONFIG.prompts), 16)[3] == 3  # base, alone, federated
         base, federated = (drawn.crop(box) for box in cells(drawn.size, (0, 2)))
     assert base.tobytes() == cell_of(None).tobytes() and federated.tobytes() == cell_of(tiny.adapter(1)).tobytes()
-    _worth.collect(runs[0], [tmp_path / "rose.worth.json", tmp_path / "lily.worth.json"])
+    worth.collect(runs[0], [tmp_path / "rose.worth.json", tmp_path / "lily.worth.json"])
     told = read(runs[0])
     assert "picture" in told.worth["sites"]["rose"] and "picture" not in told.worth["sites"]["lily"]
     assert page(told).count('alt="What each contender draws of the same prompts"') == 1
@@ -132,7 +134,7 @@ def test_a_picture_that_is_none_is_refused_when_the_hub_collects(tmp_path, colum
     else:
         (tmp_path / "rose.png").write_bytes(content)
     with pytest.raises(BouquetError, match="REPORT-04"):
-        _worth.collect(runs[0], [tmp_path / "rose.json"])
+        worth.collect(runs[0], [tmp_path / "rose.json"])
     assert not (runs[0] / "worth.json").exists()
 
 

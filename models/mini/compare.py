@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from app import checkpoint, model, sample, train
+from app import model
+from app.adapter import sample
+from app.hub import volume
+from app.site import train
 from app.config import RunConfig
 from models.mini import draw
 from models.mini.judge import judge
@@ -82,7 +85,7 @@ def main() -> None:
         contenders: dict[str, model.Adapter | None] = {"base": None}
         for i, folder in enumerate(folders, 1):
             contenders[f"site {i} alone"] = alone(folder, config, config.rounds, work / f"cache-{i}")
-        contenders["federated"] = checkpoint.read_adapter(asked.run / "final")
+        contenders["federated"] = volume.read_adapter(asked.run / "final")
         contenders["pooled"] = alone(pool(folders, work / "pooled"), config, 2 * config.rounds, work / "cache-pooled")
     pipe = sample.pipeline(HERE, config)
     scores, rows = {}, []

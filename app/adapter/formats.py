@@ -1,0 +1,166 @@
+"""One adapter, the files that other tools load; and such a file, one adapter.
+
+    final/adapter_model.safetensors, adapter_config.json   PEFT       PeftModel.from_pretrained(unet, folder)
+    final/pytorch_lora_weights.safetensors                 diffusers  pipe.load_lora_weights(folder)
+    final/kohya.safetensors                                ComfyUI, A1111 and others that name tensors as kohya's trainer does
+    final/provenance.json                                  the run, its sites, images, base model and versions
+    final/fp16/                                            the same adapter files in half precision, half the size
+
+alpha = rank in every file, so that each tool's alpha/rank is 1. Errors: EXPORT-02 (no adapter of a run), EXPORT-03 (a LoRA
+that cannot be used, lora_files.py's), EXPORT-04 (the folder for the merged model is in use).
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from app.adapter import lora_files, sample
+from app.adapter.lora_files import PEFT, SETTINGS, LoraFile, json_object
+from app.adapter.store import write_folder, write_peft
+from app.config import LONGEST_PROMPT, LORA_TARGETS, MOST_PROMPTS, RunConfig
+from app.errors import AdapterError
+from app.model import Adapter
+
+PACKAGES = ("flwr", "torch", "diffusers", "peft", "accelerate", "transformers", "safetensors")
+DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+FILES = (PEFT, SETTINGS, DIFFUSERS, KOHYA)
+
+
+class Lora(NamedTuple):
+    """An adapter (alpha = rank) and the run-config keys `lora-rank` and `lora-targets` that it fits."""
+
+    adapter: Adapter
+    rank: int
+    targets: str
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+    """`unet.`-prefixed PEFT keys, with rank and alpha in the metadata as diffusers reads them."""
+    settings = {"r": config.lora_rank, "lora_alpha": config.lora_rank, "target_modules": list(LORA_TARGETS[config.lora_targets])}
+    notes = {"format": "pt", "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()}, sort_keys=True)}
+    save_file({f"unet.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, metadata=notes)
+
+
+def kohya_name(module: str) -> str:
+    """`down_blocks.0.resnets.0.conv1` as kohya's trainer names it: `lora_unet_down_blocks_0_resnets_0_conv1`."""
+    return "lora_unet_" + module.replace(".", "_")
+
+
+def write_kohya(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+    """`lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` for every layer; rank and alpha in the metadata too."""
+    tensors = {}
+    for key, value in adapter.items():
+        module, part = key.rsplit(".lora_", 1)
+        tensors[f"{kohya_name(module)}.{'lora_down' if part.startswith('A') else 'lora_up'}.weight"] = value
+        tensors[f"{kohya_name(module)}.alpha"] = torch.tensor(float(config.lora_rank), dtype=value.dtype)
+    rank = str(config.lora_rank)
+    notes = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_v2": "False"}
+    if config.lora_targets == "attention+resnet":
+        notes["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank})
+    save_file(tensors, folder / KOHYA, metadata={"format": "pt", "ss_sd_model_name": config.base_model} | notes)
+
+
+def write_formats(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+    for write in (write_peft, write_diffusers, write_kohya):
+        write(folder, adapter, config)
+
+
+def write_final(run: Path, adapter: Adapter, config: RunConfig, provenance: dict[str, Any]) -> Path:
+    """All formats of the adapter, each precision's in one step."""
+
+    def fill(folder: Path) -> None:
+        write_formats(folder, adapter, config)
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+    final, half = run / "final", {key: value.half() for key, value in adapter.items()}
+    write_folder(final, fill, adapter)
+    write_folder(final / "fp16", lambda folder: write_formats(folder, half, config), half)
+    return final
+
+
+def merge(base: Path, file: LoraFile, target: Path) -> None:
+    """The base model with the LoRA in its weights: a pipeline folder that needs no LoRA. Errors: EXPORT-04, ADAPTER-01."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise AdapterError("EXPORT-04", "The folder for the merged model is in use.", found=f"{target} exists", fix="name a new folder")
+    pipe = sample.dressed(base, file, torch.device("cpu"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(target)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_lora(path: Path) -> Lora:
+    """A LoRA file as an adapter that a run can train: the UNet's alone, in layers of `lora-targets`. Errors: EXPORT-03."""
+    file = lora_files.read(path)
+    layers = sorted({key.rsplit(".lora_", 1)[0] for key in file.unet})
+    everywhere = tuple(f".{layer}" for layer in LORA_TARGETS["attention+resnet"])
+    strange = [layer for layer in layers if not layer.endswith(everywhere)]
+    beyond = [f"{len(strange)} that lora-targets does not have, like {strange[0]}"] if strange else []
+    if file.text:
+        beyond.append(f"{len(file.text) // 2} of the text encoder, which no run trains")
+    if beyond:
+        raise AdapterError(
+            "EXPORT-03",
+            "This LoRA cannot be used here.",
+            found=f"{path}: beside the UNet's layers that a run can train it has {' and '.join(beyond)}"[:500],
+            fix="start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample draws it",
+        )
+    few = tuple(f".{layer}" for layer in LORA_TARGETS["attention"])
+    targets = "attention" if all(layer.endswith(few) for layer in layers) else "attention+resnet"
+    return Lora(file.unet, next(iter(file.unet.values())).shape[0], targets)
+
+
+def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:
+    """The adapter of a run's folder, of a round's, or of a LoRA file that a run could train, and its run's configuration.
+
+    A file knows its rank and its layers; what it does not know (the base model, picture size) is `base_model` and the defaults.
+    Errors: EXPORT-02, EXPORT-03.
+    """
+    file = adapter_file(path)
+    lora, known = read_lora(file), _run_config(file.parent)
+    ours = {"lora-rank": lora.rank, "lora-targets": lora.targets} | ({"base-model": base_model} if base_model else {})
+    return lora.adapter, RunConfig.read(known | ours)
+
+
+def open_file(path: Path, base_model: str = "") -> tuple[LoraFile, RunConfig]:
+    """As `open_adapter`, of any LoRA file that can be read, trainable here or not: for pictures."""
+    file = adapter_file(path)
+    known = _run_config(file.parent) | ({"base-model": base_model} if base_model else {})
+    return lora_files.read(file), RunConfig.read(known)
+
+
+def adapter_file(path: Path) -> Path:
+    """Errors: EXPORT-02."""
+    folder = path / "final" if (path / "final").is_dir() else path
+    file = folder if folder.is_file() else folder / PEFT
+    if not file.exists():
+        fix = "name a run's folder, one of its rounds, or a LoRA file; docker compose cp serverapp:/adapters ./adapters brings the runs here"
+        raise AdapterError("EXPORT-02", "There is no adapter here.", found=f"{path} holds no {PEFT}", fix=fix)
+    return file
+
+
+def _run_config(folder: Path) -> dict[str, Any]:
+    """The run's configuration by Flower's names: from its provenance, its history, or as much as PEFT's file says."""
+    for notes in (folder / "provenance.json", folder.parent / "provenance.json", folder.parent / "history.json"):
+        if notes.exists() and isinstance(config := json_object(notes).get("config"), dict):
+            known = {key.replace("_", "-"): value for key, value in config.items()}
+            prompts = str(known.get("sample-prompts", "")).split("|")[:MOST_PROMPTS]  # an older run's may be more
+            return known | {"sample-prompts": "|".join(prompt.strip()[:LONGEST_PROMPT] for prompt in prompts)}
+    settings = folder / SETTINGS
+    base = json_object(settings).get("base_model_name_or_path") if settings.exists() else None
+    return {"base-model": base} if base else {}

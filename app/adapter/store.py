@@ -1,0 +1,51 @@
+"""An adapter's folder, as PEFT reads it: adapter_model.safetensors and adapter_config.json.
+
+Enters: an adapter and the run's config. Leaves: a folder that was read back before it got its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from app import files
+from app.config import LORA_TARGETS, RunConfig
+from app.model import Adapter, adapter_hash, check_adapter
+
+PREFIX = "base_model.model."  # PEFT's name for the model below the adapter
+
+
+def write_peft(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them; alpha = rank."""
+    save_file({PREFIX + key: value for key, value in adapter.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": config.base_model,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(LORA_TARGETS[config.lora_targets]),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter of a round's or the final folder."""
+    return {key.removeprefix(PREFIX): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def write_folder(target: Path, fill: Callable[[Path], None], adapter: Adapter) -> None:
+    """Fill a folder beside, load its adapter back to see that it is this one, then give it its name. Errors: AGG-*, OSError."""
+
+    def check(folder: Path) -> None:
+        written = read_adapter(folder)
+        check_adapter(written, adapter)
+        if adapter_hash(written) != adapter_hash(adapter):
+            raise OSError(f"{folder / 'adapter_model.safetensors'}: what was read back is not what was written")
+
+    files.write_folder(target, fill, check)

@@ -1,0 +1,279 @@
+"""One message to every site that is there, and what came back in time.
+
+Enters: an adapter and Flower's Grid. Leaves: the valid replies by site name, the refused ones with their reasons, and, while it
+waits, `status.json` on the shared volume: who has replied, who is missing and since when, the deadline, how long the
+missing ones took the last time. A wait that lasts is told on the run's output too, ever less often. More is not known
+while a site works: Flower's SuperNode takes no other message until it has replied to the one that it has.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
+
+from app import files, model, text, wire
+from app.config import RunConfig
+from app.errors import BouquetError, HubError
+from app.hub import guard
+from app.hub.spool import Spool
+
+POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
+LEAST = 60.0  # seconds that a round may always take
+MOST_NAMED = 20  # sites in one sentence
+FIRST_WORD = 20.0  # seconds of a wait before a word of it
+LONGEST_SILENCE = 320.0  # seconds between two words, each silence being twice the one before
+REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects' frames
+
+
+def bound_replies(most: int, end: float) -> None:
+    """From now on a reply that Flower's Grid fetches is at most `most` bytes and one array, and is waited for until `end`.
+
+    A reply is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, for two hours at most.
+    Errors (of Grid.pull_messages): HUB-05.
+    """
+
+    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+        left, lock = most, threading.Lock()
+
+        def counted(object_id: str) -> bytes:
+            nonlocal left
+            content = pull_object_fn(object_id)
+            with lock:
+                left -= len(content)
+            if left < 0:
+                raise _unreadable("it is too large", f"more than {most} bytes")
+            return content
+
+        soon = {"initial_backoff": POLL / 10, "backoff_cap": 1.0, "max_tries_per_object": None}
+        found = pull_objects(object_ids, counted, **soon, max_time=max(1.0, end - time.time()))
+        if (arrays := sum(content.startswith(b"Array ") for content in found.values())) > 1:
+            raise _unreadable("it has more than one array", f"{arrays} arrays")
+        return found
+
+    http_grid.pull_objects = pull
+
+
+def _unreadable(why: str, found: object) -> HubError:
+    fix = "update that site to the hub's version"
+    return HubError("HUB-05", f"The reply could not be read ({why}).", found=text.line(found), fix=fix)
+
+
+def _listed(parts: Iterable[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    parts = list(parts)
+    more = [f"and {len(parts) - MOST_NAMED} more"] if len(parts) > MOST_NAMED else []
+    return between.join(parts[:MOST_NAMED] + more)
+
+
+class Exchange:
+    """A run's conversation with its sites."""
+
+    def __init__(self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()) -> None:
+        """admitted: names of the sites that may come, where the hub knows them."""
+        self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / "status.json"
+        self.admitted = sorted(admitted)
+        self.spool = Spool(folder)
+        self.took: list[float] = []  # seconds of the rounds that went well
+        self.lasted: dict[int, float] = {}  # node id -> seconds from its last message to its reply
+        self.norms: list[float] = []  # lengths of the accepted updates
+        self.registered: dict[int, str] = {}  # node id -> the name that the hub's operator gave it, "" for none
+        self.told: set[str] = set()  # what is said once a run
+        self.status: dict[str, Any] = {"run": folder.name}
+
+    def round(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+        """A round's valid replies, after as many tries as the config allows. Errors: HUB-01, HUB-02."""
+        all_refused = []
+        for attempt in range(self.config.round_retries + 1):
+            start = time.monotonic()
+            replies, refused = self.send("train", number, adapter, attempt)
+            kept, long = guard.guard_norms(replies, self.norms, self.config.norm_bound)
+            refused += [self._refuse(reply.site, reason) for reply, reason in long]
+            all_refused += refused
+            if len(kept) >= self.config.min_sites:
+                self.took.append(time.monotonic() - start)
+                self.norms = (self.norms + [reply.norm for reply in kept])[-3 * len(kept) :]  # of the last three rounds
+                return kept, all_refused
+            if refused and all(entry["reason"].startswith("TRUST-01") for entry in refused):
+                break  # an unsigned bundle stays unsigned
+            if attempt < self.config.round_retries:
+                print(f"bouquet: round {number} again  {len(kept)} of {self.config.min_sites} needed", flush=True)
+        raise self._too_few(number, len(kept), refused)
+
+    def last(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+        """What the sites say of the result. Errors: HUB-01, HUB-02."""
+        replies, refused = self.send("evaluate", number, adapter)
+        if len(replies) < self.config.min_sites:
+            raise self._too_few(number, len(replies), refused)
+        return replies, refused
+
+    def send(self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+        """One try: every site that is there gets one message; those that have not answered by the deadline are refused."""
+        nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
+        arrays = wire.pack(adapter, self.config.wire_precision)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})})
+        messages = [Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes]
+        ids = list(self._ask(self.grid.push_messages, messages))  # '' where the SuperLink did not take one, [] where it took none
+        missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
+        most, end = 2 * len(arrays[wire.NAME].data), time.time() + timeout
+        wire.bound_arrays(most)
+        bound_replies(most + REST, end)
+        replies: list[guard.Reply] = []
+        untaken = [node for node in nodes if node not in missing.values()]
+        refused = [self._refuse(self.name(node), "HUB-03  The SuperLink did not take its message.") for node in untaken]
+        began = time.time()
+        self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=refused)
+        self._note_who(replies, missing.values())
+        late, word, silence = False, began + FIRST_WORD, FIRST_WORD
+        while missing and not late:
+            # one more look at the end: a reply that came slowly may have hidden another
+            look, late = time.monotonic(), time.time() >= end
+            for message_id, node in list(missing.items()):  # one at a time: a reply that cannot be read spoils no other
+                try:
+                    if (message := self._pull(message_id)) is None:
+                        continue
+                    reply = self._accept(message, node, adapter, sent, training=kind == "train")
+                    if reply.site in {other.site for other in replies}:
+                        raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
+                except BouquetError as error:
+                    refused.append(self._refuse(self.name(node), str(error)))
+                else:
+                    replies.append(replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply)
+                    self.lasted[node] = time.time() - began
+                del missing[message_id]
+                self._note_who(replies, missing.values())
+            if missing and not late:
+                if time.time() >= word:
+                    self._tell_of_wait(kind, number, time.time() - began, len(replies), missing.values())
+                    word, silence = time.time() + silence, min(2 * silence, LONGEST_SILENCE)
+                time.sleep(max(POLL, time.monotonic() - look))
+        reason = f"HUB-03  No reply within {timeout:.0f} s."
+        refused += [self._refuse(self.name(node), reason) for node in missing.values()]
+        self.note(state="working", refused=refused)
+        return sorted(replies, key=lambda reply: reply.site), refused
+
+    def _accept(
+        self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool
+    ) -> guard.Reply:
+        """The node's reply. Errors: aggregate.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
+        site, precision = "" if self.by_own_name else self.name(node), self.config.wire_precision
+        try:
+            reply = guard.accept(message, adapter, sent, training=training, site=site, precision=precision)
+        except BouquetError:
+            raise
+        except Exception as error:
+            raise _unreadable(type(error).__name__, error) from None
+        if reply.left_out:
+            what = "numbers that no site of this version sends, or that cannot be true"
+            self.say(f"bouquet: left out  {reply.site}: {what}", f": {reply.left_out}")
+        return reply
+
+    def deadline(self) -> float:
+        """Seconds that the sites have: a multiple of the median earlier round, never more than `round-timeout`."""
+        if not self.took or not self.config.round_patience:
+            return float(self.config.round_timeout)
+        return min(float(self.config.round_timeout), max(LEAST, self.config.round_patience * statistics.median(self.took)))
+
+    def wait_for_sites(self) -> list[int]:
+        """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there and who is missing."""
+        deadline, told = time.time() + self.config.wait_for_sites, False
+        while len(nodes := self.online()) < self.config.min_sites:
+            came = [self.name(node) for node in nodes]
+            here, missing = _listed(came) or "none", [name for name in self.admitted if name not in came]
+            if time.time() > deadline:
+                raise HubError(
+                    "HUB-01",
+                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s. Here: {here}."
+                    + (f" Missing: {_listed(missing)}." if missing else ""),
+                    found=f"{len(nodes)} SuperNodes online: {here}",
+                    fix="start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower min-sites",
+                )
+            if not told:
+                print(f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here: {here}", flush=True)
+                self.note(state="waiting for sites", since=time.time(), deadline=deadline, replied=[], missing=missing)
+                told = True
+            time.sleep(1)
+        return nodes
+
+    def online(self) -> list[int]:
+        """The nodes that are there; notes the names they were registered under."""
+        known = self._ask(self.grid.get_nodes)
+        self.registered |= {info.node_id: text.line(info.name, guard.NAME) for info in known}
+        return sorted(self._ask(self.grid.get_node_ids))
+
+    def name(self, node: int) -> str:
+        """The name a node was registered under, else its number."""
+        return self.registered.get(node) or f"node {node}"
+
+    @property
+    def by_own_name(self) -> bool:
+        """Whether a site goes by the name it gives itself: only where the hub has no names, as in a simulation."""
+        return not self.admitted and not any(self.registered.values())
+
+    def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What the SuperLink answers; where it cannot answer now (its database is locked), it is asked again for a minute."""
+        end = time.time() + LEAST
+        while True:
+            try:
+                return call(*args)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code < 500 or time.time() > end:
+                    raise
+                time.sleep(1)
+
+    def _pull(self, message_id: str) -> Message | None:
+        """The reply to one message, or None as long as there is none. Errors: HUB-05 when Flower cannot make a message of it."""
+        try:
+            return next(iter(self._ask(self.grid.pull_messages, [message_id])), None)
+        except (httpx.HTTPError, BouquetError):
+            raise
+        except Exception as error:  # a site chooses the bytes, and Flower's readers fail on them in as many ways
+            raise _unreadable(type(error).__name__, error) from None
+
+    def say(self, line: str, more: str = "") -> None:
+        """A line on the run's output, once a run whatever `more` is by then."""
+        if line not in self.told:
+            self.told.add(line)
+            print(line + more, flush=True)
+
+    def note(self, **news: Any) -> None:
+        """Say on the shared volume what the run is doing; a full disk does not stop it."""
+        self.status |= news | {"time": time.time()}
+        try:
+            files.write_json(self.file, self.status)
+        except OSError:
+            pass
+
+    def _note_who(self, replies: Iterable[guard.Reply], missing: Iterable[int]) -> None:
+        took = {self.name(node): round(self.lasted[node], 1) for node in missing if node in self.lasted}
+        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(map(self.name, missing)), took=took)
+
+    def _tell_of_wait(self, kind: str, number: int, seconds: float, replied: int, missing: Iterable[int]) -> None:
+        """All that a hub knows of sites that work: how long already, and how long the last time."""
+        last = {node: f" ({seconds:.0f} s the last time)" for node, seconds in self.lasted.items()}
+        names = sorted(self.name(node) + last.get(node, "") for node in missing)
+        what = f"round {number}" if kind == "train" else "last evaluation"
+        print(f"bouquet: {what} waits  {seconds:.0f} s so far  replied {replied}  not yet {_listed(names)}", flush=True)
+
+    def _refuse(self, site: str, reason: str) -> dict[str, str]:
+        print(f"bouquet: refused  {site}: {reason}", flush=True)
+        return {"site": site, "reason": reason}
+
+    def _too_few(self, number: int, valid: int, refused: list[dict[str, str]]) -> HubError:
+        reasons = _listed((f"{r['site']}: {r['reason']}" for r in refused), "; ")
+        return HubError(
+            "HUB-02",
+            f"Too few valid replies in round {number}: {valid} of {self.config.min_sites} needed. {reasons}",
+            found=f"{valid} valid, {len(refused)} refused or missing",
+            fix="mend the sites named above, or lower min-sites, and run again with resume=\"latest\"",
+        )

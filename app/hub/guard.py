@@ -1,0 +1,140 @@
+"""The guard: which of a round's replies hold, and how much each one weighs. strategy.py aggregates what is left.
+
+Enters: replies as Flower messages. Leaves: accepted replies with their weight, or an error that says what is wrong with one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+
+from app import metrics, text
+from app.errors import AdapterError, HubError
+from app.model import Adapter, check_adapter
+from app.wire import unpack
+
+UNTRUSTED = {  # what a site's SuperNode may say of a signature (bouquet/flower/trust.py), in the hub's own words
+    "TRUST-06": "its signature is too old",
+    "TRUST-07": "the site has run a newer one of that publisher",
+    "TRUST-08": "it was signed in the future, by the site's clock",
+    "TRUST-09": "the site's memory of what ran there cannot be used",
+}
+NAME = 80  # characters of a site's or a GPU's name that the hub prints and keeps
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A site's valid reply: its adapter (None after an evaluation), the images it counts for, its numbers, its length.
+
+    left_out: how many of its numbers were not kept. bound: why it counts for fewer images than it says, or "".
+    """
+
+    site: str
+    adapter: Mapping[str, torch.Tensor] | None
+    images: int
+    metrics: dict[str, float]
+    norm: float = 0.0
+    gpu: str = ""
+    left_out: int = 0
+    bound: str = ""
+
+
+def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32") -> Reply:
+    """The reply, under the name `site` that the hub registered, else under its own.
+
+    Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
+    """
+    if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
+        raise HubError(
+            "TRUST-01",
+            f"The site does not trust this code: {UNTRUSTED.get((message.error.reason or '')[:8], 'no publisher that it pins has signed this bundle')}.",
+            found="Flower's error 7, the bundle could not be verified",
+            fix="sign the checkout (scripts/hub sign, or --again) and run again; a site pins publishers in its trusted.yaml",
+        )
+    if message.has_error():
+        raise HubError("HUB-04", f"The site could not take part: {_reason(message)}", found="an error reply", fix="read that site's log")
+    content = message.content
+    told = content.config_records.get("info", {})
+    info = {name: told[name] for name in ("site", "applied", "gpu") if type(told.get(name)) is str}
+    numbers, left_out = metrics.sane(content.metric_records.get("metrics", {}))
+    wrong = [name for name in metrics.NEEDED if name not in numbers]
+    images = numbers.get("num-examples")
+    if wrong or type(images) is not int:
+        raise HubError(
+            "HUB-05",
+            "The reply's metrics are missing or impossible.",
+            found=f"{', '.join(wrong) or 'num-examples'} is not a sensible number",
+            fix="update that site to the hub's version",
+        )
+    if info.get("applied") != sent_hash:
+        raise AdapterError(
+            "ADAPTER-03",
+            "The site did not train from the global adapter.",
+            found=f"it applied {info.get('applied', 'nothing')[:16]}, the hub sent {sent_hash[:16]}",
+            fix="update that site to the hub's version",
+        )
+    adapter = unpack(content.array_records.get("arrays"), precision) if training else None
+    if adapter is not None:
+        check_adapter(adapter, sent)
+    norm = update_norm(adapter, sent) if adapter is not None else 0.0
+    name = site or text.line(info.get("site", ""), NAME) or str(message.metadata.src_node_id)
+    return Reply(name, adapter, images, numbers, norm, text.line(info.get("gpu", ""), NAME), left_out)
+
+
+def _reason(message: Message) -> str:
+    """An error's public text; Flower wraps an exception as <class '…'>:<'text'>."""
+    reason = (message.error.reason or f"error code {message.error.code}")[: 4 * text.MOST]
+    return text.line(reason.split(":<'", 1)[-1].removesuffix("'>"))
+
+
+def update_norm(new: Adapter, old: Adapter) -> float:
+    """Euclidean length of a site's update, in float64."""
+    return math.sqrt(sum((new[key].double() - old[key].double()).square().sum().item() for key in sorted(old)))
+
+
+def guard_norms(replies: Iterable[Reply], earlier: Iterable[float], bound: float) -> tuple[list[Reply], list[tuple[Reply, str]]]:
+    """The replies whose update is at most `bound` times the median one, and the others with a reason (ADAPTER-04).
+
+    The median is that of this round's updates and the `earlier` accepted ones; of an even number, the lower middle, so that of
+    two sites the larger is measured by the smaller. bound = 0 keeps all.
+    """
+    replies = list(replies)
+    norms = [reply.norm for reply in replies] + list(earlier)
+    middle = statistics.median_low(norms) if norms else 0.0
+    kept, refused = [], []
+    for reply in replies:
+        if bound and reply.norm > bound * middle:
+            times = min(reply.norm / middle, 1e9) if middle else math.inf
+            refused.append((reply, f"ADAPTER-04  The update is {times:.1f} times the median one."))
+        else:
+            kept.append(reply)
+    return kept, refused
+
+
+def weigh(replies: Iterable[Reply], admitted: Mapping[str, int], largest_share: float) -> list[Reply]:
+    """Each reply with the images it counts for: no more than the site was admitted with, no more than `largest_share` of all.
+
+    largest_share is at least a half, so that at most one site can exceed it; among fewer than two sites there are no shares.
+    """
+    counted = [_at_most(r, admitted.get(r.site, r.images), metrics.ADMITTED) for r in replies]
+    total = sum(r.images for r in counted)
+    if len(counted) < 2 or largest_share >= 1:
+        return counted
+    ratio = largest_share / (1 - largest_share)
+    return [_at_most(r, max(1, int(ratio * (total - r.images) + 1e-9)), metrics.SHARE) for r in counted]
+
+
+def _at_most(reply: Reply, most: int, bound: str) -> Reply:
+    return replace(reply, images=most, bound=bound) if reply.images > most else reply
+
+
+def weighted(replies: Iterable[Reply], name: str) -> float:
+    """Mean of a metric, weighted by images."""
+    replies = list(replies)
+    return sum(r.metrics[name] * r.images for r in replies) / sum(r.images for r in replies)

@@ -1,0 +1,269 @@
+"""The ServerApp: rounds over Flower's Grid, aggregation, and everything a person reads about the run.
+
+Enters: the run's config, and two folders from the environment: BOUQUET_MODELS and BOUQUET_ADAPTERS (the shared volume).
+Leaves: `<adapters>/<run id>/` (see volume.py), one plain line a round on stdout, and a run that ends completed or,
+when it cannot go on, failed with a public sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from app import files, metrics, model, quiet, text, wire
+from app.adapter import formats, lora_files, store
+from app.config import RunConfig
+from app.errors import BouquetError, HubError
+from app.hub import guard, tracking, volume
+from app.hub.exchange import Exchange
+from app.hub.gallery import Gallery
+from app.hub.strategy import Strategy
+
+
+class _Named(logging.Filter):
+    """A named error ends the ServerApp with its report, which `main` prints; a hundred lines of traceback hid that."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], BouquetError):
+            record.exc_info = None
+        return True
+
+
+logging.getLogger("flwr").addFilter(_Named())
+quiet.flower()
+text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
+app = ServerApp()
+SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    try:
+        Run(grid, context).go()
+    except BouquetError as error:
+        print(f"bouquet: failed\n{error.report()}", flush=True)
+        raise
+
+
+class Run:
+    """One run: its config, its folder, its history."""
+
+    def __init__(self, grid: Grid, context: Context) -> None:
+        self.config = RunConfig.read(context.run_config)
+        quiet.libraries()
+        adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
+        self.folder = adapters / str(context.run_id)
+        self.base = model.locate(self.config.base_model, models)
+        model.check(self.base)
+        fingerprint = model.fingerprint(self.base)["base"]
+        self.history: dict[str, Any] = {
+            "run": str(context.run_id),
+            "state": "running",
+            "config": asdict(self.config),
+            "base": {"name": self.config.base_model, "fingerprint": fingerprint},
+            "versions": formats.versions(),
+            "rounds": [],
+            "validation": [],
+        }
+        admitted, self.bounds = _admitted()
+        self.exchange = Exchange(grid, self.config, fingerprint, self.folder, admitted)
+        self.began = time.time()
+        self.tracker = tracking.start(self.config, self.folder)
+
+    def go(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+        self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures)
+        try:
+            adapter = self.rounds()
+            final = formats.write_final(self.folder, adapter, self.config, self.provenance(adapter))
+            self.gallery.finish()
+            self.history["state"] = "finished"
+        except BaseException as error:
+            reason = str(error) if isinstance(error, BouquetError) else type(error).__name__
+            self.history |= {"state": "failed", "error": reason}
+            self.exchange.note(error=reason)
+            raise
+        finally:
+            self.exchange.spool.clear()
+            self.gallery.close()
+            self.tracker.close()
+            self.exchange.note(state=self.history["state"])
+            try:
+                self.save()
+            except OSError as error:  # a full disk: the history of the last round stays, and so does the reason above
+                print(f"bouquet: history.json could not be written ({type(error).__name__})", flush=True)
+        volume.point_latest(self.folder)
+        print(f"bouquet: finished  adapter {final}  seconds {time.time() - self.began:.0f}", flush=True)
+
+    def rounds(self) -> model.Adapter:
+        """Every round from the first one, or from where another run stopped; then one evaluation of the last aggregate."""
+        done, adapter, state = self.start()
+        adapter = wire.rounded(adapter, self.config.wire_precision)
+        strategy = Strategy(self.config, state)
+        for number in range(done + 1, self.config.rounds + 1):
+            adapter = self.round(number, adapter, strategy)
+        self.last_evaluation(adapter)
+        return adapter
+
+    def start(self) -> tuple[int, model.Adapter, dict]:
+        """(rounds already done, global adapter, server state): a fresh adapter, or what `start-from` or `resume` names.
+
+        Errors: HUB-08, and for `start-from` EXPORT-03, ADAPTER-01.
+        """
+        fresh = model.new_adapter(self.base, self.config)
+        if self.config.start_from:
+            lora = formats.read_lora(self.folder.parent / self.config.start_from)
+            adapter, layers = lora_files.begun(lora.adapter, fresh), len(lora.adapter) // 2
+            model.check_adapter(adapter, fresh)
+            taken = f"{layers} of {len(fresh) // 2} layers, up to rank {lora.rank}; the rest anew"
+            print(f"bouquet: starting from {self.config.start_from}  {taken}", flush=True)
+            self.history["started_from"] = {"file": self.config.start_from, "adapter": model.adapter_hash(adapter)}
+            return 0, adapter, {}
+        if not self.config.resume:
+            return 0, fresh, {}
+        source = volume.find_run(self.folder.parent, self.config.resume)
+        done = volume.written_rounds(source)[-1]
+        history = text.tidy(json.loads((source / "history.json").read_text()))  # an older version may have written it
+        now, then = ({name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"]))
+        base, before = self.history["base"], history["base"]
+        if now != then or base["name"] != before["name"] or not model.is_base(self.base, base["fingerprint"], before["fingerprint"]):
+            other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or ["the base model's fingerprint"]
+            raise HubError(
+                "HUB-08",
+                f"That run cannot go on with another {', '.join(other)}.",
+                found=f"{source.name} had {then}, this run has {now}",
+                fix="give the values of that run, or leave resume out to start anew",
+            )
+        volume.take_over(source, self.folder)
+        self.history["resumed"] = {"run": source.name, "after_round": done}
+        self.history["rounds"] = history["rounds"][:done]
+        self.history["validation"] = history["validation"][:done]
+        self.save()
+        print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
+        for number in volume.written_rounds(self.folder):
+            self.gallery.draw(number, store.read_adapter(self.folder / f"round-{number:04d}"))
+        folder = self.folder / f"round-{done:04d}"
+        adapter = store.read_adapter(folder)
+        model.check_adapter(adapter, fresh)
+        return done, adapter, volume.read_state(folder)
+
+    def last_evaluation(self, adapter: model.Adapter) -> None:
+        """What the sites say of the result. The training is done: a site that is gone by now spoils nothing."""
+        try:
+            replies, self.history["refused_final_evaluation"] = self.exchange.last(self.config.rounds + 1, adapter)
+        except HubError as error:
+            self.history["no_final_evaluation"] = str(error)
+            print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
+            return
+        self.note_validation(self.weigh(replies))
+        first, last = self.history["validation"][0]["weighted"], self.history["validation"][-1]["weighted"]
+        print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
+
+    def round(self, number: int, adapter: model.Adapter, strategy: Strategy) -> model.Adapter:
+        """Send the global adapter, take the sites' adapters, aggregate, write the round."""
+        start = time.time()
+        volume.check_room(self.folder, adapter, self.config.min_sites)
+        replies, refused = self.exchange.round(number, adapter)
+        weighed = self.weigh(replies)
+        new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
+        model.check_adapter(new, adapter)
+        self.note_validation(weighed)
+        entry = {
+            "round": number,
+            "started_from": model.adapter_hash(adapter),
+            "adapter": model.adapter_hash(new),
+            "train_loss": guard.weighted(weighed, "train-loss"),
+            "seconds": round(time.time() - start, 2),
+            "sites": {r.site: said_of(r) for r in weighed},
+            "adapters": {r.site: model.adapter_hash(r.adapter) for r in weighed},
+            "refused": refused,
+        }
+        self.history["rounds"].append(entry)
+        volume.write_round(self.folder, number, new, self.config, entry, strategy.state())
+        self.exchange.spool.clear()
+        self.save()
+        self.exchange.note(state="working", adapter=f"round-{number:04d}")
+        self.tracker.round(entry)
+        self.gallery.draw(number, new)
+        self.gallery.tell()
+        pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))
+        print(
+            f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  "
+            f"validation {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  "
+            f"images {sum(r.images for r in weighed)}  {entry['seconds']:.0f} s  ETA {pace * (self.config.rounds - number):.0f} s",
+            flush=True,
+        )
+        return new
+
+    def weigh(self, replies: list[guard.Reply]) -> list[guard.Reply]:
+        """The replies with the images they count for; says where those are fewer than a site says that it has."""
+        weighed = guard.weigh(replies, self.bounds, self.config.largest_share)
+        for r in weighed:
+            if r.bound:
+                said = metrics.bounded(r.site, r.metrics["num-examples"], r.images, r.bound)
+                self.exchange.say(f"bouquet: bounded  {said}")
+        return weighed
+
+    def note_validation(self, replies: Iterable[guard.Reply]) -> None:
+        """The arriving adapter's loss at each site: entry k is after k rounds."""
+        sites = {r.site: r.metrics["validation-loss"] for r in replies}
+        after = len(self.history["validation"])
+        self.history["validation"].append({"after_round": after, "weighted": guard.weighted(replies, "validation-loss"), "sites": sites})
+        self.tracker.validation(self.history["validation"][-1])
+
+    def provenance(self, adapter: model.Adapter) -> dict[str, Any]:
+        last = self.history["rounds"][-1]["sites"]
+        return {
+            "run": self.history["run"],
+            "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "adapter_sha256": model.adapter_hash(adapter),
+            "base": self.history["base"],
+            "rounds": self.config.rounds,
+            "sites": {
+                site: {"images": int(told["num-examples"]), "counted": int(told["weight"])} for site, told in last.items()
+            },
+            "images": int(sum(told["num-examples"] for told in last.values())),
+            "config": self.history["config"],
+            "versions": self.history["versions"],
+        }
+
+    def save(self) -> None:
+        files.write_json(self.folder / "history.json", self.history | {"seconds": round(time.time() - self.began, 1)})
+
+
+def said_of(reply: guard.Reply) -> dict[str, Any]:
+    """What history.json says of a site's reply in a round: its numbers as sent, and what the hub made of them."""
+    ours = {"update-norm": reply.norm, "weight": reply.images, "gpu": reply.gpu}
+    ours |= {"weight-bound": reply.bound} if reply.bound else {}
+    ours |= {"left-out": reply.left_out} if reply.left_out else {}
+    return reply.metrics | ours
+
+
+def _folder(name: str) -> Path:
+    """A folder that the hub's operator names in the environment. Errors: HUB-06."""
+    if not (value := os.environ.get(name)) or not Path(value).is_dir():
+        raise HubError(
+            "HUB-06",
+            f"The ServerApp needs the folder that {name} names.",
+            found=f"{name} = {value!r}",
+            fix=f"set {name} for flower-superexec to a folder that exists",
+        )
+    return Path(value)
+
+
+def _admitted() -> tuple[set[str], dict[str, int]]:
+    """The sites that the hub's operator admitted (`<BOUQUET_ADMITTED>/NAME.pub`), and the images that some were admitted with (NAME.json)."""
+    if not (folder := os.environ.get("BOUQUET_ADMITTED")):
+        return set(), {}
+    names = {file.stem for file in Path(folder).glob("*.pub")}
+    return names, {file.stem: int(json.loads(file.read_text())["images"]) for file in Path(folder).glob("*.json")}

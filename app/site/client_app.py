@@ -1,0 +1,140 @@
+"""The ClientApp: translates Flower's records to a site's work and back; one message a round.
+
+`train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
+Where one process takes all messages of a run (BOUQUET_KEEP, set by superexec.py), the base model stays on the device and the encoded
+photos in memory from a round to the next. Nothing that a round has learned does: the adapter that arrives replaces all of it.
+What may leave: the adapter, numbers, the site's and its GPU's name, an error's public sentence. Nothing else does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from app import quiet
+from app.config import RunConfig
+from app.errors import BouquetError, SiteError
+from app.site import limits
+from app.site.privacy import Secret
+
+if TYPE_CHECKING:
+    from app.site.train import Site
+
+quiet.flower()
+app = ClientApp()
+kept: dict[tuple, Site] = {}  # at most one: the site that took the last round, by all that it was made from
+KEYS = ("site-name", "data-path", "models-path", "cache-path")  # of a SuperNode's node config
+FOLDERS = ("BOUQUET_DATA", "BOUQUET_MODELS", "BOUQUET_CACHE")  # of a simulation's environment
+ERROR = 100  # our error code in Flower's replies; the reason has our own code
+
+
+def guarded(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """A named error becomes an error reply with its public sentence; any other leaves as its type alone."""
+
+    def run(message: Message, context: Context) -> Message:
+        try:
+            return Message(work(message, context), reply_to=message)
+        except BouquetError as error:
+            print(error.report(), flush=True)
+            reason = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"SITE-99  The site failed unexpectedly ({type(error).__name__}); its own log has the details."
+        return Message(Error(code=ERROR, reason=reason), reply_to=message)
+
+    return run
+
+
+@app.train()
+@guarded
+def train(message: Message, context: Context) -> RecordDict:
+    return take_part(message, context, training=True)
+
+
+@app.evaluate()
+@guarded
+def evaluate(message: Message, context: Context) -> RecordDict:
+    return take_part(message, context, training=False)
+
+
+def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
+    """Apply the global adapter strictly, evaluate it, train from it when asked to."""
+    from app import model, wire  # torch is imported only once there is work
+    from app.site import gpu, journal  # torch is imported only once there is work
+
+    quiet.libraries()
+    config, order = RunConfig.read(context.run_config), message.content["config"]
+    own = str(context.node_config.get("limits", ""))
+    limits.Limits.read(own).check(config)
+    if limits.wants_checkpointing(os.environ):
+        config = replace(config, gradient_checkpointing=True)
+    name, folder, models, cached, secret = places(context)
+    number = int(order["round"])
+    reply, sent = RecordDict(), None
+    with gpu.Meter() as meter:
+        made_from = (context.run_id, config, models, folder, cached, own, secret)
+        site = take_up(made_from, str(order["base-fingerprint"]))
+        site.limits.check_budget(config, str(context.run_id), journal.read(cached))
+        print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
+        applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
+        metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
+        if training:
+            metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number))
+            sent = wire.rounded(model.adapter_of(site.unet), config.wire_precision)
+            reply["arrays"] = wire.pack(sent, config.wire_precision)
+    metrics |= meter.numbers()
+    metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
+    metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
+    metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
+    reply["metrics"] = MetricRecord(site.privacy.told(metrics))
+    reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
+    told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
+    journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
+    if training and os.environ.get("BOUQUET_KEEP"):
+        kept[made_from] = site
+    print(f"bouquet: {name}: round {number}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
+    return reply
+
+
+def take_up(made_from: tuple, base_fingerprint: str) -> Site:
+    """The site of the round before when all that it was made from is the same, else a new one; a message that fails keeps none."""
+    from app.site import train
+
+    began = float(os.environ.get("BOUQUET_BEGAN") or time.monotonic())
+    site = kept.pop(made_from, None)
+    kept.clear()
+    if site is None:
+        *places_, own, secret = made_from[1:]
+        return train.Site(*places_, base_fingerprint, began, limits=limits.Limits.read(own), secret=secret)
+    site.get_ready(base_fingerprint, began)
+    return site
+
+
+def places(context: Context) -> tuple[str, Path, Path, Path, Secret]:
+    """(site name, data folder, base models, cache, the site's secret): the site's own choice, never the run's.
+
+    In deployment they are the SuperNode's node config; in simulation the environment's, by partition-id.
+    """
+    own = context.node_config
+    if all(key in own for key in KEYS):
+        name, *paths = (str(own[key]) for key in KEYS)
+        return name, *map(Path, paths), Secret.MADE
+    if "partition-id" in own and all(name in os.environ for name in FOLDERS):
+        name = f"site-{int(own['partition-id']) + 1}"
+        data, models, cached = (Path(os.environ[folder]) for folder in FOLDERS)
+        return name, data / name, models, cached / name, Secret.NONE
+    raise SiteError(
+        "SITE-12",
+        "The site does not say where its data are.",
+        found=f"node config has {', '.join(sorted(own)) or 'nothing'}",
+        fix='start the SuperNode with --node-config \'site-name="…" data-path="…" models-path="…" cache-path="…"\', '
+        "or set BOUQUET_DATA, BOUQUET_MODELS and BOUQUET_CACHE for a simulation",
+    )

@@ -1,0 +1,88 @@
+"""A site's own record of what it sent: one line of JSON a message, in `journal.jsonl` of its cache folder.
+
+`python -m app.site.journal [CACHE]` tells it in words, round by round: `./site status` in a join kit.
+Enters: what left. Leaves: nothing; the file stays at the site. With BOUQUET_KEEP_SENT set, every adapter that was sent is kept
+beside it as `sent/<hash>.safetensors`, so that the hub's aggregate can be checked against what the sites really sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from app import text
+
+FILE = "journal.jsonl"
+WEEK = 7 * 86400  # seconds
+SHOWN = 20  # rounds of a run that are told one by one
+
+
+def note(folder: Path, adapter: dict[str, Any] | None = None, **entry: Any) -> None:
+    """Append one line; a line is written whole or not at all."""
+    line = json.dumps({"time": round(time.time(), 3), **entry}) + "\n"
+    file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+    if adapter is not None and os.environ.get("BOUQUET_KEEP_SENT"):
+        from safetensors.torch import save_file  # not for who only reads
+
+        kept = folder / "sent" / f"{entry['sent']}.safetensors"
+        kept.parent.mkdir(exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        save_file(adapter, temporary)
+        temporary.replace(kept)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Every whole line, oldest first; one that a power cut has spoilt is none."""
+    if not (folder / FILE).exists():
+        return []
+    lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what follows the last newline was cut off
+    return [entry for line in lines if isinstance(entry := parsed(line), dict)]
+
+
+def parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def told(entries: list[dict[str, Any]], now: float) -> list[str]:
+    """The journal in words: a run after the other, each with its latest rounds."""
+    if not entries:
+        return ["this site has answered no message yet"]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        runs.setdefault(str(entry.get("run")), []).append(entry)
+    lines = []
+    for run, done in runs.items():
+        trained = sum(bool(entry.get("sent")) for entry in done)
+        lines.append(text.printable(f"run {run[:40]}  trained in {trained} rounds, measured in {len(done) - trained} more, from {when(done[0])} to {when(done[-1])}"))
+        if len(done) > SHOWN:
+            lines.append(f"  {len(done) - SHOWN} earlier rounds are in {FILE}")
+        lines += [text.printable(f"  {words(entry)}") for entry in done[-SHOWN:]]
+    late = [entry for entry in entries if entry.get("time", 0) > now - WEEK]
+    return [*lines, f"in the last seven days: {len({entry.get('run') for entry in late})} runs, {len(late)} messages"]
+
+
+def words(entry: dict[str, Any]) -> str:
+    """One message: what was taken, what was sent."""
+    sent = str(entry.get("sent") or "")
+    did = f"trained on {entry.get('images')} photos and sent adapter {sent[:8]}" if sent else "measured the adapter and sent numbers alone"
+    return f"round {entry.get('round')}  {when(entry)}  took adapter {str(entry.get('applied'))[:8]}, {did}"
+
+
+def when(entry: dict[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(entry.get("time", 0)))
+
+
+if __name__ == "__main__":
+    cache = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("BOUQUET_CACHE") or "/cache")
+    print("\n".join(told(read(cache), time.time())))

@@ -1,0 +1,1 @@
+"""From a folder to checked photos with captions."""

@@ -1,0 +1,276 @@
+"""The words that came with pictures, whatever program wrote them: lists, caption files, templates, labels.
+
+Enters: text files of a data folder. Leaves: captions of one line and `Mention`s, what a list says of one picture.
+  - A list is a .jsonl, .csv, .tsv or .txt with a picture's name and its caption a line; `metadata.jsonl` and
+    `metadata.csv` must be one, another file is one where its first rows name pictures that are there.
+  - A caption file is `0001.txt` or `0001.caption` beside `0001.jpg`; its first line that says something counts.
+  - A template is `caption.txt`, one line for all pictures below it, in which {label} is a class's or a folder's name.
+Text is UTF-8, with or without a byte order mark, or Windows' 16-bit form of it with one; a line ends at a line feed and
+nowhere else. Nothing is read without a bound: a list 200 MB, its lines a megabyte each and a million, a caption 10,000
+characters (a text encoder sees 77 tokens) and a label 200, and what is longer is cut.
+Errors: SITE-05 (a template), SITE-06 (a list); BadImage "caption-unreadable".
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from app.errors import SiteError
+from app.site.photos.images import MAX_BYTES, BadImage, open_inside, read_inside
+
+MAX_ROWS = 1_000_000  # of any file or list
+MAX_LINE = 1_000_000  # bytes of a list's line
+MAX_TEMPLATE, MAX_FILE = 4_000, 100_000  # bytes of caption.txt, and of a caption file
+MAX_CAPTION, MAX_LABEL = 10_000, 200  # characters; the rest is cut off
+FIRST = 100  # lines in which a list without a head must name a picture that is there
+NAMES = ("file_name", "filename", "file", "image", "image_path", "path")  # columns that name a picture, and
+TEXTS = ("text", "caption", "prompt")  # its caption; of several the first that is there
+MUST = ("metadata.jsonl", "metadata.csv")  # lists by their names alone, as `datasets` has them
+TEMPLATE = "caption.txt"
+LABEL_TEMPLATE = "a photo of a {label}"  # for a table or list that names its classes
+SPLITS = {  # folders whose names are no labels
+    "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "data", "dataset", "image",
+    "images", "img", "imgs", "photo", "photos", "picture", "pictures", "raw", "original", "originals", "jpg", "jpeg",
+    "png", "webp",
+}  # fmt: skip
+REPEATS = re.compile(r"^\d{1,4}_(?=\D)")  # kohya's "10_zwx flower": ten times an epoch there, once here
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a list or table says of the picture `file`, as it writes that; `more`: it had further captions."""
+
+    file: str
+    caption: str | None = None
+    label: str | None = None
+    more: bool = False
+
+
+class NoList(Exception):
+    """The file is no list of captions; `str()` is private, `reason` says what it counts as."""
+
+    def __init__(self, found: str, reason: str = "not-a-picture") -> None:
+        super().__init__(found)
+        self.reason = reason
+
+
+class _Unreadable(Exception):
+    """What a list holds cannot be read; `str()` is private."""
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def one_line(value: object) -> str | None:
+    """A caption: text, a number, or the first of a list of texts, on one line; None where it says nothing."""
+    if isinstance(value, list):
+        value = next((text for text in value if one_line(text)), None)
+    if type(value) is int and abs(value) < 10**18:
+        value = str(value)
+    return " ".join(_whole(value[:MAX_CAPTION]).split()) or None if isinstance(value, str) else None
+
+
+def label(value: object) -> str | None:
+    """A class's name as words."""
+    return _whole(value[:MAX_LABEL]).replace("_", " ").strip() or None if isinstance(value, str) else None
+
+
+def folder_label(name: str) -> str | None:
+    """The label of a picture by the folder that it lies in; names of splits are none, and the data folder has none."""
+    for folder in reversed(Path(os.path.dirname(name)).parts):
+        if folder.lower() not in SPLITS:
+            return label(REPEATS.sub("", folder))
+    return None
+
+
+def _whole(text: str) -> str:
+    """The text with ? for what no encoding holds: half a character in JSON, a file's name that is no UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def _decoded(data: bytes) -> str:
+    """Errors: UnicodeDecodeError."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def read_template(root: Path, name: str) -> str:
+    """The line in a caption.txt. Errors: SITE-05."""
+    try:
+        lines = [line for line in _decoded(read_inside(root, name, MAX_TEMPLATE)).split("\n") if line.strip()]
+    except (BadImage, UnicodeDecodeError) as error:
+        raise _template_error(f"{root / name}: {error}") from None
+    if len(lines) > 1:
+        what = f"{len(lines)} lines; captions of single pictures belong into a list, or into files of their own"
+        raise _template_error(f"{root / name}: {what}")
+    return checked_template(" ".join(lines), f"{root / name}: ")
+
+
+def checked_template(text: str, where: str = "") -> str:
+    """A caption template on one line. Errors: SITE-05 when it is empty or has a placeholder other than {label}."""
+    template = " ".join(text.split())
+    unknown = sorted(set(re.findall(r"{(.*?)}", template)) - {"label"})
+    if not template or unknown:
+        raise _template_error(where + (f"the placeholder {{{unknown[0]}}}" if unknown else "an empty template"))
+    return template
+
+
+def fill(template: str | None, label: str | None) -> str | None:
+    """The caption of a photo that came without; None when there is no template, or no label for it."""
+    if template is None or ("{label}" in template and label is None):
+        return None
+    return template.replace("{label}", label or "")
+
+
+def _template_error(found: str) -> SiteError:
+    fix = "write one line, in UTF-8, where {label} stands for the class or sub-folder name: a photo of a {label}"
+    return SiteError("SITE-05", "The caption template cannot be used.", found=found, fix=fix)
+
+
+# --- caption files ----------------------------------------------------------------------------------------------------
+
+
+def read_file(root: Path, name: str) -> tuple[str | None, bool]:
+    """(the caption in a caption file, whether more lines follow it). Errors: BadImage "caption-unreadable"."""
+    try:
+        lines = list(filter(None, map(one_line, _decoded(read_inside(root, name, MAX_FILE)).split("\n"))))
+    except (BadImage, UnicodeDecodeError):
+        raise BadImage("caption-unreadable") from None
+    return (lines[0] if lines else None), len(lines) > 1
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def read_list(root: Path, name: str, there: Callable[[str], bool]) -> Iterator[Mention]:
+    """What a list says, a picture at a time; `there`: whether a name is a picture's. Errors: NoList, SITE-06."""
+    must, known = os.path.basename(name).lower() in MUST, False
+    try:
+        with open_inside(root, name) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise _Unreadable(f"more than {MAX_BYTES // 10**6} MB")
+            for mention in (_objects if name.lower().endswith(".jsonl") else _columns)(_lines(file), there, must):
+                known = True
+                yield mention
+    except NoList:
+        raise
+    except (BadImage, OSError, _Unreadable, csv.Error) as error:
+        if not must and not known:
+            raise NoList(str(error), error.reason if isinstance(error, BadImage) else "caption-unreadable") from None
+        raise _list_error(f"{root / name}: {error}") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends. Errors: _Unreadable."""
+    wide = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
+    lines: Any = io.TextIOWrapper(file, encoding="utf-16", newline="\n") if wide else file
+    try:
+        for number in range(1, MAX_ROWS + 2):
+            try:
+                line = lines.readline(MAX_LINE + 1)
+                text = line if wide else line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _Unreadable(f"line {number} is no UTF-8: {error.reason}; save the file as UTF-8") from None
+            if not line:
+                return
+            if len(line) > MAX_LINE or number > MAX_ROWS:
+                raise _Unreadable(f"line {number}: more than {MAX_LINE} bytes, or than {MAX_ROWS} lines")
+            yield number, text.rstrip("\r\n")
+    finally:
+        if wide:
+            lines.detach()  # who opened the file closes it
+
+
+def _objects(lines: Iterable[tuple[int, str]], there: Callable[[str], bool], must: bool) -> Iterator[Mention]:
+    """One JSON object a line."""
+    known = must
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, strict=False)
+            name = next((row[key] for key in NAMES if key in row), None)
+            if not isinstance(name, str):
+                raise ValueError(f"no file_name among {', '.join(map(str, row))}"[:300])
+        except (ValueError, TypeError, RecursionError) as error:
+            raise (_Unreadable if known else NoList)(f"line {number}: {type(error).__name__} {error}"[:500]) from None
+        if not known and not any(key in row for key in (*TEXTS, "label")):
+            raise NoList(f"line {number}: no caption among {', '.join(map(str, row))}"[:300])
+        known = True
+        texts = [row[key] for key in TEXTS if key in row]
+        more = isinstance(texts[0], list) and len(texts[0]) > 1 if texts else False
+        yield Mention(name, next(filter(None, map(one_line, texts)), None), label(row.get("label")), more)
+
+
+def _columns(lines: Iterator[tuple[int, str]], there: Callable[[str], bool], must: bool) -> Iterator[Mention]:
+    """Columns with a head, or a name and a caption a line."""
+    first = [(number, line) for number, line in islice(lines, FIRST) if line.strip()]
+    head = first[0][1] if first else ""
+    for separator in ",;\t|":
+        titles = [title.strip().lower() for title in _fields(head, separator)]
+        at = next((titles.index(key) for key in NAMES if key in titles), None)
+        words = [titles.index(key) for key in (*TEXTS, "label") if key in titles]
+        if at is not None and words:
+            yield from _cells(chain(first[1:], lines), separator, titles, at)
+            return
+        if at is not None and not must:
+            raise NoList(f"no caption among {', '.join(titles)}"[:300])
+    if must:
+        raise _Unreadable(f"no columns file_name and text in its first line: {head[:200]}")
+    for separator in "\t|;, ":
+        if any(_pair(line, separator, there) for _, line in first):
+            for _, line in chain(first, lines):
+                name, caption = _pair(line, separator, there) or line.partition(separator)[::2]
+                if line.strip():
+                    yield Mention(name.strip(), one_line(caption))
+            return
+    raise NoList("it names no picture of this folder together with a caption")
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
+
+
+def _cells(lines: Iterable[tuple[int, str]], separator: str, titles: list[str], at: int) -> Iterator[Mention]:
+    """Rows under a head. A caption with the separator in it that nobody quoted goes on to the end of its line."""
+    column = next((titles.index(key) for key in TEXTS if key in titles), None)
+    classes = titles.index("label") if "label" in titles else None
+    reader = csv.reader((line + "\n" for _, line in lines), delimiter=separator)
+    for row in reader:
+        if len(row) > len(titles):
+            if column != len(titles) - 1:
+                what = f"{len(row)} fields, and its head has {len(titles)}; quote what holds a separator"
+                raise _Unreadable(f"row {reader.line_num + 1}: {what}")
+            row[column:] = [separator.join(row[column:])]
+        cell = lambda number: row[number] if number is not None and number < len(row) else None  # noqa: E731, B023
+        if any(part.strip() for part in row):
+            yield Mention((cell(at) or "").strip(), one_line(cell(column)), label(cell(classes)))
+
+
+def _pair(line: str, separator: str, there: Callable[[str], bool]) -> tuple[str, str] | None:
+    """(name, caption) of a line that begins with a picture's name, maybe with Flickr's number of the caption."""
+    name, _, caption = line.partition(separator)
+    for spelled in (name.strip(), re.sub(r"#\d$", "", name.strip())):
+        if caption.strip() and spelled and there(spelled):
+            return spelled, caption
+    return None
+
+
+def _list_error(found: str) -> SiteError:
+    fix = 'write one object a line, in UTF-8, like {"file_name": "0001.png", "text": "a red poppy"}, or columns'
+    fix += " file_name,text"
+    return SiteError("SITE-06", "The list of captions cannot be read.", found=found, fix=fix)

@@ -1,0 +1,209 @@
+"""A site's share of a round: evaluate what arrived, take the local steps, and say what it cost.
+
+Enters: a UNet that holds the global adapter, encoded photos and the run's config. Leaves: the UNet trained in place,
+and metrics. `accelerate` drives device, precision and gradient accumulation; the base stays frozen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from app import model
+from app.config import RunConfig
+from app.errors import ModelError, SiteError
+from app.site import cache, diffusion, privacy
+from app.site.limits import Limits
+from app.site.photos import data
+
+WIDER = 4  # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
+
+
+def accelerator(config: RunConfig) -> Accelerator:
+    """bf16 where asked for, or where `auto` finds CUDA that has it; else float32."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=config.gradient_accumulation)
+
+
+def check_base(name: str, folder: Path, own: str, hubs: str) -> None:
+    """Errors: MODEL-04 when the two fingerprints differ. '' as the hub's skips the comparison."""
+    if hubs and own != hubs:
+        raise ModelError(
+            "MODEL-04",
+            "The base model here is not the one the hub uses.",
+            found=f"{name} in {folder} has fingerprint {own[:16]}, the hub's is {hubs[:16]}",
+            fix="copy the hub's version of the base model to this site",
+        )
+
+
+def halved(accelerator: Accelerator) -> bool:
+    """Whether the frozen base is kept in bf16: on a GPU alone, where the arithmetic is bf16 too."""
+    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+
+
+def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple:
+    """(noise schedule, UNet with a fresh adapter on the accelerator's device)."""
+    unet = model.load_unet(base, torch.bfloat16 if halved(accelerator) else torch.float32)
+    model.add_adapter(unet, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return model.load_scheduler(base), unet.to(accelerator.device)
+
+
+class Site:
+    """One site's model and encoded photos, ready to take a round, and another one."""
+
+    def __init__(
+        self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str, began: float | None = None,
+        *, limits: Limits = Limits(), secret: privacy.Secret = privacy.Secret.KEPT,
+    ) -> None:  # fmt: skip
+        """As `get_ready`, for the first time."""
+        self.config, self.models, self.folder, self.cached = config, models, folder, cached
+        self.limits, self.secret = limits, secret
+        self.fits = config  # the images a pass that fit into the GPU's memory
+        self.accelerator = accelerator(config)
+        self.encoded_from: tuple = ()  # what the encoded photos, and the UNet, were made from
+        self.loaded_from: tuple = ()
+        self.get_ready(base_fingerprint, began)
+
+    def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
+        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, -06, SITE-01..07, -14, TRUST-03.
+
+        base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
+        """
+        self.clock = Clock(self.accelerator.device, began)
+        self.clock.lap("start")
+        base = model.locate(self.config.base_model, self.models)
+        sums = model.fingerprint(base, self.cached)
+        check_base(self.config.base_model, base, sums["base"], base_fingerprint)
+        if (now := (sums["vae"], sums["text_encoder"], sums["tokenizer"], data.stamp(self.folder), privacy.stamp(self.folder))) != self.encoded_from:
+            self._encode(base, sums)
+            self.encoded_from = now
+        self.clock.lap("encode")
+        if (now := (sums["unet"], sums["scheduler"])) != self.loaded_from:
+            self.scheduler, self.unet = load(base, self.config, self.accelerator)
+            self.loaded_from = now
+        self.clock.lap("load")
+
+    def _encode(self, base: Path, sums: dict[str, str]) -> None:
+        partition = data.scan(self.folder, memory=self.cached)
+        self.privacy = privacy.of(self.folder, partition.photos, self.cached, self.secret)
+        if self.privacy.private:
+            self.limits = self.limits.private()
+        privacy.divide(partition, self.privacy, self.limits, self.config)  # before the work of encoding
+        self.partition, rows = cache.encode(partition, base, sums, self.config.resolution, self.cached, self.accelerator.device)
+        self.photos, held_out = privacy.divide(self.partition, self.privacy, self.limits, self.config)
+        self.train, self.held_out = rows(self.photos), rows(held_out)
+
+    def evaluate(self) -> float:
+        """Loss on the held-out photos, over fixed noise and timesteps."""
+        timesteps, size = self.config.validation_timesteps, WIDER * self.config.batch_size
+        self.unet.eval()
+        with self.accelerator.autocast():
+            loss = diffusion.validation_loss(
+                self.unet, self.scheduler, self.held_out, self.accelerator.device,
+                timesteps=timesteps, batch_size=size, digest=self.privacy.digest,
+            )  # fmt: skip
+        self.clock.lap("evaluate")
+        return loss
+
+    def fit(self, seed: int) -> float:
+        """`local-steps` optimiser steps; returns their mean loss. Same seed, same steps, bit for bit on one CPU set-up.
+
+        Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then SITE-13.
+        """
+        start = model.adapter_of(self.unet)
+        loss = self._try_to_fit(seed)
+        if loss is None and self.fits is self.config and self.config.batch_size > 1:
+            self.fits = replace(
+                self.config, batch_size=self.config.batch_size // 2, gradient_accumulation=2 * self.config.gradient_accumulation
+            )
+            print(f"bouquet: out of GPU memory; once more with {self.fits.batch_size} images a pass", flush=True)
+            self.unet.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            model.apply_adapter(self.unet, start)
+            loss = self._try_to_fit(seed)
+        if loss is None:
+            raise self._out_of_memory()
+        self.clock.lap("train")
+        return loss
+
+    def _try_to_fit(self, seed: int) -> float | None:
+        """The mean loss, or None when the GPU's memory is too small: by then its error is gone, whose traceback held what had filled it."""
+        try:
+            return fit(self.unet, self.scheduler, self.train, self.fits, accelerator(self.fits), seed)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _out_of_memory(self) -> SiteError:
+        return SiteError(
+            "SITE-13",
+            "The GPU has too little memory for this run.",
+            found=f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution} pixels",
+            fix="free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or resolution",
+        )
+
+
+def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
+    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
+
+    Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is read at the end.
+    proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020, arXiv:1812.06127, eq. 2.
+    """
+    generator, device = torch.Generator().manual_seed(seed), accelerator.device
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None)
+    optimiser_ = accelerator.prepare(optimiser)  # the UNet stays as it is: its precision is autocast's, and another round may come
+    batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
+    unet.train()
+    passes = config.local_steps * config.gradient_accumulation
+    for _ in range(passes):
+        pick = next(batches)
+        blank = torch.rand(len(pick), 1, 1, generator=generator) < config.caption_dropout
+        latents, text = encoded.batch(pick)
+        latents, text = (diffusion.to_device(rows, device) for rows in (latents, torch.where(blank, encoded.blank_TD, text)))
+        with accelerator.accumulate(unet), accelerator.autocast():
+            loss = diffusion.noise_loss(unet, scheduler, latents, text, generator, min_snr_gamma=config.min_snr_gamma)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                for parameter, anchor in zip(trained, arrived, strict=False):
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+                accelerator.clip_grad_norm_(trained, 1.0)
+            optimiser_.step()
+            optimiser_.zero_grad()
+        total += loss.detach()
+    return total.item() / passes
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Indices of one batch after another: every photo once before any photo twice."""
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:size]
+        left = left[size:]
+
+
+class Clock:
+    """Seconds by phase; each ends when the GPU has done its part of it."""
+
+    def __init__(self, device: torch.device | None = None, began: float | None = None) -> None:
+        """began: time.monotonic() of the first phase's beginning; now, where it is not given."""
+        self.gpu = device is not None and device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.last = time.monotonic() if began is None else began
+
+    def lap(self, phase: str) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now

@@ -1,0 +1,1 @@
+"""How one can know: speed, the GPU, faults and access, each by one command. Nothing of the product imports this."""

@@ -1,0 +1,1 @@
+"""What a stranger, a neighbour and a site can do to the hub, tried."""

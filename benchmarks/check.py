@@ -1,0 +1,253 @@
+"""The checker: nothing was lost, nothing is half-written, and the result is the mean of what the sites really sent.
+
+  python -m benchmarks.check RUN_FOLDER --models MODELS --cache site-1=FOLDER --cache site-2=FOLDER … [--state finished:completed]
+
+Reads the sites' journals (app/site/journal.py, written with BOUQUET_KEEP_SENT set), the hub's history and the output volume; imports
+nothing of what wrote them but the file format and the adapter's hash, and works out the mean by itself.
+Leaves: one sentence for each thing that does not hold; none, and exit code 0, where everything does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from app import model
+from app.adapter.store import PREFIX
+from app.config import RunConfig
+from app.site import journal
+from bouquet import ROOT
+
+A_ROUND = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors"}
+CLOSE = 1e-6  # largest difference to the mean in float64
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is judged: a run's folder, the sites' cache folders, how Flower says the run ended and how long it took."""
+
+    run: Path
+    sites: Mapping[str, Path]
+    models: Path
+    state: str = "finished:completed"
+    seconds: float = 0.0
+    limit: float = float("inf")  # seconds in which it had to end
+    before: Mapping[str, str] | None = None  # folder -> hash of the adapters that were there before the fault (`adapters()`)
+
+    @property
+    def volume(self) -> Path:
+        return self.run.parent
+
+    def history(self) -> dict[str, Any]:
+        return json.loads((self.run / "history.json").read_text())
+
+    def adapter(self, folder: str) -> model.Adapter:
+        return {key.removeprefix(PREFIX): value for key, value in load_file(self.run / folder / "adapter_model.safetensors").items()}
+
+
+def check(evidence: Evidence) -> list[str]:
+    """Every sentence that does not hold; [] where all is well."""
+    problems = list(half_written(evidence.volume))
+    if problems:
+        return problems  # the rest reads these files
+    for assertion in (ended, rounds, adapter_is_whole, means, latest, lost):
+        problems += assertion(evidence)
+    return problems
+
+
+def half_written(volume: Path) -> Iterator[str]:
+    """Every file that has its name loads; what is not finished is called .something."""
+    for path in sorted(volume.rglob("*")):
+        name = str(path.relative_to(volume))
+        if path.is_dir() or path.is_symlink() or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        try:
+            match path.suffix:
+                case ".safetensors":
+                    load_file(path)
+                case ".json":
+                    json.loads(path.read_text())
+                case ".png":
+                    Image.open(path).load()
+                case _:
+                    yield f"{name} is no file of a run"
+        except Exception as error:
+            yield f"{name} does not load ({type(error).__name__})"
+    for folder in sorted(volume.glob("[0-9]*/round-*")):
+        if (found := {path.name for path in folder.iterdir()}) != A_ROUND:
+            yield f"{folder.relative_to(volume)} holds {', '.join(sorted(found))}"
+
+
+def ended(evidence: Evidence) -> Iterator[str]:
+    """In a declared state, in a declared time. A ServerApp that was killed cannot write `failed`: there Flower says it alone."""
+    said = evidence.history()["state"]
+    if (evidence.state, said) not in {("finished:completed", "finished"), ("finished:failed", "failed"), ("finished:failed", "running")}:
+        yield f"Flower says {evidence.state!r}, the history says {said!r}"
+    if evidence.seconds > evidence.limit:
+        yield f"the run took {evidence.seconds:.0f} s, {evidence.limit:.0f} s were allowed"
+
+
+def rounds(evidence: Evidence) -> Iterator[str]:
+    """1, 2, 3, …, each from where the one before ended; the volume has none that the history has not, and no site went back."""
+    history = evidence.history()
+    entries = history["rounds"]
+    if (numbers := [entry["round"] for entry in entries]) != list(range(1, len(entries) + 1)):
+        yield f"the history's rounds are {numbers}"
+    for one, other in zip(entries, entries[1:], strict=False):
+        if other["started_from"] != one["adapter"]:
+            yield f"round {other['round']} did not start from round {one['round']}'s adapter"
+    told = {f"round-{entry['round']:04d}": entry["adapter"] for entry in entries}
+    for folder in sorted(evidence.run.glob("round-*")):
+        # killed between the two writings, a run has one round more than it could tell; its own metrics.json tells it
+        entry = json.loads((folder / "metrics.json").read_text())
+        if folder.name not in told and not (history["state"] == "running" and entry["round"] == len(entries) + 1):
+            yield f"the history does not know {folder.name}"
+        if model.adapter_hash(evidence.adapter(folder.name)) != told.get(folder.name, entry["adapter"]):
+            yield f"{folder.name} is not the adapter that the history names"
+    for site, cache in evidence.sites.items():
+        went = [line["round"] for line in journal.read(cache) if line["run"] == history["run"]]
+        if went != sorted(went):
+            yield f"{site} was sent back: rounds {went}"
+
+
+def adapter_is_whole(evidence: Evidence) -> Iterator[str]:
+    """The newest adapter has the base model's keys and shapes, float32, and only finite numbers."""
+    history = evidence.history()
+    folders = sorted(folder.name for folder in evidence.run.glob("round-*")) + ["final"] * (history["state"] == "finished")
+    if not folders:
+        return
+    settings = {name.replace("_", "-"): value for name, value in history["config"].items()}
+    config = RunConfig.read(settings)
+    like = model.new_adapter(model.locate(config.base_model, evidence.models), config)
+    yield from misfits(evidence.adapter(folders[-1]), like)
+    if folders[-1] == "final" and model.adapter_hash(evidence.adapter("final")) != history["rounds"][-1]["adapter"]:
+        yield "the final adapter is not the last round's"
+
+
+def misfits(adapter: model.Adapter, like: model.Adapter) -> Iterator[str]:
+    """How an adapter differs from `like` in keys, shapes and types, and whether a number of it is not finite."""
+    if adapter.keys() != like.keys():
+        yield f"the adapter has {len(adapter.keys() ^ like.keys())} keys too many or too few"
+    for key in adapter.keys() & like.keys():
+        if (adapter[key].shape, adapter[key].dtype) != (like[key].shape, like[key].dtype):
+            yield f"{key} is {tuple(adapter[key].shape)} {adapter[key].dtype}, not {tuple(like[key].shape)} {like[key].dtype}"
+    if broken := [key for key, value in adapter.items() if not torch.isfinite(value).all()]:
+        yield f"{len(broken)} tensors have numbers that are not finite"
+
+
+def means(evidence: Evidence) -> Iterator[str]:
+    """Each round is the mean of adapters that the sites really sent in it, from the adapter that the hub sent, by their images."""
+    history = evidence.history()
+    runs = {history["run"], *_earlier(evidence.volume, history)}
+    for entry in history["rounds"]:
+        accepted = []
+        for site, sent in sorted(entry["adapters"].items()):
+            lines = [line for line in journal.read(evidence.sites[site]) if line["sent"] == sent and line["run"] in runs]
+            if not any((line["round"], line["applied"]) == (entry["round"], entry["started_from"]) for line in lines):
+                yield f"round {entry['round']}: {site} never sent {sent[:12]}"
+                continue
+            weight = entry["sites"][site]["weight"]
+            if not 0 < weight <= lines[0]["images"]:
+                yield f"round {entry['round']}: {site} weighs {weight}, it has {lines[0]['images']} images"
+            adapter = load_file(evidence.sites[site] / "sent" / f"{sent}.safetensors")
+            if model.adapter_hash(adapter) != sent:
+                yield f"round {entry['round']}: {site}'s copy of {sent[:12]} is another adapter"
+            accepted.append((weight, adapter))
+        if history["config"]["strategy"] == "fedavg" and len(accepted) == len(entry["adapters"]):
+            if model.adapter_hash(mean(accepted)) != entry["adapter"]:
+                yield f"round {entry['round']} is not the mean of the accepted replies"
+            folder = evidence.run / f"round-{entry['round']:04d}"
+            if folder.exists() and (far := farthest(evidence.adapter(folder.name), accepted)) > CLOSE:
+                yield f"round {entry['round']} is {far:.1e} away from the mean in float64"
+
+
+def _earlier(volume: Path, history: dict[str, Any]) -> Iterator[str]:
+    """The runs that this one went on from."""
+    while source := history.get("resumed", {}).get("run"):
+        yield source
+        if not (volume / source / "history.json").exists():
+            return
+        history = json.loads((volume / source / "history.json").read_text())
+
+
+def mean(weighted: list[tuple[int, model.Adapter]]) -> model.Adapter:
+    """The weighted mean in float32, in this order: the same sums that FedAvg makes, so the same bits."""
+    total = sum(weight for weight, _ in weighted)
+    keys = weighted[0][1]
+    return {key: torch.from_numpy(np.asarray(sum(value[key].numpy() * (weight / total) for weight, value in weighted))) for key in keys}
+
+
+def farthest(adapter: model.Adapter, weighted: list[tuple[int, model.Adapter]]) -> float:
+    """Largest difference of any number to the weighted mean in float64."""
+    total = sum(weight for weight, _ in weighted)
+    return max((value.double() - sum(w * a[key].double() for w, a in weighted) / total).abs().max().item() for key, value in adapter.items())
+
+
+def latest(evidence: Evidence) -> Iterator[str]:
+    """`latest`, where there is one, is a finished run with its final adapter; this run, if it was the last to finish."""
+    link = evidence.volume / "latest"
+    if not link.is_symlink():
+        if evidence.history()["state"] == "finished":
+            yield "the run has finished, and there is no latest"
+        return
+    if not (link / "final" / "adapter_model.safetensors").exists():
+        yield f"latest is {link.readlink()}, which has no final adapter"
+    finished = link.resolve() == evidence.run.resolve()
+    if finished != (evidence.history()["state"] == "finished"):
+        yield f"latest is {link.readlink()}, the run's state is {evidence.history()['state']!r}"
+
+
+def adapters(volume: Path) -> dict[str, str]:
+    """Hash of every adapter on the volume, by its folder."""
+    files = sorted(path for path in volume.glob("[0-9]*/*/adapter_model.safetensors") if not path.parent.name.startswith("."))
+    return {str(file.parent.relative_to(volume)): model.adapter_hash(load_file(file)) for file in files}
+
+
+def lost(evidence: Evidence) -> Iterator[str]:
+    """Every adapter that was there before the fault is there as it was."""
+    now = adapters(evidence.volume)
+    for folder, was in (evidence.before or {}).items():
+        if now.get(folder) != was:
+            yield f"lost: the adapter of {folder} is {'another' if folder in now else 'gone'}"
+
+
+def check_stock(file: Path, like: model.Adapter, honest: model.Adapter | None) -> list[str]:
+    """The same questions to a file that a plain FedAvg saved: it is there, loads, fits, is finite, and is the honest mean."""
+    try:
+        adapter = load_file(file)
+    except Exception as error:
+        return [f"no adapter that loads ({type(error).__name__})"]
+    problems = list(misfits(adapter, like))
+    if not problems and honest is not None:
+        far = max((adapter[key].double() - honest[key].double()).abs().max().item() for key in honest)
+        problems += [f"it is {far:.1e} away from the honest sites' mean"] * (far > CLOSE)
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--models", type=Path, default=ROOT / "models")
+    parser.add_argument("--cache", action="append", default=[], metavar="SITE=FOLDER")
+    parser.add_argument("--state", default="finished:completed", help="what flwr ls says")
+    args = parser.parse_args()
+    sites = {name: Path(folder) for name, _, folder in (each.partition("=") for each in args.cache)}
+    problems = check(Evidence(args.run, sites, args.models, args.state))
+    print("\n".join(problems) or "whole: every adapter loads and is the mean of what the sites sent")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

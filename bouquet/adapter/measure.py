@@ -1,0 +1,154 @@
+"""Numbers about pictures, with seeds and counts. Nothing is ever downloaded.
+
+  scripts/measure pictures RUN [--count N] [--judge] [--photos DIR [--kid inception|judge]] [--clip DIR] [--models DIR]
+  scripts/measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
+  scripts/measure collect RUN COLUMN...
+
+pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the pictures of one
+          prompt are (diversity); --judge, for the demo's base model: how often the judge sees what was asked for; --photos: their
+          kernel distance (KID) to the photos in DIR; --clip: CLIP score by the model in DIR. KID and CLIP score are torchmetrics', and
+          need it and their weights on this machine. Goes into RUN/measures.json.
+memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training photo. Only
+          distances are in FILE (default: NAME.memory.json).
+collect   at the hub: memory.json in RUN's folder, for scripts/report.
+
+Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that cannot be read or do not fit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+    os.environ.setdefault(name, value)
+
+from app.errors import BouquetError
+
+
+def main() -> int:
+    asked = arguments()
+    try:
+        for line in asked.work(asked):
+            print(line)
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 2
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one, two, three = (commands.add_parser(name) for name in ("pictures", "memory", "collect"))
+    two.add_argument("name", metavar="NAME")
+    for command in (one, two, three):
+        command.add_argument("run", type=Path, metavar="RUN")
+    for command in (one, two):
+        command.add_argument("--models", type=Path, default=Path("models"))
+        command.add_argument("--count", type=counted, default=16)
+    one.add_argument("--judge", action="store_true")
+    one.add_argument("--photos", type=Path)
+    one.add_argument("--kid", choices=("inception", "judge"), default="inception")
+    one.add_argument("--clip", type=Path)
+    one.set_defaults(work=measure)
+    two.add_argument("--data", type=Path, required=True)
+    two.add_argument("--cache", type=Path)
+    two.add_argument("--out", type=Path)
+    two.set_defaults(work=remember)
+    three.add_argument("columns", nargs="+", type=Path, metavar="COLUMN")
+    three.set_defaults(work=lambda asked: collect(asked.run, asked.columns))
+    return parser.parse_args()
+
+
+def counted(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError("two pictures at least")
+    return value
+
+
+def measure(asked: argparse.Namespace) -> list[str]:
+    """measures.json of a run."""
+    from app import model
+    from app.adapter import formats, sample
+    from bouquet.adapter import pictures
+
+    if asked.photos:
+        pictures.need_kid(asked.kid)
+    if asked.clip:
+        pictures.need_clip(asked.clip)
+    adapter, config = formats.open_adapter(asked.run)
+    base = model.locate(config.base_model, asked.models)
+    pipe = sample.pipeline(base, config)
+    drawn = {
+        name: [sample.render(pipe, which, [prompt] * asked.count, config) for prompt in config.prompts]
+        for name, which in (("base", None), ("adapter", adapter))
+    }
+    told: dict[str, Any] = {
+        "run": asked.run.resolve().name,
+        "adapter": model.adapter_hash(adapter),
+        "prompts": list(config.prompts),
+        "count": asked.count,
+        "seeds": [config.seed, config.seed + asked.count - 1],
+        "diversity": {name: pictures.diversity(pipe, rows) for name, rows in drawn.items()},
+    }
+    if asked.judge:
+        told["judge"] = {name: pictures.judged(config.prompts, rows) for name, rows in drawn.items()}
+    if asked.photos:
+        photos = pictures.photos(asked.photos, config.resolution)
+        told["kid"] = {name: pictures.kid(sum(rows, []), photos, asked.kid, config.seed) for name, rows in drawn.items()}
+        told["kid"] |= {"features": asked.kid, "photos": len(photos)}
+    if asked.clip:
+        told["clip"] = {name: pictures.clip(config.prompts, rows, asked.clip) for name, rows in drawn.items()} | {"model": asked.clip.name}
+    folder = asked.run if asked.run.is_dir() else asked.run.parent
+    target = (folder.parent if folder.name == "final" else folder) / "measures.json"
+    target.write_text(json.dumps(told, indent=1) + "\n")
+    kinds = [kind for kind in ("diversity", "judge", "kid", "clip") if kind in told]
+    lines = [f"{kind:<10} base {shown(told[kind]['base'])}  adapter {shown(told[kind]['adapter'])}" for kind in kinds]
+    return [*lines, f"measured   {target}   {asked.count} pictures for each of {len(config.prompts)} prompts, seeds {told['seeds'][0]} to {told['seeds'][1]}"]
+
+
+def shown(value: float | dict[str, float]) -> str:
+    return f"{value['mean']:.4f} ± {value['std']:.4f}" if isinstance(value, dict) else f"{value:.4f}"
+
+
+def remember(asked: argparse.Namespace) -> list[str]:
+    from bouquet.adapter import memorised
+    from bouquet.report import memorisation
+
+    out = asked.out or Path(f"{asked.name}.memory.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        column = memorised.look(asked.name, asked.data, asked.run, asked.models, asked.cache or Path(scratch), asked.count)
+    out.write_text(json.dumps(column, indent=1) + "\n")
+    return [memorisation.found(asked.name, column).sentence, f"measured   {out}"]
+
+
+def collect(run: Path, files: list[Path]) -> list[str]:
+    """memory.json in the run's folder. Errors: MEASURE-02 unless every column is of another site and of the same adapter."""
+    from bouquet.report import memorisation
+
+    columns = [json.loads(file.read_text()) for file in files]
+    if len({column.get("adapter") for column in columns}) > 1 or len({column.get("site") for column in columns}) < len(columns):
+        raise BouquetError(
+            "MEASURE-02",
+            "The sites' distances do not fit each other.",
+            found=", ".join(f"{c.get('site')}: adapter {str(c.get('adapter'))[:12]}" for c in columns),
+            fix="let every site measure the same run once: scripts/measure memory",
+        )
+    told = {"run": run.resolve().name, "sites": {column.pop("site"): column for column in columns}}
+    found = memorisation.all_found(told)
+    temporary = run / ".memory.json.tmp"
+    temporary.write_text(json.dumps(told, indent=1) + "\n")
+    temporary.replace(run / "memory.json")
+    return [*(f"{one.site}  {one.sentence}" for one in found), f"measured   {run / 'memory.json'}"]
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

@@ -1,0 +1,178 @@
+"""An adapter's way to the model hub: a final folder in; a repository with files, card and pictures out.
+
+The steps: the base model is the run's, every file draws the same picture (parity.py), pictures and README.md are written into
+the folder, and the files that are named here, no others, go up in one commit. Without `--upload` it stops before that.
+The token is read by huggingface_hub alone and never printed. Errors: EXPORT-01 to EXPORT-07, MODEL-01, MODEL-02, MODEL-04.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
+    os.environ.setdefault(name, value)
+
+from app import text
+from app.errors import AdapterError, BouquetError, ModelError
+from bouquet.adapter.sample import chosen, common
+
+CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
+PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", "config", "versions")  # what of the provenance goes out
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        publish(args)
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    parser = argparse.ArgumentParser(prog="scripts/publish", description="Upload an adapter with its card and pictures.")
+    option = parser.add_argument
+    option("repo", metavar="OWNER/NAME")
+    common(parser)
+    option("--upload", action="store_true", help="send it; without this, everything but that")
+    option("--public", action="store_true", help="a new repository is for everybody (private)")
+    option("--licence", metavar="NAME", help="the hub's name of the adapter's licence (the base model's)")
+    option("--base-id", default="", metavar="OWNER/NAME", help="where the hub has the base model (where Bouquet knows it)")
+    option("--name-sites", action="store_true", help="leave the sites' names in provenance.json")
+    args = parser.parse_args()
+    try:
+        validate_repo_id(args.repo)
+        if "/" not in args.repo:
+            raise HFValidationError(f"{args.repo} has no owner: OWNER/NAME")
+    except HFValidationError as error:
+        parser.error(str(error))
+    return args
+
+
+def publish(args: argparse.Namespace) -> None:
+    from app import model
+    from app.adapter import formats
+    from bouquet.adapter import card, parity
+
+    final = whole(chosen(args))
+    adapter, config = formats.open_adapter(final, args.base)
+    base, provenance = model.locate(config.base_model, args.models), text.tidy(json.loads((final / PROVENANCE).read_text()))
+    under = card.licence(config, args.licence)
+    check_origin(final, adapter, base, provenance)
+    for row in parity.check(final, base, config):
+        print(f"same     {row.path:<10}{row.precision}   differs by {row.difference:.4%} of the adapter's effect, at most {parity.LIMIT[row.precision]:.1%}")
+    pictures = draw(final, adapter, base, config)
+    public = provenance_for(provenance, args.name_sites)
+    base_id = args.base_id or model.HUB.get(config.base_model, ("",))[0]
+    (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id), encoding="utf-8")
+    if not base_id:
+        print(f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is")
+    files = contents(final, public, [path for _, path in pictures])
+    for path, content in files.items():
+        print(f"file     {len(content) if isinstance(content, bytes) else content.stat().st_size:>11,}   {path}")
+    if args.upload:
+        print(f"sent     {upload(args.repo, files, private=not args.public)}")
+    else:
+        print(f"nothing was sent. Look at {final / CARD}, then: scripts/publish {args.repo} --upload")
+
+
+def whole(path: Path) -> Path:
+    """The final folder, with every file of it. Errors: EXPORT-02."""
+    from app.adapter.formats import FILES
+
+    final = path / "final" if (path / "final").is_dir() else path
+    missing = [name for name in (*FILES, *(f"fp16/{name}" for name in FILES), PROVENANCE) if not (final / name).is_file()]
+    if missing:
+        fix = "name the folder of a run that has finished; docker compose cp serverapp:/adapters ./adapters brings the runs here"
+        raise AdapterError("EXPORT-02", "There is no adapter here.", found=f"{final} lacks {', '.join(missing)}", fix=fix)
+    return final
+
+
+def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, Any]) -> None:
+    """The adapter is the one that the provenance tells of, and the base model is the one it was trained on."""
+    from app import model
+
+    if (ours := model.adapter_hash(adapter)) != (run := provenance.get("adapter_sha256", ours)):
+        found = f"{final}: adapter {ours[:12]}, but {PROVENANCE} tells of {run[:12]}"
+        raise AdapterError("EXPORT-01", "The adapter's files do not draw the same picture.", found=found, fix="copy the run's final folder again")
+    ours, run = model.fingerprint(base)["base"], provenance.get("base", {}).get("fingerprint", "")
+    if run and not model.is_base(base, ours, run):
+        found = f"{base} is {ours[:12]}, the run used {run[:12]}"
+        raise ModelError("MODEL-04", "The base model here is not the one the hub uses.", found=found, fix="copy the hub's version")
+
+
+def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, str]]:
+    """images/ with a picture for each of the run's prompts, and a sheet without and with the adapter: (prompt, path)."""
+    from app.adapter import sample
+
+    (final / "images").mkdir(exist_ok=True)
+    pipe, pictures = sample.pipeline(base, config), []
+    rows = [sample.render(pipe, kind, config.prompts, config) for kind in (None, adapter)]
+    for number, (prompt, image) in enumerate(zip(config.prompts, rows[1], strict=True), start=1):
+        image.save(final / f"images/{number}.png")
+        pictures.append((prompt, f"images/{number}.png"))
+    if pictures:
+        sample.grid(rows, ["without", "with"], config.prompts, cell=max(128, min(256, config.resolution))).save(final / SHEET)
+    return pictures
+
+
+def provenance_for(provenance: dict[str, Any], named: bool) -> dict[str, Any]:
+    """What of the provenance is for everybody: no site's name, unless that was asked for."""
+    public = {key: provenance[key] for key in PUBLIC if key in provenance}
+    if not named and "sites" in public:
+        public["sites"] = {f"site {number}": facts for number, facts in enumerate(public["sites"].values(), start=1)}
+    return public
+
+
+def contents(final: Path, public: dict[str, Any], pictures: list[str]) -> dict[str, Path | bytes]:
+    """Every file that goes up, by its path in the repository. Whatever else lies in the folder stays."""
+    from app.adapter.formats import FILES
+
+    names = [CARD, *FILES, *(f"fp16/{name}" for name in FILES), *pictures, *([SHEET] if pictures else [])]
+    return {name: final / name for name in names} | {PROVENANCE: (json.dumps(public, indent=1) + "\n").encode()}
+
+
+def upload(repo: str, files: dict[str, Path | bytes], private: bool) -> str:
+    """One commit with all files; returns its address. Errors: EXPORT-07."""
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not get_token():
+        raise refused("this machine has no token of the hub")
+    api = HfApi()
+    disable_progress_bars()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path, str(content) if isinstance(content, Path) else content) for path, content in files.items()]
+        return api.create_commit(repo, operations, commit_message="Adapter, card and pictures").commit_url
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:  # the hub's and the network's, a card's, an object's
+        raise refused(words(error)) from error
+
+
+def words(error: BaseException) -> str:
+    """What went wrong, and what the hub said to it; where an object failed, the reason is behind the error."""
+    if isinstance(error, RuntimeError) and error.__cause__:
+        return f"{error} {words(error.__cause__)}"
+    reply = getattr(error, "response", None)
+    status = f" {reply.status_code}" if reply is not None else ""
+    return f"{type(error).__name__}{status}: {getattr(error, 'server_message', None) or error}"
+
+
+def refused(found: str) -> AdapterError:
+    fix = "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run this again"
+    return AdapterError("EXPORT-07", "The model hub did not take the adapter.", found=found, fix=fix)
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

@@ -1,0 +1,1 @@
+"""Photos for sites: a data set divided among them."""

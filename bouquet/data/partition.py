@@ -1,0 +1,178 @@
+"""Divide a data set among sites: a name in; site-1 ... site-N out, each an imagefolder with metadata.jsonl.
+
+  scripts/partition --dataset mini --sites 2
+  scripts/partition --dataset path/to/flowers --out .bouquet/flowers --images-per-site 500
+  scripts/partition --dataset nkirschi/oxford-flowers --by dirichlet --caption-template "a photo of a {label}"
+
+Run it again with the same arguments and nothing happens; a folder with other content is refused, never mixed. Each
+site's folder appears whole or not at all, with partition.json saying what it was made from, and holds what a site reads
+of it: what a site would set aside (a picture that cannot be read, has no caption, or is there already) is counted and
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from app.errors import SiteError
+from app.site.photos.captions import LABEL_TEMPLATE, checked_template
+from app.site.photos.data import scan
+from app.site.photos.images import BadImage, check, kind
+from app.site.privacy import PUBLIC_LIST, declare_public
+from bouquet import ROOT
+from bouquet.data.sources import Sample, dataset_samples
+
+MINI_IMAGES = 200  # mini draws as many as it is asked for
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        made = partition(args)
+    except SiteError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    print("next     flwr run . remote-deployment --stream" if made else "nothing to do: the same partition is there")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Divide a data set among sites.")
+    option = parser.add_argument
+    option("--dataset", default="mini", help="mini (drawn here), a folder, or a data set's name on the hub (mini)")
+    option("--sites", type=int, default=2, help="how many (2)")
+    option("--out", type=Path, default=ROOT / ".bouquet" / "data", help="folder for site-1 ... (.bouquet/data)")
+    option("--images-per-site", type=int, help=f"at most this many (mini: {MINI_IMAGES}; else all there are)")
+    option("--seed", type=int, default=0, help="of the drawing, or of shuffling and dividing (0)")
+    option("--caption-template", help=f'made from the class name (the text column, or "{LABEL_TEMPLATE}")')
+    option("--by", choices=("iid", "dirichlet", "label"), help="sites alike, classes skewed, or classes apart (iid)")
+    option("--alpha", type=float, default=0.5, help="dirichlet: smaller is more skewed (0.5)")
+    option("--public", action="store_true", help="everybody has these photos: no secret, no floors, figures to the last bit (mini: always)")
+    option("--split", default="train", help="which split of the data set (train)")
+    args = parser.parse_args()
+    if args.dataset == "mini" and (args.by or args.caption_template):
+        parser.error("mini has its own captions, and its sites hold different species: no --by, no --caption-template")
+    if args.sites < 1 or args.alpha <= 0 or (args.images_per_site is not None and args.images_per_site < 2):
+        parser.error("--sites starts at 1, --images-per-site at 2, --alpha above 0")
+    return args
+
+
+def partition(args: argparse.Namespace) -> bool:
+    """Make the missing sites; say whether there were any. Errors: SITE-04, SITE-05, SITE-08 to SITE-11."""
+    wanted = {args.out / f"site-{number}": recipe(args, number) for number in range(1, args.sites + 1)}
+    missing = [folder for folder, made_from in wanted.items() if not already(folder, made_from)]
+    if missing:
+        with mini_samples(args) if args.dataset == "mini" else dataset_samples(args) as samples:
+            for folder in missing:
+                write(folder, wanted[folder], samples(wanted[folder]["site"]), args.public or args.dataset == "mini")
+    for folder in wanted:
+        counts = json.loads((folder / "partition.json").read_text())["counts"]
+        aside = "".join(f", {count} {reason}" for reason, count in counts.items() if reason != "images")
+        kept = "" if folder in missing else "   (kept)"
+        print(f"{folder.name:<8} {counts['images']:>6} images{aside}   {folder}{kept}")
+    return bool(missing)
+
+
+def recipe(args: argparse.Namespace, site: int) -> dict[str, Any]:
+    """What a site's folder is made from. Mini's sites don't depend on how many there are, so one more may join them."""
+    common = {"dataset": args.dataset, "site": site, "seed": args.seed, "images_per_site": args.images_per_site}
+    if args.dataset == "mini":
+        return common | {"images_per_site": args.images_per_site or MINI_IMAGES}
+    by = args.by or "iid"
+    name = str(Path(args.dataset).resolve()) if Path(args.dataset).is_dir() else args.dataset
+    template = checked_template(args.caption_template) if args.caption_template is not None else None
+    ours = {"dataset": name, "sites": args.sites, "split": args.split, "by": by, "caption_template": template}
+    return common | ours | ({"alpha": args.alpha} if by == "dirichlet" else {})
+
+
+def already(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether this very partition is there, whole. Errors: SITE-09 when something else is."""
+    if not folder.exists():
+        return False
+    fix = f"choose another --out, or remove it first: rm -r {folder}"
+    try:
+        there = json.loads((folder / "partition.json").read_text())
+        files = {path.name for path in folder.iterdir()} - {"metadata.jsonl", "partition.json", PUBLIC_LIST}
+        counts = there.pop("counts")
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        listed = {json.loads(line)["file_name"] for line in lines}
+    except (OSError, ValueError, KeyError):
+        found = f"{folder} was not made by this command"
+        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix) from None
+    if there != made_from:
+        different = ", ".join(sorted(k for k in there.keys() | made_from.keys() if there.get(k) != made_from.get(k)))
+        found = f"{folder} was made with other settings: {different}"
+        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix)
+    if files != listed or len(files) != counts["images"]:
+        found = f"{folder} was changed since: {len(files)} files for {counts['images']} images"
+        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix)
+    return True
+
+
+def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], public: bool) -> None:
+    """Fill the folder beside its place, then move it there; pictures keep their bytes. Errors: SITE-11 fewer than 2.
+
+    public: say of these photos that everybody has them, so that the site's figures can be repeated (app/site/privacy.py).
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts: Counter[str] = Counter(images=0)
+    keys: set[str] = set()
+    with (partial / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for load, caption in samples:
+            try:
+                data = load()
+                check(data)
+                if not caption:
+                    raise BadImage("no-caption")
+                if (key := hashlib.sha256(data).hexdigest()) in keys:
+                    raise BadImage("duplicate")
+            except BadImage as bad:
+                counts[bad.reason] += 1
+                continue
+            keys.add(key)
+            counts["images"] += 1
+            suffix = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind(data[:16])]
+            name = f"{counts['images']:04}.{suffix}"
+            (partial / name).write_bytes(data)
+            lines.write(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
+    if counts["images"] < 2:
+        shutil.rmtree(partial)
+        found = f"{counts['images']} images for {folder.name}: {dict(counts)}"
+        fix = "ask for fewer --sites, or divide with --by iid"
+        raise SiteError("SITE-11", "There are not enough images for every site.", found=found, fix=fix)
+    (partial / "partition.json").write_text(json.dumps(made_from | {"counts": counts}, indent=2) + "\n")
+    if public:
+        declare_public(partial, scan(partial).photos)
+    partial.rename(folder)
+
+
+@contextmanager
+def mini_samples(args: argparse.Namespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+    """A function from site number to the flowers drawn for it, as PNG."""
+    from models.mini.draw import site_photos
+
+    def draw(site: int) -> Iterator[Sample]:
+        for image, caption in site_photos(site, args.images_per_site or MINI_IMAGES, args.seed):
+            png = BytesIO()
+            image.save(png, "PNG")
+            yield png.getvalue, caption
+
+    yield draw
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

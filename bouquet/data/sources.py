@@ -1,0 +1,146 @@
+"""The hub's data sets, for scripts/partition: a name or folder in; each site's encoded pictures and captions out.
+
+Enters: a data set that `datasets` can load, with an image column and text, caption or label. Leaves: a function from
+site number (from 1) to (encoded picture, caption) pairs, with the captions that a site would give the same rows itself.
+Nothing is decoded or re-encoded.
+Errors: SITE-04, SITE-05, SITE-08, SITE-10.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.errors import SiteError
+from app.site.photos.captions import LABEL_TEMPLATE, TEXTS, checked_template, fill, one_line
+from app.site.photos.images import BadImage
+from app.site.photos.tables import class_name
+
+Sample = tuple[Callable[[], bytes], str | None]  # gives the encoded picture or raises BadImage; caption
+
+
+@contextmanager
+def dataset_samples(args: Namespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+    """A function from site number to that site's samples, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dataset = load(args, scratch)
+        captions = captioner(dataset, args)
+        part = divide(dataset, args)
+        yield lambda site: samples_of(part(site - 1), captions, args)
+
+
+def load(args: Namespace, scratch: str) -> Any:
+    """The data set, shuffled, its pictures not decoded; a folder's never touches the network. Errors: SITE-08."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    local = Path(args.dataset).is_dir()
+    os.environ.update(quiet | ({"HF_HUB_OFFLINE": "1"} if local else {}))
+    if not local and args.dataset.startswith(("/", ".", "~")):
+        raise load_error(args, "no such folder")
+    import datasets
+
+    datasets.disable_progress_bars()
+    cache = scratch if local else None  # what comes over the network stays in the hub's own cache
+    try:
+        name = str(Path(args.dataset).resolve()) if local else args.dataset
+        dataset = datasets.load_dataset(name, split=args.split, cache_dir=cache)
+        image = column(dataset, "image", datasets.Image)
+        if isinstance(dataset.features.get(image), datasets.Image):
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # not found, no network, no such split, a damaged file: `datasets` has no common base
+        raise load_error(args, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
+    if image is None:
+        raise load_error(args, f"no image column among {dataset.column_names}")
+    return dataset.shuffle(seed=args.seed)
+
+
+def load_error(args: Namespace, found: str) -> SiteError:
+    found = f"{args.dataset}, split {args.split}: {found}"
+    fix = "check the name and the network, or give a folder with the data set's parquet files"
+    return SiteError("SITE-08", "The data set cannot be loaded.", found=found, fix=fix)
+
+
+def column(dataset: Any, name: str, kind: type) -> str | None:
+    """The column of that name, else the first of that feature type."""
+    of_kind = [key for key, feature in dataset.features.items() if isinstance(feature, kind)]
+    return name if name in dataset.features else of_kind[0] if of_kind else None
+
+
+def divide(dataset: Any, args: Namespace) -> Callable[[int], Any]:
+    """A function from partition number (from 0) to its rows. Errors: SITE-10."""
+    import datasets
+    import numpy as np
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
+    label = column(dataset, "label", datasets.ClassLabel)
+    if args.by in ("dirichlet", "label") and label is None:
+        raise divide_error(f"no label column among {dataset.column_names}", "divide it with --by iid")
+    try:
+        if args.by == "label":  # Flower's PathologicalPartitioner lets sites share classes; here they don't
+            classes, labels = sorted(dataset.unique(label)), np.array(dataset[label])
+            groups = np.array_split(classes, args.sites)
+            return lambda index: dataset.select(np.flatnonzero(np.isin(labels, groups[index])))
+        partitioner = IidPartitioner(args.sites)
+        if args.by == "dirichlet":
+            skew = {"alpha": args.alpha, "min_partition_size": 2, "seed": args.seed}
+            partitioner = DirichletPartitioner(args.sites, label, **skew)
+        partitioner.dataset = dataset
+        partitioner.load_partition(0)
+    except (ValueError, IndexError) as error:
+        raise divide_error(str(error), "ask for fewer --sites, or a larger --alpha") from None
+    return partitioner.load_partition
+
+
+def divide_error(found: str, fix: str) -> SiteError:
+    return SiteError("SITE-10", "The data set cannot be divided like this.", found=found, fix=fix)
+
+
+def captioner(dataset: Any, args: Namespace) -> Callable[[dict[str, Any]], str | None]:
+    """A function from row to caption: the text column, or the template over the class name. Errors: SITE-04."""
+    import datasets
+
+    label = column(dataset, "label", datasets.ClassLabel)
+    text = [name for name in TEXTS if name in dataset.features] if args.caption_template is None else []
+    template = checked_template(args.caption_template or LABEL_TEMPLATE)
+    if label is None and "{label}" in template and not text:
+        found = f"no text, caption, prompt or label column among {dataset.column_names}"
+        fix = 'give one caption for all: --caption-template "a photo of a flower"'
+        raise SiteError("SITE-04", "Captions are missing.", found=found, fix=fix)
+    names = getattr(dataset.features.get(label), "names", None) or []
+
+    def caption(row: dict[str, Any]) -> str | None:
+        words = class_name(row.get(label), names)
+        said = next(filter(None, (one_line(row[name]) for name in text)), None)
+        return said or (fill(template, words) if words or not text else None)
+
+    return caption
+
+
+def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: Namespace) -> Iterator[Sample]:
+    """The rows of one part, in their shuffled order."""
+    import datasets
+
+    image = column(part, "image", datasets.Image)
+    for row in part.select(range(min(len(part), args.images_per_site or len(part)))):
+        yield partial(encoded, row[image]), caption(row)
+
+
+def encoded(value: Any) -> bytes:
+    """The bytes of a picture column's value: plain, in a struct, or in the file that it names. Errors: BadImage."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        if "://" in value[:20]:
+            raise BadImage("address")
+        try:
+            return Path(value).read_bytes()
+        except (OSError, ValueError):
+            raise BadImage("absent") from None
+    if value and not isinstance(value, bytes):
+        raise BadImage("not-a-picture")
+    return value or b""  # which is counted as "empty"

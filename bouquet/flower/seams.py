@@ -1,0 +1,403 @@
+"""Every place where Bouquet leans on Flower's insides, declared once.
+
+A seam says what it is, why it is, what would make it needless, and the contract: the parameters of what is there, who
+looks it up when, and what else its use takes for granted. superlink.py, supernode.py, superexec.py, serverapp.py and
+database.py have what goes there, and take() of contracts.py puts it in. Seams that are not `ours` are read, called or
+counted on; two of them the app replaces itself, as its bundle brings no other file along.
+Enters: nothing. Leaves: the seams; `python -m bouquet.flower.seams` holds all of them against the Flower that is installed, starts
+nothing, and exits 1 where one does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from bouquet.flower.contracts import (
+    Fact,
+    Seam,
+    begin,
+    called_with,
+    fact,
+    hold,
+    in_order,
+    path,
+    says,
+    take,
+    uses_only,
+    wrong,
+)
+
+__all__ = ["Seam", "begin", "check", "declared", "hold", "take"]
+
+# --- the SuperLink ---------------------------------------------------------------------------------------------------
+
+MAIN, ROUTER = "flwr.superlink.main", "flwr.superlink.routers.fleet.router"
+HANDLERS, SQL = "flwr.superlink.servicer.fleet.fleet_handlers", "flwr.supercore.sql_mixin"
+KEYS = "flwr.superlink.routers.fleet.node_auth"
+
+GET_FAB = Seam(
+    f"{HANDLERS}:get_fab",
+    "the answer to a site that fetches a bundle carries who signed it",
+    "a `flwr run .` that sends signatures along, for --trusted-entities; Flower keeps them for its app hub alone",
+    takes="request, state",
+    seen=((f"{ROUTER}:fleet_get_fab", "fleet_handlers.get_fab"),),
+    facts=(fact(says, f"{HANDLERS}:get_fab", "GetFabResponse(fab=fab_to_proto(fab))"),),
+)
+PUSH_MESSAGES = Seam(
+    f"{HANDLERS}:push_messages",
+    "a reply in another site's name, or of endless pieces, is refused before it is kept",
+    "a SuperLink that compares a reply's src_node_id with the node that signed the request",
+    takes="request, state",
+    seen=((f"{ROUTER}:fleet_push_messages", "fleet_handlers.push_messages"),),
+    facts=(
+        fact(
+            says,
+            f"{KEYS}:authenticate_node",
+            "get_linkstate(request).get_node_id_by_public_key(public_key) != node_id",
+            "protobuf_request.node.node_id",
+        ),
+        fact(says, f"{MAIN}:_get_middleware", "Middleware(NodeAuthMiddleware)"),
+        fact(says, f"{HANDLERS}:push_messages", "request.messages_list[0]", "request.message_object_trees[0]"),
+    ),
+)
+SQLITE_PRAGMAS = Seam(
+    f"{SQL}:SQLITE_PRAGMAS",
+    "a busy database is waited for almost as long as its clients wait; Flower waits 5 s",
+    "a setting of the SuperLink for SQLite's busy_timeout",
+    home="flwr.supercore.constant:SQLITE_PRAGMAS",
+    seen=((f"{SQL}:_set_sqlite_pragmas", "SQLITE_PRAGMAS"),),
+    facts=(
+        fact(
+            says, f"{SQL}:_set_sqlite_pragmas", "for pragma, value in SQLITE_PRAGMAS", "f'PRAGMA {pragma} = {value};'"
+        ),
+        fact(says, f"{SQL}:SqlMixin.initialize", "event.listen(self._engine, 'connect', _set_sqlite_pragmas)"),
+    ),
+)
+ERROR_TRANSLATOR = Seam(
+    f"{MAIN}:http_error_translator",
+    "a database that cannot be written is answered with 503, after which Flower's programs ask again",
+    "a SuperLink that says 503 for an OperationalError of its database",
+    takes="request, call_next",
+    home="flwr.supercore.error.http:http_error_translator",
+    seen=((f"{MAIN}:_get_middleware", "http_error_translator"),),
+    facts=(
+        fact(says, f"{MAIN}:_get_middleware", "Middleware(BaseHTTPMiddleware, dispatch=http_error_translator)"),
+        fact(says, "flwr.supercore.retry.http_retry:_RETRYABLE_STATUS_CODES", "httpx.codes.SERVICE_UNAVAILABLE"),
+        fact(
+            says,
+            "flwr.supernode.fleet_http_connection:http_request_response",
+            "exc.response.status_code in (502, 503, 504)",
+        ),
+        fact(says, "flwr.supercore.heartbeat:make_task_heartbeat_fn_http", "httpx.codes.SERVICE_UNAVAILABLE"),
+    ),
+)
+ALEMBIC = "flwr.supercore.state.alembic.utils"
+ALEMBIC_CONFIG = Seam(
+    f"{ALEMBIC}:build_alembic_config",
+    "migrations in a folder of any name; Flower's settings are cut at a space",
+    "version_locations with a path_separator",
+    takes="engine",
+    seen=((f"{ALEMBIC}:_run_migration_workflow", "build_alembic_config"),),
+    facts=(
+        fact(says, ALEMBIC, "ALEMBIC_VERSION_TABLE = 'alembic_version'", "ALEMBIC_DIR = Path(__file__)"),
+        fact(says, f"{ALEMBIC}:build_alembic_config", "'script_location'", "'sqlalchemy.url'", "'version_locations'"),
+        fact(says, f"{ALEMBIC}:run_migrations", "_run_migration_workflow(engine, bind)"),
+    ),
+)
+
+# --- the SuperNode ---------------------------------------------------------------------------------------------------
+
+LOOP, FLEET = "flwr.supernode.start_client_internal", "flwr.supernode.fleet_http_client"
+PULL = "flwr.supercore.inflatable.inflatable_utils"
+PULLS = "max_concurrent_pulls, max_time, max_tries_per_object, initial_backoff, backoff_cap"
+
+ANSWERS = Seam(
+    f"{FLEET}:FleetHttpClient._unary_unary",
+    "every answer of the hub is noted for the healthcheck",
+    "a health answer of the SuperNode that says whether the hub was heard",
+    takes="self, path, rpc_method, request, response_type, timeout",
+    home="flwr.supercore.protobuf.client:ProtobufClient._unary_unary",
+    seen=tuple(
+        (f"{FLEET}:FleetHttpClient.{call}", "self._unary_unary") for call in ("PullMessages", "SendNodeHeartbeat")
+    ),
+    facts=(fact(says, FLEET, "class FleetHttpClient(ProtobufClient)"),),
+)
+VERIFY_FAB = Seam(
+    f"{LOOP}:_verify_fab",
+    "a signature counts for some time only, and no site goes back to an older bundle",
+    "--trusted-entities with an age, and a memory of what ran",
+    takes="fab, trusted_entities",
+    seen=((f"{LOOP}:_pull_and_store_message", "_verify_fab"),),
+    facts=(
+        fact(in_order, f"{LOOP}:_pull_and_store_message", "_verify_fab(fab, trusted_entities)", "state.store_fab(fab)"),
+        fact(says, f"{LOOP}:_verify_fab", "verif['signed_at']", "k != 'valid_license'"),
+        fact(says, "flwr.supercore.fab:Fab", "hash_str: str", "content: bytes", "verifications: dict[str, str]"),
+    ),
+)
+VERIFICATION_ERROR = Seam(
+    f"{LOOP}:FAB_VERIFICATION_ERROR",
+    "the hub hears why a site did not run a bundle",
+    "an error reply that says more than that the check failed",
+    seen=((f"{LOOP}:_pull_and_store_message", "FAB_VERIFICATION_ERROR"),),
+    facts=(fact(says, LOOP, "FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB"),),
+)
+SUPERNODES_PROCESS = Seam(
+    f"{LOOP}:subprocess",
+    "messages are worked on in a process that has the libraries, and the end of the SuperExec is the SuperNode's",
+    "warm executors for --isolation subprocess (1.41: Kubernetes alone), and a SuperNode that ends with it",
+    seen=((f"{LOOP}:start_client_internal", "subprocess.Popen"),),
+    facts=(
+        fact(uses_only, LOOP, "subprocess", "Popen"),
+        fact(says, f"{LOOP}:start_client_internal", "command = ['flower-superexec']", "subprocess.Popen(command)"),
+    ),
+)
+SUPERNODES_CLOCK = Seam(
+    f"{LOOP}:time",
+    "within a round the hub is asked at once, not every 3 s",
+    "a setting for how often a SuperNode asks",
+    seen=((f"{LOOP}:start_client_internal", "time.sleep"), (f"{LOOP}:_push_messages", "time.sleep")),
+    facts=(fact(uses_only, LOOP, "time", "sleep"), fact(called_with, LOOP, "time.sleep", "3", "0.5")),
+)
+SUPERNODES_PULL = Seam(
+    f"{LOOP}:pull_objects",
+    "what a message holds is looked for sooner than after a second",
+    "a setting for the first wait",
+    takes=f"object_ids, pull_object_fn, {PULLS}",
+    home=f"{PULL}:pull_objects",
+    seen=((f"{LOOP}:_pull_and_store_message", "pull_objects"),),
+)
+DEAD_THREAD = Seam(
+    "threading:excepthook",
+    "a SuperNode whose heartbeat has died is offline for ever: it ends",
+    "a SuperNode that ends with its heartbeat",
+    seen=(("threading:_make_invoke_excepthook", "excepthook"),),
+    facts=(
+        fact(
+            says, "flwr.supercore.heartbeat:HeartbeatSender.__init__", "threading.Thread(target=self._run, daemon=True)"
+        ),
+        fact(
+            says, "flwr.supernode.fleet_http_connection:http_request_response", "HeartbeatSender(send_node_heartbeat)"
+        ),
+    ),
+)
+
+# --- a SuperExec -----------------------------------------------------------------------------------------------------
+
+EXEC, EXECUTOR = "flwr.supercore.superexec.run_superexec", "flwr.supercore.superexec.executor.subprocess_executor"
+PLUGIN, WORK = "flwr.supercore.superexec.plugin.base_exec_plugin", "flwr.supernode.runtime.run_clientapp"
+SERVE, INSTALL_TAKES = "flwr.superlink.runtime.run_serverapp", "fab_file, install_dir, skip_prompt"
+WARM = (
+    "an executor for processes of one's own: in 1.41 --executor knows `subprocess` and Kubernetes, whose pool is warm"
+)
+
+TASK_TYPES = Seam(
+    f"{PLUGIN}:AutoExecPlugin.supported_task_types",
+    "no other task is asked for than those it can start",
+    "a flag of flower-superexec for the kinds of task",
+    seen=((f"{EXEC}:run_superexec", "plugin.supported_task_types"),),
+    facts=(fact(says, "flwr.supercore.constant:TaskType", "'flwr-clientapp'", "'flwr-serverapp'"),),
+)
+LAUNCH_TASK = Seam(
+    f"{PLUGIN}:AutoExecPlugin.launch_task",
+    "which run a message is of: messages of one run share a process",
+    WARM,
+    takes="self, token, task",
+    home=f"{PLUGIN}:BaseExecPlugin.launch_task",
+    seen=((f"{EXEC}:run_superexec", "plugin.launch_task"),),
+    facts=(fact(says, EXEC, "plugin = AutoExecPlugin("), fact(says, PLUGIN, "class AutoExecPlugin(BaseExecPlugin)")),
+)
+RECONCILE = Seam(
+    f"{EXECUTOR}:SubprocessExecutor.reconcile",
+    "processes that have ended or waited too long are cleared away",
+    WARM,
+    takes="self",
+    seen=((f"{EXEC}:run_superexec", "executor.reconcile"),),
+)
+EXECUTORS_PROCESS = Seam(
+    f"{EXECUTOR}:subprocess",
+    "a message goes to a process that is there, with the libraries loaded",
+    WARM,
+    seen=((f"{EXECUTOR}:SubprocessExecutor.launch", "subprocess.Popen"),),
+    facts=(
+        fact(uses_only, EXECUTOR, "subprocess", "Popen", "DEVNULL"),
+        fact(
+            says,
+            f"{EXECUTOR}:SubprocessExecutor.launch",
+            "'--token'",
+            "'--insecure'",
+            "'--root-certificates'",
+            "'--parent-pid'",
+        ),
+        fact(
+            says,
+            "flwr.supercore.constant",
+            "TaskType.CLIENT_APP: '--runtime-api-address'",
+            "TaskType.CLIENT_APP: 'flwr-clientapp'",
+        ),
+        fact(
+            says,
+            "flwr.supercore.constant",
+            "TaskType.SERVER_APP: '--runtime-api-address'",
+            "TaskType.SERVER_APP: 'flwr-serverapp'",
+        ),
+    ),
+)
+SUPEREXECS_CLOCK = Seam(
+    f"{EXEC}:time",
+    "the next message is asked for when the last one is done",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL, which asks as often when there is nothing to do",
+    seen=((f"{EXEC}:run_superexec", "time.sleep"),),
+    facts=(fact(uses_only, EXEC, "time", "sleep"), fact(called_with, EXEC, "time.sleep", "task_poll_interval")),
+)
+CLIENTAPPS_EXIT = Seam(
+    f"{WORK}:flwr_exit",
+    "a process that has worked on a message lives on for the next",
+    WARM,
+    takes="code, message, event_type, event_details, emit_telemetry",
+    home="flwr.supercore.exit.exit:flwr_exit",
+    seen=((f"{WORK}:run_clientapp", "flwr_exit"),),
+    facts=(fact(says, "flwr.supercore.exit.exit_handler:trigger_exit_handlers", "run_before_force_exit: bool"),),
+)
+CLIENTAPPS_PULL = Seam(
+    f"{WORK}:pull_and_inflate_object_from_tree",
+    SUPERNODES_PULL.why,
+    SUPERNODES_PULL.instead,
+    takes=f"object_tree, pull_object_fn, confirm_object_received_fn, return_type, {PULLS}",
+    home=f"{PULL}:pull_and_inflate_object_from_tree",
+    seen=((f"{WORK}:pull_task_input", "pull_and_inflate_object_from_tree"),),
+)
+CLIENTAPPS_INSTALL = Seam(
+    f"{WORK}:install_from_fab",
+    "a run's log begins with what the app says, not with where Flower unpacked it, each time",
+    "an install without a word",
+    takes=INSTALL_TAKES,
+    home="flwr.cli.install:install_from_fab",
+    seen=((f"{WORK}:run_clientapp", "install_from_fab"),),
+)
+SERVERAPPS_INSTALL = Seam(
+    f"{SERVE}:install_from_fab",
+    CLIENTAPPS_INSTALL.why,
+    CLIENTAPPS_INSTALL.instead,
+    takes=INSTALL_TAKES,
+    home=CLIENTAPPS_INSTALL.home,
+    seen=((f"{SERVE}:run_serverapp", "install_from_fab"),),
+)
+
+# --- relied on, not replaced -----------------------------------------------------------------------------------------
+
+CALLS = (  # gateway.conf
+    "register-node unregister-node activate-node deactivate-node send-node-heartbeat pull-messages push-messages "
+    "get-run get-fab push-object pull-object confirm-message-received"
+)
+CONSTANT, STRATEGY = "flwr.common.constant", "flwr.serverapp.strategy"
+GRID = "flwr.superlink.grid.http_grid"
+PROGRAMS = (
+    *("flwr.superlink.cli.flower_superlink:flower_superlink", "flwr.supernode.cli.flower_supernode:flower_supernode"),
+    *("flwr.superlink.cli.flwr_serverapp:flwr_serverapp", "flwr.supernode.cli.flwr_clientapp:flwr_clientapp"),
+    "flwr.supercore.cli.flower_superexec:flower_superexec",
+)
+WAY = "nothing: it is the way"
+
+
+def relied(place: str, why: str, *facts: Fact, takes: str | None = None, instead: str = WAY) -> Seam:
+    return Seam(place, why, instead, takes, facts=facts, ours=False)
+
+
+RELIED = (
+    *(relied(place, "a program of Flower's is called, and reads sys.argv", takes="") for place in PROGRAMS),
+    relied(
+        f"{HANDLERS}:activate_node",
+        "reach.py: a question with a heartbeat of 0 s tells a known key from an unknown one and changes nothing",
+        fact(in_order, "", "get_node_id_by_public_key", "_validate_heartbeat_interval", "state.activate_node"),
+        instead="a call that says whether a key is admitted",
+    ),
+    relied(f"{CONSTANT}:TIMESTAMP_TOLERANCE", "reach.py: BEHIND", fact(says, CONSTANT, "TIMESTAMP_TOLERANCE = 300")),
+    relied(f"{CONSTANT}:SYSTEM_TIME_TOLERANCE", "reach.py: AHEAD", fact(says, CONSTANT, "SYSTEM_TIME_TOLERANCE = 5")),
+    relied(
+        f"{CONSTANT}:HEARTBEAT_DEFAULT_INTERVAL",
+        "health.py: LONGEST is two and a half; serverapp.py: a task is given out anew after one",
+        fact(says, CONSTANT, "HEARTBEAT_DEFAULT_INTERVAL = 30"),
+    ),
+    relied(
+        "flwr.supercore.error.base:ApiErrorCode",
+        "register.py: a key that is known already is [code: 23]",
+        fact(says, "", "PUBLIC_KEY_ALREADY_IN_USE = 23", "FORBIDDEN_ACTION"),
+    ),
+    relied(
+        f"{ROUTER}:router",
+        "gateway.conf: ten calls of a SuperNode pass, two stay shut",
+        fact(called_with, ROUTER, "router.post", *(f"'/{call}'" for call in CALLS.split())),
+    ),
+    relied(
+        "flwr.app.message.array:Array.inflate",
+        "wire.py: no array of more than so many bytes is built out of what arrived",
+        fact(says, "", "array_metadata['arraychunk_ids']", "get_object_body(object_content, cls)"),
+        takes="cls, object_content, children",
+        instead="a limit in Flower, which may be told to repeat one chunk a million times",
+    ),
+    relied(
+        f"{GRID}:pull_objects",
+        "exchange.py: a reply's objects are counted, and looked for sooner",
+        fact(
+            says, GRID, "all_object_contents = pull_objects(object_ids=", "pull_object_fn=make_pull_object_fn_protobuf"
+        ),
+        instead="limits of a reply in the Grid",
+    ),
+    *(
+        relied(
+            f"{STRATEGY}.{module}:{name}",
+            "strategy.py: what a server optimiser remembers is kept with the run",
+            fact(says, "", *(f"self.{kept}" for kept in names)),
+            instead="a strategy that gives and takes its state",
+        )
+        for module, name, *names in (
+            ("fedavgm", "FedAvgM", "momentum_vector", "current_arrays"),
+            ("fedopt", "FedOpt", "m_t", "v_t", "current_arrays"),
+        )
+    ),
+    relied(
+        "flwr.supercore.inflatable.inflatable_object:iterate_object_tree",
+        "superlink.py: a reply's pieces are counted one by one, not built",
+        fact(says, "", "yield tree"),
+        takes="tree",
+    ),
+    relied(
+        "flwr.supercore.runtime.runtime_http_client:RuntimeHttpClient.SendTaskHeartbeat",
+        "serverapp.py: a run's task is kept while its process starts",
+        fact(says, "flwr.supercore.interceptors.http.runtime_token:RuntimeTokenHttpInterceptor.__init__", "token: str"),
+        takes="self, request",
+        instead="a lease as long as a slow start",
+    ),
+    relied(f"{CONSTANT}:ErrorCode", "supernode.py: a site does not trust a bundle", fact(says, "", "INVALID_FAB")),
+    relied("flwr.common.config:parse_config_args", "supernode.py: --node-config's words", takes="config, flatten"),
+)
+
+
+def declared() -> dict[str, Seam]:
+    """Every seam by name."""
+    ours = {name: one for name, one in globals().items() if isinstance(one, Seam)}
+    return ours | {one.place: one for one in RELIED}
+
+
+def check() -> dict[str, list[str]]:
+    """What does not hold of all seams, by name; a fraction of a second."""
+    found = {name: wrong(seam) for name, seam in declared().items()}
+    everything = {file: file.read_text() for file in path("flwr").parent.rglob("*.py")}
+    for name, seam in declared().items():
+        module, _, attribute = seam.place.partition(":")
+        if seam.ours and not seam.home and "." not in attribute and module != "threading":
+            past = re.compile(rf"from [\w.]*\b{module.rpartition('.')[2]} import (\([^)]*|[^\n(]*)\b{attribute}\b")
+            found[name] += [
+                f"{file}: imports it by name, past ours" for file, text in everything.items() if past.search(text)
+            ]
+    own = re.compile(r"threading\.excepthook\s*=[^=]")
+    found["DEAD_THREAD"] += [f"{file}: sets one of its own" for file, text in everything.items() if own.search(text)]
+    return {name: problems for name, problems in found.items() if problems}
+
+
+if __name__ == "__main__":
+    gone = check()
+    for name in declared():
+        print("GONE" if name in gone else "ok  ", name, *(f"\n       {problem}" for problem in gone.get(name, ())))
+    sys.exit(bool(gone))

@@ -1,0 +1,194 @@
+"""A SuperNode that says whether the hub answers it, and whose process ends when it can do nothing any more.
+
+Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process lives,
+answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle when its SuperExec
+has. Here the end of any of them is the end of the process, whoever started it can start it again, and every answer of the hub is
+noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flower verifies who signed a bundle; how
+long ago that may be is judged here (trust.py).
+Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable; SITE_TRUST_DAYS.
+Leaves: its exit code, 1 when the loop raised.
+How all of that is put into Flower: seams.py.
+Errors: TRUST-04, -05, SITE-12 and FLWR-01 at the start; for a bundle that is not run those of trust.py.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.app.error import Error
+from flwr.common.config import parse_config_args
+from flwr.common.constant import ErrorCode
+from flwr.supercore.fab import Fab
+from flwr.supernode.cli import flower_supernode
+
+from bouquet import ROOT
+from bouquet.flower import seams, trust
+
+LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
+LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
+SHARE = 0.05  # of the time since it last worked: the longer it has been idle, the less often it asks
+# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+SOON = {"initial_backoff": LEAST, "backoff_cap": 1.0, "max_tries_per_object": None}
+IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
+GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
+
+
+def note_answers(file: Path) -> None:
+    """Touch `file` after every call that the hub answered well."""
+
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            answer = call(*args, **kwargs)
+            file.touch()
+            return answer
+
+        return noted
+
+    seams.take(seams.ANSWERS, noting)
+
+
+def limit_trust(arguments: list[str]) -> None:
+    """Where the site pins publishers, run nothing of theirs that is too old; end here where that cannot be promised."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--trusted-entities", type=Path)
+    options.add_argument("--node-config", default="")
+    own = options.parse_known_args(arguments)[0]
+    file = own.trusted_entities
+    if not file or not file.is_file():
+        return  # nothing is asked for, or Flower ends it
+    if not (pinned := yaml.safe_load(file.read_text())):  # Flower takes that for no check wanted, and runs any code
+        fix = "put the hub's trusted.yaml there"
+        sys.exit(str(trust.Refusal("TRUST-05", "The site pins no publisher.", f"{file} is empty", fix)))
+    if isinstance(limit := trust.days(os.environ.get("SITE_TRUST_DAYS", "")), trust.Refusal):
+        sys.exit(str(limit))
+    if not (cache := parse_config_args([own.node_config]).get("cache-path")):
+        found, fix = "no cache-path in --node-config", "start it with --node-config 'cache-path=\"…\" …'"
+        sys.exit(str(trust.Refusal("SITE-12", "The site does not say where its data are.", found, fix)))
+    memory = Path(cache) / trust.MEMORY
+    judge_age(memory, limit)
+    print(f"trust: bundles signed within {limit} days by {', '.join(map(str, pinned))}", flush=True)
+    print(f"trust: none signed before the newest that ran here, {memory}", flush=True)
+
+
+def judge_age(memory: Path, limit: int) -> None:
+    """From now on Flower's check of a bundle also asks for its age, and the hub hears what was wrong."""
+
+    def with_age(verify: Callable[..., bool]) -> Callable[..., bool]:
+        def good(fab: Fab, publisher: str, key: str) -> int | None:
+            """When the publisher signed these bytes, by Flower's own check, or None. The hub wrote all of it."""
+            try:
+                record = fab.verifications[publisher]
+                if verify(Fab(fab.hash_str, fab.content, {publisher: record}), {publisher: key}):
+                    return json.loads(record)["signed_at"]
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+                pass
+            return None
+
+        @wraps(verify)
+        def verified(fab: Fab, pinned: dict[str, str]) -> bool:
+            times = {name: at for name, key in pinned.items() if (at := good(fab, name, key)) is not None}
+            wrong = trust.refusals(hashlib.sha256(fab.content).hexdigest(), times, memory, time.time(), limit)
+            for reason in wrong:
+                print(reason, flush=True)
+            if wrong:  # what Flower answers next
+                public = f"{wrong[0].code}  {wrong[0].headline}"
+                seams.take(seams.VERIFICATION_ERROR, lambda _: Error(ErrorCode.INVALID_FAB, public))
+            return not wrong
+
+        return verified
+
+    seams.take(seams.VERIFY_FAB, with_age)
+    seams.take(seams.VERIFICATION_ERROR, lambda flowers: flowers)  # that it will take, before it is needed
+
+
+def preflight() -> None:
+    """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here on a failure."""
+    if subprocess.run([sys.executable, "-m", "bouquet.site.preflight", "--fast"], cwd=ROOT).returncode:
+        sys.exit(1)
+
+
+def hasten() -> None:
+    """Ask the hub at once where work is likely, and start messages from a process that has the libraries (superexec.py).
+
+    Flower's SuperNode asks every 3 s. Within a round the next message comes seconds after the last reply; a site that has been
+    idle for a minute or more may ask as seldom as Flower's, which is what lets one hub have hundreds of them.
+    """
+
+    class Warm:
+        @staticmethod
+        def Popen(command: list[str]) -> subprocess.Popen:
+            assert command[0] == "flower-superexec", command
+            superexec = subprocess.Popen([sys.executable, "-m", "bouquet.flower.superexec", *command[1:]])
+            threading.Thread(target=end_with, args=(superexec,), daemon=True).start()
+            return superexec
+
+    class Clock:
+        worked = 0.0  # when a message was last worked on
+
+        @classmethod
+        def sleep(cls, seconds: float) -> None:
+            now = time.monotonic()
+            if seconds < IDLE:  # it waits for its own ClientApp
+                cls.worked = now
+                return time.sleep(min(seconds, LOOK))
+            time.sleep(min(seconds, max(LEAST, SHARE * (now - cls.worked))))
+
+    seams.take(seams.SUPERNODES_PROCESS, lambda _: Warm)
+    seams.take(seams.SUPERNODES_CLOCK, lambda _: Clock)
+    seams.take(seams.SUPERNODES_PULL, lambda pull_objects: partial(pull_objects, **SOON))
+
+
+def end_with(superexec: subprocess.Popen) -> None:
+    """End here when the SuperExec has: Flower's SuperNode would stay online and work on no message ever again."""
+    code = superexec.wait()
+    time.sleep(GOODBYE)
+    print(f"bouquet: the SuperExec has ended ({code}), and the SuperNode with it", flush=True)
+    os._exit(1)
+
+
+def end_with_any_thread(failure: threading.ExceptHookArgs) -> None:
+    """End here when a thread has died: without its heartbeat a SuperNode lives on, offline for ever."""
+    traceback.print_exception(failure.exc_value)
+    print("bouquet: a thread of the SuperNode has died, and the SuperNode with it", flush=True)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def end_with_threads() -> None:
+    seams.take(seams.DEAD_THREAD, lambda _: end_with_any_thread)
+
+
+def main() -> None:
+    if os.environ.get("BOUQUET_PREFLIGHT"):
+        preflight()
+    if "BOUQUET_HEARD" in os.environ:
+        heard = Path(os.environ["BOUQUET_HEARD"])
+        seams.begin(lambda: note_answers(heard))
+    sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
+    seams.begin(hasten, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    code: int | str | None = 1
+    try:
+        flower_supernode()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # whatever ended the loop: say it, then end the process
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    main()

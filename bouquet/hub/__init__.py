@@ -1,0 +1,1 @@
+"""The hub operator's side: who takes part, runs, the deployment on this host, the hub's page."""

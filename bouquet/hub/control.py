@@ -1,0 +1,142 @@
+"""One question to the hub's Control API: a call over TLS, where a `flwr` command would be a process of seconds.
+
+Enters: the address and the CA of `flwr run . remote-deployment`, from Flower's config.toml. Leaves: the answer, or what
+the hub says of a run. Errors: HOST-08, no answer or a refusal, with the hub's own words.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import importlib.util
+import json
+import os
+import ssl
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from app import text
+from app.errors import BouquetError
+from bouquet.hub.runs import CONNECTION
+
+PATH, MEDIA = "/v1/control/", "application/protobuf"
+LONGEST = 20.0  # seconds without a word
+Answer = TypeVar("Answer", bound=Message)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Of a run. state: pending, starting, running or finished:completed|failed|stopped; since: ISO 8601."""
+
+    run: str
+    state: str
+    details: str
+    since: str
+
+
+def messages() -> ModuleType:
+    """Flower's messages of the Control API, without the rest of Flower, which takes ten times as long as all else here.
+
+    While they are loaded, two empty modules are in the place of its packages.
+    """
+    if "flwr" not in sys.modules and (found := importlib.util.find_spec("flwr")):
+        [root] = found.submodule_search_locations or [""]
+        packages = {"flwr": root, "flwr.proto": f"{root}/proto"}
+        for name, folder in packages.items():
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [folder]
+        try:
+            return importlib.import_module("flwr.proto.control_pb2")
+        finally:
+            for name in packages:
+                del sys.modules[name]
+    return importlib.import_module("flwr.proto.control_pb2")
+
+
+control = messages()
+
+
+def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
+    """The answer to `request`. Errors: HOST-08."""
+    try:
+        status, body = post(call, request.SerializeToString())
+    except (OSError, http.client.HTTPException, KeyError, ValueError) as error:  # no connection, certificate or answer
+        found = text.line(str(error) or type(error).__name__)
+        fix = "is the deployment up? docker compose ps, or scripts/demo"
+        raise BouquetError("HOST-08", "The hub does not answer.", found=found, fix=fix) from None
+    try:
+        if status == 200:
+            return answer.FromString(body)
+        said = json.loads(body)["detail"]
+    except (DecodeError, ValueError, KeyError, TypeError):
+        said = "without a word that we know"
+    fix = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
+    raise BouquetError("HOST-08", f"The hub refused {call}.", found=f"{status} {text.line(said)}", fix=fix)
+
+
+def post(call: str, body: bytes) -> tuple[int, bytes]:
+    """(HTTP status, body). Errors: OSError, HTTPException, KeyError and ValueError for what config.toml lacks."""
+    settings = connection()
+    host, _, port = settings["address"].rpartition(":")
+    if settings.get("insecure"):
+        link: http.client.HTTPConnection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=LONGEST)
+    else:
+        tls = ssl.create_default_context(cafile=settings.get("root-certificates"))
+        link = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=LONGEST, context=tls)
+    try:
+        link.request("POST", PATH + call, body, {"Content-Type": MEDIA})
+        answer = link.getresponse()
+        return answer.status, answer.read()
+    finally:
+        link.close()
+
+
+def connection() -> dict[str, Any]:
+    """[superlink.remote-deployment]. Errors: OSError, ValueError."""
+    file = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr", "config.toml")
+    try:
+        return tomllib.loads(file.read_text())["superlink"][CONNECTION]
+    except (FileNotFoundError, KeyError, TypeError):
+        raise ValueError(f"no [superlink.{CONNECTION}] in {file}; scripts/setup writes it") from None
+
+
+def nodes() -> list[Any]:
+    """Every registration that the hub remembers, oldest first."""
+    answer = ask("list-nodes", control.ListNodesRequest(), control.ListNodesResponse)
+    return sorted(answer.nodes_info, key=lambda node: node.registered_at)
+
+
+def register(name: str, pem: bytes) -> None:
+    """Let the SuperNode in that has the key to this public one."""
+    ask("register-node", control.RegisterNodeRequest(public_key=pem, name=name), control.RegisterNodeResponse)
+
+
+def unregister(node: int) -> None:
+    """Cut a SuperNode off for good."""
+    ask("unregister-node", control.UnregisterNodeRequest(node_id=node), control.UnregisterNodeResponse)
+
+
+def run(number: str = "") -> Told | None:
+    """What the hub says of a run, or of the newest one; None where it knows none."""
+    if number and not number.isdecimal():
+        return None
+    request = control.ListRunsRequest(run_id=int(number)) if number else control.ListRunsRequest(limit=1)
+    try:
+        found = ask("list-runs", request, control.ListRunsResponse).run_dict.values()
+    except BouquetError as error:
+        if number and error.found.startswith("404"):
+            return None
+        raise
+    return next(map(told, found), None)
+
+
+def told(run: Any) -> Told:
+    state = f"{run.status.status}:{run.status.sub_status}".rstrip(":")
+    since = run.finished_at or run.running_at or run.starting_at or run.pending_at
+    return Told(str(run.run_id), state, text.line(run.status.details, text.LONGEST), since)

@@ -1,0 +1,194 @@
+"""A run while it works: round, who has replied, who is missing and since when, the deadline, the last error by site, the last good adapter.
+
+  scripts/hub status [RUN] [--follow] [--json]
+
+Exit code: 0 the run ended well, 1 it failed, 3 it still works, 2 there is nothing to tell.
+Enters: the run's history.json and status.json, what the hub says of it (a killed ServerApp cannot write that it failed,
+nor one that starts that it starts), the sites' last seen.
+Errors: REPORT-01, REPORT-02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from app import text
+from app.errors import BouquetError
+from bouquet.hub import adapters, control, roster
+from bouquet.report import progress
+from bouquet.report.reading import Run, read
+
+CODES = {"finished": 0, "failed": 1, "running": 3}
+WAITS = {  # by what Flower says of a run that has written nothing yet
+    "pending": "for the hub's SuperExec to take it; is `serverapp` up?",
+    "starting": "for its ServerApp to start; on a slow host that takes minutes",
+    "running": "for its ServerApp's first word, in the service `serverapp`",
+}
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the run's status, once or until it has ended; the exit code."""
+    with tempfile.TemporaryDirectory() as copies:
+        before = ""
+        while True:
+            found = find(args.run, Path(copies))
+            if isinstance(found, Run):
+                state, why = end_of(found)
+                facts, line = tell(found, state, why, seen()), progress.line(found)
+            else:
+                facts = early(found)
+                state, line = facts["state"], f"run {found.run}  {found.state} since {_clock(facts['since'])}"
+            if args.follow and state == "running":
+                if sys.stdout.isatty():
+                    print(progress.CLEAR + line, end="", flush=True)
+                elif line != before:
+                    print(line, flush=True)
+                before = line
+                time.sleep(2)
+                continue
+            if before and sys.stdout.isatty():
+                print()
+            print(json.dumps(facts, indent=1) if args.json else words(facts))
+            return CODES[state]
+
+
+def find(number: str, copies: Path) -> Run | control.Told:
+    """The run of that number, or the newest that the hub knows, else the newest on the volume.
+
+    What the hub says of it, where it has written nothing yet, or never will. Errors: REPORT-01, REPORT-02.
+    """
+    try:
+        told = control.run(number)
+    except BouquetError:  # without a hub there is what it has written
+        told = None
+    try:
+        return read(adapters.run(number or (told.run if told else ""), copies))
+    except BouquetError as error:
+        if error.code != "REPORT-01":
+            raise
+        if told and (number or told.state != "finished:completed"):
+            return told
+        if number or not told:
+            raise
+    return read(adapters.run("", copies))  # somebody has taken the newest run's folder away
+
+
+def end_of(run: Run) -> tuple[str, str]:
+    """(running, finished or failed; why). The history says it, unless the ServerApp was killed: then Flower alone knows."""
+    if run.state != "running":
+        return run.state, run.history.get("error", "")
+    try:
+        told = control.run(str(run.history["run"]))
+    except BouquetError as error:
+        return "running", f"the hub does not answer now: {error}"
+    if told is None:
+        return "failed", "the hub does not know this run any more: its state was made anew"
+    if not told.state.startswith("finished"):
+        return "running", ""
+    details = f": {told.details}" if told.details else ""
+    return "failed", f"Flower says {told.state}{details}; the ServerApp ended before it could say why"
+
+
+def early(told: control.Told) -> dict[str, Any]:
+    """The facts of a run that has written nothing: what it waits for, or why it never will."""
+    waits, said = told.state in WAITS, told.details or "the ServerApp ended before it wrote anything"
+    return {
+        "run": told.run,
+        "state": "running" if waits else "failed",
+        "doing": told.state if waits else "",
+        "why": "" if waits else f"Flower says {told.state}: {said}",
+        "rounds": {"done": 0, "wanted": None},
+        "round": None,
+        "try": None,
+        "since": datetime.fromisoformat(told.since).astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "deadline": None,
+        "for": WAITS.get(told.state),
+        "replied": [],
+        "missing": {},
+        "took": {},
+        "errors": {},
+        "adapter": None,
+    }
+
+
+def seen() -> dict[str, str]:
+    """Site -> since when the hub has not heard of it, of those that are not online; {} when the hub does not answer."""
+    try:
+        return {site.name: site.seen or "never" for site in roster.registered() if site.state != "online"}
+    except BouquetError:
+        return {}
+
+
+def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, Any]:
+    """The facts, by name; times are UTC in ISO 8601."""
+    status, waiting = run.status, state == "running" and run.status.get("state", "").startswith("waiting")
+    errors: dict[str, str] = {}
+    for number, site, reason in run.refused:
+        errors[site] = f"round {number}: {reason}"
+    return {
+        "run": run.history["run"],
+        "state": state,
+        "doing": status.get("state", "") if state == "running" else "",
+        "why": why,
+        "rounds": {"done": len(run.rounds), "wanted": run.wanted},
+        "round": status.get("round") if state == "running" else None,
+        "try": status.get("attempt", 0) + 1 if waiting else None,
+        "since": _utc(status.get("since")) if waiting else None,
+        "deadline": _utc(status.get("deadline")) if waiting else None,
+        "for": None,
+        "replied": status.get("replied", []) if state == "running" else [],
+        "missing": {site: offline.get(site, "online") for site in status.get("missing", [])} if waiting else {},
+        "took": roster.took(status) if waiting else {},
+        "errors": errors,
+        "adapter": f"{run.history['run']}/round-{run.rounds[-1]['round']:04d}" if run.rounds else None,
+    }
+
+
+def words(facts: dict[str, Any], now: float | None = None) -> str:
+    """For people: a line a fact."""
+    now = time.time() if now is None else now
+    done, wanted = facts["rounds"]["done"], facts["rounds"]["wanted"]
+    lines = [f"run       {facts['run']}  {facts['state']}" + (f", {facts['doing']}" if facts["doing"] else "")]
+    if wanted is not None:
+        lines.append(f"rounds    {done} of {wanted} done" + (f", now {facts['round']}" if facts["round"] else ""))
+    if facts["why"]:
+        lines.append(f"why       {facts['why']}")
+    if facts["for"]:
+        lines.append(f"waiting   since {_clock(facts['since'])}, {facts['for']}")
+    elif facts["deadline"]:
+        left = datetime.fromisoformat(facts["deadline"]).timestamp() - now
+        attempt = f", try {facts['try']}" if facts["try"] > 1 else ""
+        lines.append(f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s more){attempt}")
+    if facts["replied"]:
+        lines.append(f"replied   {', '.join(facts['replied'])}")
+    for site, since in facts["missing"].items():
+        doing = working(site, facts, now) if since == "online" else f"offline since {_clock(since)}"
+        lines.append(f"missing   {site}  {doing}")
+    lines += [f"refused   {site}  {reason}" for site, reason in facts["errors"].items()]
+    lines.append(f"adapter   {facts['adapter']}" if facts["adapter"] else "adapter   none yet")
+    if facts["state"] == "failed" and facts["adapter"]:
+        lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
+    if facts["state"] == "finished":
+        lines.append("next      scripts/report")
+    return "\n".join(text.printable(line) for line in lines)
+
+
+def working(site: str, facts: dict[str, Any], now: float) -> str:
+    """What is known of a site that has a message and has not replied yet."""
+    since = f" for {max(0, now - datetime.fromisoformat(facts['since']).timestamp()):.0f} s" if facts["since"] else ""
+    return f"at work{since}" + (f", the last time {facts['took'][site]:.0f} s" if site in facts["took"] else "")
+
+
+def _utc(seconds: float | None) -> str | None:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat() if seconds is not None else None
+
+
+def _clock(time_: str) -> str:
+    return f"{datetime.fromisoformat(time_):%H:%M:%S} UTC" if time_ != "never" else "its admission"

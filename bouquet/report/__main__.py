@@ -1,0 +1,85 @@
+"""One HTML file about one run: did it work, what to look at, pictures by round, sites, time, GPU, files and hashes.
+
+  scripts/report [RUN] [--out FILE] [--follow]
+
+RUN     a run's folder or its id; default: the last run that ended well (latest)
+--out   where the page goes; default: report.html in the run's folder; - writes it to standard output
+--follow  while the run works: its progress here, and a new page after every round; exit code 1 when the run fails
+
+The page asks nobody for anything: it opens from disk. Errors: REPORT-01 to REPORT-03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from app.errors import BouquetError
+from bouquet.report.page import page
+from bouquet.report.progress import follow
+from bouquet.report.reading import Run, read
+
+ADAPTERS = Path(os.environ.get("BOUQUET_ADAPTERS", ".bouquet/adapters"))
+
+
+def main() -> int:
+    asked = arguments()
+    try:
+        folder = find(asked.run)
+        if not asked.follow:
+            told = write(read(folder), asked.out)
+            print(told, file=sys.stderr if asked.out == "-" else sys.stdout)
+            return 0
+        run = follow(folder, sys.stdout, lambda run: write(run, asked.out))
+        print(f"report  {target(run, asked.out)}")
+        return 0 if run.state == "finished" else 1
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", default="latest", help="a run's folder or its id")
+    parser.add_argument("--out", default="", help="where the page goes")
+    parser.add_argument("--follow", action="store_true", help="until the run has ended")
+    asked = parser.parse_args()
+    if asked.follow and asked.out == "-":
+        parser.error("--follow writes a file again and again; give --out a file")
+    return asked
+
+
+def find(run: str) -> Path:
+    """A run's folder, from its path or from its id on the shared volume."""
+    return Path(run) if Path(run).is_dir() else ADAPTERS / run
+
+
+def target(run: Run, out: str) -> Path:
+    return Path(out) if out else run.folder / "report.html"
+
+
+def write(run: Run, out: str) -> str:
+    """The page to its place, in one step; what to tell the person. Errors: REPORT-03."""
+    text = page(run)
+    if out == "-":
+        sys.stdout.write(text)
+        return "report  standard output"
+    file = target(run, out)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError as error:
+        found, fix = f"{file}: {error.strerror}", "name a place where you may write: scripts/report --out FILE"
+        raise BouquetError("REPORT-03", "The report cannot be written there.", found=found, fix=fix) from None
+    return f"report  {file}"
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

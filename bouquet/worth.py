@@ -1,0 +1,203 @@
+"""Was joining worth it? Each site measures its own column, at the site; the hub puts the columns together.
+
+  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT] [--pictures] [--out FILE]
+  scripts/worth collect RUN COLUMN...
+
+measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for their seed,
+          and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in FILE (default:
+          NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all sites' steps. --judge,
+          for the demo's base model, adds the share of COUNT pictures a species in which the judge sees what was asked for.
+          Photos that are private need the site's own cache folder, where its secret is, and its SITE_LIMITS.
+          --pictures draws the first RUN's prompts under each contender, from the same seeds, into FILE's .png: look at it, and
+          send it along if you agree to it being shown.
+collect   at the hub: worth.json in RUN's folder, for scripts/report; a picture that lies beside a COLUMN comes along.
+
+Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.adapter import store
+from app.config import RunConfig
+from app.errors import BouquetError
+from app.site.limits import Limits
+from bouquet.report import pictures, worth
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/worth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("name")
+    one.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--models", type=Path, default=Path("models"))
+    one.add_argument("--cache", type=Path)
+    one.add_argument("--pool", type=Path, nargs="+", default=[])
+    one.add_argument("--judge", type=int, default=0)
+    one.add_argument("--pictures", action="store_true")
+    one.add_argument("--out", type=Path)
+    one.set_defaults(work=measure_to_file)
+    two = commands.add_parser("collect")
+    two.add_argument("run", type=Path, metavar="RUN")
+    two.add_argument("columns", nargs="+", type=Path, metavar="COLUMN")
+    two.set_defaults(work=lambda asked: collect(asked.run, asked.columns))
+    asked = parser.parse_args()
+    try:
+        print(f"worth  {asked.work(asked)}")
+    except BouquetError as error:
+        print(error.report(), file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_to_file(asked: argparse.Namespace) -> Path:
+    out = asked.out or Path(f"{asked.name}.worth.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        cached = asked.cache or Path(scratch) / "cache"
+        shown = out.with_suffix(".png") if asked.pictures else None
+        column = measure(asked.name, asked.data, asked.runs, asked.models, cached, asked.pool, asked.judge, shown)
+    out.write_text(json.dumps(column, indent=1) + "\n")
+    if shown:
+        print(f"picture  {shown}   look at it; it goes to the hub only if you send it along")
+    print(worth.verdict(asked.name, column).sentence)
+    return out
+
+
+def alike(runs: list[Path]) -> list[RunConfig]:
+    """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and in that alone."""
+    histories = [json.loads((run / "history.json").read_text()) for run in runs]
+    configs = [RunConfig(**history["config"]) for history in histories]
+    same = {replace(config, seed=0) for config in configs}
+    bases = {history["base"]["fingerprint"] for history in histories}
+    whole = all(history["state"] == "finished" for history in histories)
+    if len(same) > 1 or len(bases) > 1 or len({config.seed for config in configs}) < len(configs) or not whole:
+        raise BouquetError(
+            "WORTH-01",
+            "These runs cannot be compared.",
+            found=", ".join(f"{run.name}: {h['state']}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)),
+            fix="give finished runs that are alike but for their seed: --run-config 'seed=43'",
+        )
+    return configs
+
+
+def measure(
+    name: str, data: Path, runs: list[Path], models: Path, cached: Path, pool: list[Path], judge: int, shown: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
+    from app import model
+    from app.adapter import sample
+    from app.site import train
+
+    loss: dict[str, list[float]] = {contender: [] for contender in worth.CONTENDERS if pool or contender != "pooled"}
+    judged: dict[str, list[float]] = {contender: [] for contender in loss}
+    configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
+    base, held_out = model.locate(configs[0].base_model, models), []
+    for run, config in zip(runs, configs, strict=True):
+        site = train.Site(config, models, data, cached, "", limits=own)
+        held_out.append(len(site.held_out.keys))
+        fresh = model.new_adapter(base, config)
+        adapters = {"base": fresh, "alone": alone(site, fresh, name, config.rounds), "federated": store.read_adapter(run / "final")}
+        if pool:
+            with tempfile.TemporaryDirectory() as scratch:
+                aside = site.held_out.keys if site.privacy.private else ()
+                photos = together([data, *pool], Path(scratch) / "photos", aside)
+                everyone = train.Site(config, models, photos, Path(scratch) / "cache", "")
+                adapters["pooled"] = alone(everyone, fresh, "pooled", config.rounds * (1 + len(pool)))
+        for contender, adapter in adapters.items():
+            model.apply_adapter(site.unet, adapter)
+            loss[contender].append(site.privacy.number(site.evaluate()))
+            if judge:
+                judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
+        if shown and run == runs[0]:
+            sample.sheet(base, {who: None if who == "base" else adapter for who, adapter in adapters.items()}, config).save(shown)
+        print(f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True)
+    steps = configs[0].rounds * configs[0].local_steps
+    column = {"site": name, "seeds": [c.seed for c in configs], "steps": steps, "held_out": min(held_out), "loss": loss}
+    return column | ({"judge": judged} if judge else {})
+
+
+def alone(site, start, name: str, rounds: int):
+    """`rounds` rounds of local steps without a hub, by the seeds that the site has in the run: round 1 is the run's own."""
+    from app import model
+
+    model.apply_adapter(site.unet, start)
+    for number in range(1, rounds + 1):
+        site.fit(site.privacy.seed(site.config.seed, name, number))
+    return model.adapter_of(site.unet)
+
+
+def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> Path:
+    """All photos and captions in one folder, but for those set aside by their keys.
+
+    Where photos are public one is held out by its bytes, so that the same ones are held out here; those that a site with private photos
+    has held out by its secret are set aside. Whoever may read this folder has all of it: no hub asks about it.
+    """
+    from app.site import privacy
+    from app.site.photos import data
+
+    target.mkdir()
+    lines = []
+    for number, folder in enumerate(folders):
+        for photo in data.scan(folder).photos:
+            if photo.key in aside:
+                continue
+            file = f"{number}-{photo.key}{Path(photo.name).suffix or '.png'}"
+            (target / file).write_bytes(photo.load())
+            lines.append(json.dumps({"file_name": file, "text": photo.caption}))
+    (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    privacy.declare_public(target, data.scan(target).photos)
+    return target
+
+
+def right(base: Path, adapter, config: RunConfig, count: int) -> float:
+    """The mean share, over all species, of pictures in which the demo's judge sees what was asked for."""
+    from app.adapter import sample
+    from models.mini import compare
+
+    return statistics.fmean(compare.score(sample.pipeline(base, config), adapter, config, count).values())
+
+
+def collect(run: Path, files: list[Path]) -> Path:
+    """worth.json in the run's folder. Errors: WORTH-02 unless the columns have the same seeds and steps, REPORT-04."""
+    columns = [json.loads(file.read_text()) for file in files]
+    if len({json.dumps([c.get("seeds"), c.get("steps")]) for c in columns}) > 1 or len({c.get("site") for c in columns}) < len(columns):
+        raise BouquetError(
+            "WORTH-02",
+            "The sites' columns do not fit each other.",
+            found=", ".join(f"{c.get('site')}: seeds {c.get('seeds')}, {c.get('steps')} steps" for c in columns),
+            fix="let every site measure the same runs once: scripts/worth measure",
+        )
+    sites = {c["site"]: {key: c[key] for key in ("held_out", "loss", "judge") if key in c} for c in columns}
+    for file, column in zip(files, columns, strict=True):
+        if (shown := file.with_suffix(".png")).is_file():
+            sites[column["site"]]["picture"] = base64.b64encode(shown.read_bytes()).decode()
+    told = {"run": run.resolve().name, "seeds": columns[0]["seeds"], "steps": columns[0]["steps"], "sites": sites}
+    worth.check(told)
+    for measured in told["sites"].values():
+        pictures.unpacked(measured.get("picture"))
+    target = run / "worth.json"
+    temporary = target.with_name(".worth.json.tmp")
+    temporary.write_text(json.dumps(told, indent=1) + "\n")
+    temporary.replace(target)
+    for found in worth.verdicts(told):
+        print(f"{found.site}  {found.sentence}")
+    return target
+
+
+if __name__ == "__main__":
+    from bouquet.ended import quietly
+
+    sys.exit(quietly(main))

@@ -1,0 +1,1 @@
+"""What tests share: a tiny base model and its data, a federation in one process, a false hub, a driver's stand-in."""
