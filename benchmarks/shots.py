@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.browser import Browser
-from bouquet.report.__main__ import find
+from bouquet.report.command import find
 from bouquet.report.page import page
 from bouquet.report.reading import read
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,7 +19,8 @@ from app.errors import BouquetError
 from bouquet import ROOT, __version__
 
 WIDE = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110}}
-bouquet = typer.Typer(name="bouquet", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, **WIDE)
+ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
+bouquet = typer.Typer(name="bouquet", no_args_is_help=True, pretty_exceptions_enable=False, **WIDE)
 hub, site, adapter, measure, worth, data = (
     typer.Typer(no_args_is_help=True, help=about, **WIDE)
     for about in (
@@ -44,9 +45,19 @@ Base = Annotated[str, typer.Option("--base", metavar="NAME", help="base model of
 MODELS = ROOT / "models"
 
 
-def given(context: typer.Context, **more: Any) -> SimpleNamespace:
-    """What was typed, by name."""
-    return SimpleNamespace(**{**context.params, **more})
+def given(words: dict[str, Any]) -> SimpleNamespace:
+    """What was typed, by name: a command's own locals()."""
+    return SimpleNamespace(**words)
+
+
+def outside(script: str, *arguments: str) -> NoReturn:
+    """One of the programs that work before Python is there, in this process's place."""
+    import os
+
+    if not (file := ROOT / "scripts" / script).is_file():
+        raise BouquetError("HOST-18", "This is not in the image.", found=f"no {file}", fix=f"in a clone: scripts/{script}")
+    sys.stdout.flush()
+    os.execv(file, [str(file), *arguments])
 
 
 def wrong(what: str) -> typer.BadParameter:
@@ -61,24 +72,34 @@ def root(version: Annotated[bool, typer.Option("--version", help="the version of
         raise typer.Exit
 
 
+@bouquet.command(context_settings=ANY)
+def doctor(context: typer.Context) -> None:
+    """What is wrong with this host: Python, Docker, ports, disk, certificates, settings, each with its fix."""
+    outside("doctor", *context.args)
+
+
+@bouquet.command(context_settings=ANY)
+def demo(context: typer.Context) -> None:
+    """From a clone to a federated adapter and its pictures. Options: scripts/demo --help."""
+    outside("demo", *context.args)
+
+
 # --- hub -----------------------------------------------------------------------------------------------------------------
 
 
 @hub.command()
 def invite(
-    context: typer.Context,
     name: Name,
     hub: Annotated[str | None, typer.Option("--hub", metavar="HOST:PORT", help="where the site finds the hub; default: HUB_HOST, HUB_PORT in .env")] = None,
 ) -> None:
     """The join kit for a new site, .bouquet/kits/NAME.tar.gz; it holds no secret."""
     from bouquet.hub import admission
 
-    admission.invite(given(context))
+    admission.invite(name, hub)
 
 
 @hub.command()
 def admit(
-    context: typer.Context,
     name: Name,
     key: Annotated[Path, typer.Argument(metavar="KEY.pub")],
     images: Annotated[int | None, typer.Option(metavar="N", help="weigh this site as N images at most, whatever it reports")] = None,
@@ -87,28 +108,27 @@ def admit(
     """Let the site with this public key in, after a look at its fingerprint."""
     from bouquet.hub import admission
 
-    admission.admit(given(context))
+    admission.admit(name, key, images, fingerprint)
 
 
 @hub.command()
-def revoke(context: typer.Context, name: Name) -> None:
+def revoke(name: Name) -> None:
     """Cut a site off at once, for good: it may come back with a new key alone."""
     from bouquet.hub import admission
 
-    admission.revoke(given(context))
+    admission.revoke(name)
 
 
 @hub.command()
-def sites(context: typer.Context, json: Json = False) -> None:
+def sites(json: Json = False) -> None:
     """Every site: state, last seen, images, GPU, rounds taken part in."""
     from bouquet.hub import admission
 
-    admission.sites(given(context))
+    admission.sites(json)
 
 
 @hub.command()
 def status(
-    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="a run's id; default: the newest")] = "",
     follow: Annotated[bool, typer.Option("--follow", help="a line for every change until the run has ended")] = False,
     json: Json = False,
@@ -118,7 +138,7 @@ def status(
 
     if run and not run.isdecimal():
         raise wrong(f"{run!r} is no run's id")
-    raise typer.Exit(status.show(given(context)))
+    raise typer.Exit(status.show(run, follow, json))
 
 
 @hub.command()
@@ -140,9 +160,9 @@ def page(
     host: Annotated[str, typer.Option(hidden=True)] = "127.0.0.1",  # a container's own, which Compose shows on loopback alone
 ) -> None:
     """The hub's page: sites, the run that works, earlier ones; it may only read."""
-    from bouquet.hub import live
+    from bouquet.hub.live import serve
 
-    live.serve(host, port)
+    serve.serve(host, port)
 
 
 # --- a site ----------------------------------------------------------------------------------------------------------------
@@ -176,8 +196,23 @@ def journal(
 
 
 @bouquet.command()
+def run(
+    run_config: Annotated[str, typer.Option(help="as for flwr run: 'rounds=2 local-steps=5', or a .toml file")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="start it, and do not wait for its end")] = False,
+) -> None:
+    """Start a run and follow it to its real end: exit code 0 when it ended well, where `flwr run --stream` has 0 in any case."""
+    from bouquet.hub import runs
+
+    number = runs.start_run(run_config)
+    print(f"run {number} has started; bouquet hub status {number}", flush=True)
+    if not detach:
+        state, details = runs.follow(number, lambda line: print(line, flush=True), timeout=float("inf"))
+        print(f"run {number}  {state}  {details}".rstrip())
+        raise typer.Exit(int(state != "finished:completed"))
+
+
+@bouquet.command()
 def report(
-    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="[RUN]", help="a run's folder or its id; default: the last run that ended well")] = "latest",
     out: Annotated[str, typer.Option(help="where the page goes; default: report.html in the run's folder; - is standard output")] = "",
     follow: Annotated[bool, typer.Option("--follow", help="while the run works: its progress, and a new page after every round")] = False,
@@ -187,7 +222,7 @@ def report(
 
     if follow and out == "-":
         raise wrong("--follow writes a file again and again; give --out a file")
-    raise typer.Exit(command.report(given(context)))
+    raise typer.Exit(command.report(run, out, follow))
 
 
 # --- its adapter -----------------------------------------------------------------------------------------------------------
@@ -195,7 +230,6 @@ def report(
 
 @adapter.command()
 def sample(
-    context: typer.Context,
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given again; default: the run's own prompts")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a text file, a prompt a line")] = None,
     adapter: Lora = None,
@@ -211,6 +245,7 @@ def sample(
     merge: Annotated[Path | None, typer.Option(metavar="DIR", help="write base model and adapter as one pipeline folder, and draw nothing")] = None,
 ) -> None:
     """Before/after pictures: the same prompts and seeds without the adapter and with it."""
+    asked = given(locals())
     from bouquet.adapter import sample
 
     if grid and strength != 1.0:
@@ -221,13 +256,12 @@ def sample(
             lines += [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise wrong(f"--prompts {prompts}: {error}") from None
-    asked = given(context, prompt=lines)
+    asked.prompt = lines
     sample.merge(asked) if merge else sample.draw(asked)
 
 
 @adapter.command()
 def publish(
-    context: typer.Context,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
     adapter: Lora = None,
     base: Base = "",
@@ -239,6 +273,7 @@ def publish(
     name_sites: Annotated[bool, typer.Option("--name-sites", help="leave the sites' names in provenance.json")] = False,
 ) -> None:
     """To Hugging Face, with its card and pictures, after every file was seen to draw the same."""
+    asked = given(locals())
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from bouquet.adapter import publish
@@ -249,7 +284,7 @@ def publish(
             raise HFValidationError(f"{repo} has no owner: OWNER/NAME")
     except HFValidationError as error:
         raise wrong(str(error)) from None
-    publish.publish(given(context))
+    publish.publish(asked)
 
 
 # --- was it worth it, and is it any good -------------------------------------------------------------------------------------
@@ -257,7 +292,6 @@ def publish(
 
 @measure.command("pictures")
 def measure_pictures(
-    context: typer.Context,
     run: Run,
     models: Models = Path("models"),
     count: Annotated[int, typer.Option(min=2, help="pictures a prompt")] = 16,
@@ -267,16 +301,16 @@ def measure_pictures(
     clip: Annotated[Path | None, typer.Option(help="CLIP score by the model in this folder")] = None,
 ) -> None:
     """Of the base model and of a run's adapter, from the same seeds: diversity, the judge, KID, CLIP score."""
+    asked = given(locals())
     from bouquet.adapter import measure
 
     if kid not in ("inception", "judge"):
         raise wrong(f"--kid is inception or judge, not {kid}")
-    print(*measure.measure(given(context)), sep="\n")
+    print(*measure.measure(asked), sep="\n")
 
 
 @measure.command("memory")
 def measure_memory(
-    context: typer.Context,
     name: Name,
     run: Run,
     data: Annotated[Path, typer.Option(help="the site's photos")],
@@ -286,9 +320,10 @@ def measure_memory(
     out: Annotated[Path | None, typer.Option(help="default: NAME.memory.json")] = None,
 ) -> None:
     """At a site: does the adapter draw its photos? Only distances are in the file."""
+    asked = given(locals())
     from bouquet.adapter import measure
 
-    print(*measure.remember(given(context)), sep="\n")
+    print(*measure.remember(asked), sep="\n")
 
 
 @measure.command("collect")
@@ -301,7 +336,6 @@ def measure_collect(run: Run, columns: Columns) -> None:
 
 @worth.command("measure")
 def worth_measure(
-    context: typer.Context,
     name: Name,
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs' folders")],
     data: Annotated[Path, typer.Option(help="the site's photos")],
@@ -313,9 +347,11 @@ def worth_measure(
     out: Annotated[Path | None, typer.Option(help="default: NAME.worth.json")] = None,
 ) -> None:
     """At a site: training alone against the federated adapter, on its own held-out photos."""
+    asked = given(locals())
     from bouquet import worth
 
-    print(f"worth  {worth.measure_to_file(given(context, pool=pool or []))}")
+    asked.pool = pool or []
+    print(f"worth  {worth.measure_to_file(asked)}")
 
 
 @worth.command("collect")
@@ -328,7 +364,6 @@ def worth_collect(run: Run, columns: Columns) -> None:
 
 @data.command()
 def partition(
-    context: typer.Context,
     dataset: Annotated[str, typer.Option(help="mini (drawn here), a folder, or a data set's name at Hugging Face")] = "mini",
     sites: Annotated[int, typer.Option(help="how many")] = 2,
     out: Annotated[Path, typer.Option(help="folder for site-1 ...")] = ROOT / ".bouquet" / "data",
@@ -341,11 +376,16 @@ def partition(
     split: Annotated[str, typer.Option(help="which split of the data set")] = "train",
 ) -> None:
     """Divide a data set among sites: site-1 ... site-N, each a folder of images with metadata.jsonl."""
+    asked = given(locals())
     from bouquet.data import partition
 
     if by not in (None, "iid", "dirichlet", "label"):
         raise wrong(f"--by is iid, dirichlet or label, not {by}")
-    partition.divide(given(context))
+    if dataset == "mini" and (by or caption_template):
+        raise wrong("mini has its own captions, and its sites hold different species: no --by, no --caption-template")
+    if sites < 1 or alpha <= 0 or (images_per_site is not None and images_per_site < 2):
+        raise wrong("--sites starts at 1, --images-per-site at 2, --alpha above 0")
+    partition.divide(asked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

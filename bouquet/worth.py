@@ -17,16 +17,15 @@ Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not f
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from app.adapter import store
@@ -36,34 +35,7 @@ from app.site.limits import Limits
 from bouquet.report import pictures, worth
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/worth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("measure")
-    one.add_argument("name")
-    one.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--models", type=Path, default=Path("models"))
-    one.add_argument("--cache", type=Path)
-    one.add_argument("--pool", type=Path, nargs="+", default=[])
-    one.add_argument("--judge", type=int, default=0)
-    one.add_argument("--pictures", action="store_true")
-    one.add_argument("--out", type=Path)
-    one.set_defaults(work=measure_to_file)
-    two = commands.add_parser("collect")
-    two.add_argument("run", type=Path, metavar="RUN")
-    two.add_argument("columns", nargs="+", type=Path, metavar="COLUMN")
-    two.set_defaults(work=lambda asked: collect(asked.run, asked.columns))
-    asked = parser.parse_args()
-    try:
-        print(f"worth  {asked.work(asked)}")
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    return 0
-
-
-def measure_to_file(asked: argparse.Namespace) -> Path:
+def measure_to_file(asked: SimpleNamespace) -> Path:
     out = asked.out or Path(f"{asked.name}.worth.json")
     with tempfile.TemporaryDirectory() as scratch:
         cached = asked.cache or Path(scratch) / "cache"
@@ -195,9 +167,3 @@ def collect(run: Path, files: list[Path]) -> Path:
     for found in worth.verdicts(told):
         print(f"{found.site}  {found.sentence}")
     return target
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

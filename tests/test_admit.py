@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -65,11 +64,11 @@ def key(folder: Path) -> Path:
 
 def admit(file: Path, images: int | None = 5) -> None:
     read_out = roster.Key.read(file).fingerprint
-    admission.admit(argparse.Namespace(name="garden", key=file, fingerprint=read_out, images=images))
+    admission.admit("garden", file, images, read_out)
 
 
 def revoke() -> None:
-    admission.revoke(argparse.Namespace(name="garden"))
+    admission.revoke("garden")
 
 
 @pytest.mark.parametrize("stood", [{}, {"garden.pub": "waits", "garden.json": '{"images": 9}\n'}])

@@ -144,7 +144,7 @@ def test_the_preflight_of_a_site_without_a_gpu_looks_at_all_that_is_here(tmp_pat
     """The base model, the photos, the memory; its hub is not there."""
     models, cache = ("/models", "/cache") if IMAGE else (str(ROOT / "models"), str(tmp_path))
     places = {"BOUQUET_MODELS": models, "BOUQUET_DATA": f"{models}/mini", "BOUQUET_CACHE": cache}
-    done = run("-m", "bouquet.site.preflight", "--fast", "--json", SITE_NAME="rose", SITE_GPU="none", CUDA_VISIBLE_DEVICES="", **places)
+    done = run("-m", "bouquet", "site", "check", "--fast", "--json", SITE_NAME="rose", SITE_GPU="none", CUDA_VISIBLE_DEVICES="", **places)
     states = {line["name"]: line["state"] for line in json.loads(done.stdout)["checks"]}
     assert states["memory"] in ("pass", "warn") and states["disk"] in ("pass", "warn"), done.stdout
     assert {name: state for name, state in states.items() if name not in ("memory", "disk")} == {

@@ -272,14 +272,14 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
     """Whether the publishers that sites pin are known there or not."""
     sh("mkdir -p certs && touch certs/trusted.yaml", copy)
     for _ in range(2):
-        told = sh(".venv/bin/python -m bouquet.hub.sign", copy, check=False, BOUQUET_OPERATOR="1")
+        told = sh("scripts/hub sign", copy, check=False, BOUQUET_OPERATOR="1")
         assert told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator scripts/hub sign" in told.stdout
         assert not (copy / "certs/publisher.key").exists()
         (copy / "certs/trusted.yaml").unlink(missing_ok=True)
 
 
 def test_who_reads_no_more_ends_a_command_without_a_traceback(copy: Path) -> None:
-    told = sh("scripts/certs; .venv/bin/python -m bouquet.hub.sign | head -1", copy)
+    told = sh("scripts/certs; scripts/hub sign | head -1", copy)
     assert "Traceback" not in told.stdout and "sign: bundle" in told.stdout
 
 

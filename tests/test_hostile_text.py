@@ -195,7 +195,7 @@ def sites_table(run: Told) -> str:
         patch.setenv("BOUQUET_ADAPTERS", str(run.folder.parent))
         patch.setattr(roster, "registered", lambda: [roster.site_of(node)])
         for as_json in (False, True):
-            admission.sites(SimpleNamespace(json=as_json))
+            admission.sites(as_json)
         return out.getvalue() + "\n".join(texts(roster.deeds(adapters.histories()))) + "\n".join(site.name for site in roster.registered())
 
 
@@ -363,14 +363,14 @@ def test_a_reply_is_fetched_up_to_its_bound_and_with_one_array():
 
 
 def test_a_reply_that_fails_in_an_unforeseen_way_spoils_no_other(tmp_path, monkeypatch):
-    accept = exchange.aggregate.accept
+    accept = exchange.guard.accept
 
     def fails(message, *args, site, **kwargs):
         if site == "site-2":
             raise RecursionError(FIELD)
         return accept(message, *args, site=site, **kwargs)
 
-    monkeypatch.setattr(exchange.aggregate, "accept", fails)
+    monkeypatch.setattr(exchange.guard, "accept", fails)
     kept, refused = exchanged({2: "site-1", 3: "site-2"}, tmp_path / "7", monkeypatch)
     reason = "HUB-05  The reply could not be read (RecursionError)."
     assert kept == ["site-1"] and refused == [{"site": "site-2", "reason": reason}]
@@ -379,7 +379,7 @@ def test_a_reply_that_fails_in_an_unforeseen_way_spoils_no_other(tmp_path, monke
 def test_many_sites_make_no_endless_sentence(tmp_path, monkeypatch):
     names = {node: f"site-{node}" for node in range(100, 140)}
     monkeypatch.setattr(model, "check_adapter", lambda *_: None)
-    monkeypatch.setattr(exchange.aggregate, "accept", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(exchange.guard, "accept", lambda *_, **__: 1 / 0)
     with pytest.raises(BouquetError, match="HUB-02") as caught:
         exchanged(names, tmp_path / "7", monkeypatch)
     assert str(caught.value).count("HUB-05") == 20 and str(caught.value).endswith("; and 20 more")

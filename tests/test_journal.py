@@ -80,6 +80,6 @@ def test_a_line_that_a_power_cut_has_spoilt_is_none_and_those_after_it_count(tmp
 
 def test_the_reader_is_a_command_that_needs_neither_torch_nor_a_model(tmp_path):
     journal.note(tmp_path, run="7", round=1, sent="", images=3, applied="aa")
-    code = f"import runpy, sys; sys.argv = ['journal', {str(tmp_path)!r}]; runpy.run_module('app.site.journal', run_name='__main__'); assert 'torch' not in sys.modules"
+    code = f"import sys; from bouquet import cli; assert cli.main(['site', 'journal', {str(tmp_path)!r}]) == 0; assert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.startswith("run 7  trained in 0 rounds, measured in 1 more, ") and shown.endswith("in the last seven days: 1 runs, 1 messages\n")

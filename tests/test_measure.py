@@ -14,6 +14,7 @@ from PIL import Image
 from app.adapter import sample
 from app.errors import BouquetError
 from app.site import cache
+from bouquet import cli
 from bouquet.adapter import measure, memorised, pictures
 from bouquet.report import findings, memorisation
 from bouquet.report.page import page
@@ -169,15 +170,13 @@ def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
     ("options", "words"),
     [("--photos {data}", "torch_fidelity"), ("--photos {data} --kid judge", "torchmetrics"), ("--clip {data}", "torchmetrics")],
 )
-def test_a_measure_that_cannot_be_taken_is_named_before_anything_is_drawn(run, site, monkeypatch, options, words):
+def test_a_measure_that_cannot_be_taken_is_named_before_anything_is_drawn(run, site, monkeypatch, capsys, options, words):
     found = pictures.find_spec
     monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == words else found("json"))
     monkeypatch.setattr(sample, "pipeline", lambda *_: pytest.fail("something was drawn"))
-    monkeypatch.setattr("sys.argv", ["measure", "pictures", str(run), *options.format(data=site).split()])
-    asked = measure.arguments()
-    with pytest.raises(BouquetError, match="MEASURE-01") as refused:
-        asked.work(asked)
-    assert words in refused.value.found
+    assert cli.main(["measure", "pictures", str(run), *options.format(data=site).split()]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("MEASURE-01") and words in told
 
 
 def test_missing_weights_are_named_and_not_fetched(monkeypatch, tmp_path):

@@ -25,10 +25,10 @@ from models.mini.draw import UNSEEN, site_photos
 SHARED = ROOT.parent / "shared" / "data"
 CLASSES = ("pink primrose", "tiger lily", "globe-flower", "corn_poppy")
 NO_NETWORK = """
-import os, runpy, socket, sys
+import os, socket, sys
 socket.socket.connect = socket.getaddrinfo = lambda *a, **k: os._exit(99)
-sys.argv = ["partition", *sys.argv[1:]]
-runpy.run_path("scripts/partition", run_name="__main__")
+from bouquet import cli
+sys.exit(cli.main(["data", "partition", *sys.argv[1:]]))
 """
 
 

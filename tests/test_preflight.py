@@ -29,6 +29,7 @@ from app import model
 from app.errors import BouquetError
 from app.site import privacy, train
 from app.site.photos import data
+from bouquet import cli
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import connect, flwr, nodes_online
 from bouquet.site import preflight, reach
@@ -271,7 +272,7 @@ def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
 ) -> None:
     for name, value in {"HUB": federation.address, "CA": federation.certs / "ca.crt", "SITE_KEY": federation.certs / "site-1.key"}.items():
         monkeypatch.setenv(name, str(value))
-    assert preflight.main([]) == 0
+    assert cli.main(["site", "check"]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("bouquet: encoded")]
     assert [line.split()[:2] for line in shown[:-1]] == [
         ["pass", "name"], ["pass", "gpu"], ["skip", "driver"], ["skip", "others"], ["pass", "disk"], ["pass", "hub"], ["pass", "clock"],
@@ -283,7 +284,7 @@ def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
 
 
 def test_the_fast_part_leaves_out_the_decoding_and_the_step_and_prints_json_when_asked(site: dict[str, str], capsys: pytest.CaptureFixture) -> None:
-    assert preflight.main(["--fast", "--json"]) == 1  # there is no hub
+    assert cli.main(["site", "check", "--fast", "--json"]) == 1  # there is no hub
     report = json.loads(capsys.readouterr().out)
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert report["ok"] is False and "decode" not in states and "step" not in states
@@ -302,7 +303,7 @@ def test_what_a_failed_check_makes_pointless_is_skipped_and_said_so(site: dict[s
 
 
 def test_an_unknown_run_config_key_ends_the_preflight_with_its_name(site: dict[str, str], capsys: pytest.CaptureFixture) -> None:
-    assert preflight.main(["--run-config", "batch=4"]) == 1
+    assert cli.main(["site", "check", "--run-config", "batch=4"]) == 1
     assert "CONFIG-01" in capsys.readouterr().out
 
 
@@ -417,7 +418,7 @@ def test_a_switch_that_is_neither_on_nor_off_ends_the_preflight_with_its_name(
     site: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("SITE_CHECKPOINTING", "yes")
-    assert preflight.main([]) == 1
+    assert cli.main(["site", "check"]) == 1
     shown = capsys.readouterr().out
     assert "CHECK-09" in shown and "SITE_CHECKPOINTING=yes" in shown
 

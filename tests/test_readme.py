@@ -81,7 +81,7 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
     "scripts/bench accept": ("tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind", '"scripts/bench", "accept"'),
     "scripts/access": ("tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart", "scripts/access"),
-    "scripts/hub status": ("tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_2", "scripts/hub status"),
+    "scripts/hub status": ("tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/hub status"),
     "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
     "scripts/report --out FILE": (f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told", "scripts/report {folder} --out"),
     "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),

@@ -220,12 +220,12 @@ def test_following_a_run_that_has_failed_ends_with_1_and_leaves_its_page(tmp_pat
 def test_a_folder_without_a_run_is_named(tmp_path, code, make):
     make(tmp_path)
     done = sh(f"scripts/report {tmp_path}", ROOT, check=False)
-    assert done.returncode == 2 and done.stdout.startswith(code) and str(tmp_path) in done.stdout
+    assert done.returncode == 1 and done.stdout.startswith(code) and str(tmp_path) in done.stdout
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     done = sh(f"scripts/report {written(tmp_path / '7', history())} --out {tmp_path}/none/page.html", ROOT, check=False)
-    assert done.returncode == 2 and done.stdout.startswith("REPORT-03")
+    assert done.returncode == 1 and done.stdout.startswith("REPORT-03")
 
 
 # --- docs/report.md ---------------------------------------------------------------------------------------------------

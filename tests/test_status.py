@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -114,7 +113,7 @@ def shown(monkeypatch, capsys, told: control.Told | None, number: str = "") -> t
     """`scripts/hub status` while the hub says that."""
     monkeypatch.setattr(control, "run", lambda number="": told)
     monkeypatch.setattr(status_, "seen", dict)
-    code = status_.show(argparse.Namespace(run=number, follow=False, json=False))
+    code = status_.show(number)
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -170,10 +169,10 @@ def test_the_exit_code_says_how_the_run_ended(tmp_path, state, code):
         assert (done.returncode, shown["run"], shown["state"], shown["adapter"]) == (code, "7", state, "7/round-0003")
 
 
-def test_a_running_run_ends_with_3_and_no_run_with_2(tmp_path):
+def test_a_running_run_ends_with_3_and_no_run_with_1(tmp_path):
     settings = {"BOUQUET_ADAPTERS": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}
     nothing = sh("scripts/hub status", ROOT, check=False, **settings)
-    assert nothing.returncode == 2 and "REPORT-01" in nothing.stdout and str(tmp_path) not in nothing.stdout
+    assert nothing.returncode == 1 and "REPORT-01" in nothing.stdout and str(tmp_path) not in nothing.stdout
     a_run(tmp_path / "7")
     assert sh("scripts/hub status", ROOT, check=False, **settings).returncode == 3
     assert sh("scripts/hub status ../7", ROOT, check=False, **settings).returncode == 2

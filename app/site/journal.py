@@ -1,6 +1,6 @@
 """A site's own record of what it sent: one line of JSON a message, in `journal.jsonl` of its cache folder.
 
-`python -m app.site.journal [CACHE]` tells it in words, round by round: `./site status` in a join kit.
+`bouquet site journal [CACHE]` tells it in words, round by round: `./site status` in a join kit.
 Enters: what left. Leaves: nothing; the file stays at the site. With BOUQUET_KEEP_SENT set, every adapter that was sent is kept
 beside it as `sent/<hash>.safetensors`, so that the hub's aggregate can be checked against what the sites really sent.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,3 @@ def words(entry: dict[str, Any]) -> str:
 
 def when(entry: dict[str, Any]) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(entry.get("time", 0)))
-
-
-if __name__ == "__main__":
-    cache = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("BOUQUET_CACHE") or "/cache")
-    print("\n".join(told(read(cache), time.time())))

@@ -122,7 +122,7 @@ def false_hub(hub: Hub) -> Result:
         key.write_bytes(new_key().private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
         for each in hubs.values():
             command = [*hub.supernode, f"--superlink=127.0.0.1:{each.port}", f"--root-certificates={right.file}", "--isolation=process", f"--port={free_port()}"]
-            env = os.environ | QUIET | {"FLWR_HOME": folder}
+            env = os.environ | QUIET | {"FLWR_HOME": folder, "PYTHONPATH": str(ROOT)}
             process = subprocess.Popen(
                 [part.replace("SITE_KEY", str(key)) for part in command], env=env, cwd=folder, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -67,7 +67,7 @@ def preflight(desk: Desk) -> Found:
         "HUB": hub.address, "CA": world.certs / "ca.crt", "SITE_KEY": world.certs / f"{name}.key", "BASE_FINGERPRINT": fingerprint,
         "RUN_CONFIG": " ".join(f"{key}={json.dumps(value)}" for key, value in config.items()),
     }  # fmt: skip
-    command = [sys.executable, "-m", "bouquet.site.preflight", "--json"]
+    command = [sys.executable, "-m", "bouquet", "site", "check", "--json"]
     checks = last(desk.command(command, env={key: str(value) for key, value in env.items()}, codes=(0, 1)))["checks"]
     states = {line["name"]: line["state"] for line in checks}
     if failed := [f"{line['name']}: {' '.join(line['text'].split())}" for line in checks if line["state"] == "fail"]:

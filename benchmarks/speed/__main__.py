@@ -87,7 +87,7 @@ def prepare(home: Path, sites: int, images: int, kind: str, photos: Path | None 
         shutil.copy(ROOT / "scripts" / script, home / "scripts")  # it makes certificates in the folder above its own
     subprocess.run([home / "scripts/certs", *names], cwd=home, check=True, stdout=subprocess.DEVNULL)
     wanted = [f"--dataset={photos or 'mini'}", f"--sites={sites}", f"--images-per-site={images}", f"--out={home / 'data'}"]
-    subprocess.run([sys.executable, "-m", "bouquet.data.partition", *wanted], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "bouquet", "data", "partition", *wanted], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return {name: home / "data" / name for name in names}
 
 

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         home = Path(folder)
         build(home / "models", args.tiny)
         (home / "cache").mkdir()
-        command = [sys.executable, "-m", "bouquet.data.partition", "--dataset=mini", "--sites=1", f"--images-per-site={PHOTOS}", f"--out={home / 'data'}"]
+        command = [sys.executable, "-m", "bouquet", "data", "partition", "--dataset=mini", "--sites=1", f"--images-per-site={PHOTOS}", f"--out={home / 'data'}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for contender in ("libraries", "naive", "ours", "again"):
             show(contender)

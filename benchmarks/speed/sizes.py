@@ -32,7 +32,7 @@ Row = dict[str, float]
 
 
 def photos(folder: Path, count: int) -> data.Partition:
-    command = [sys.executable, "-m", "bouquet.data.partition", "--dataset=mini", "--sites=1", f"--images-per-site={count}", f"--out={folder}"]
+    command = [sys.executable, "-m", "bouquet", "data", "partition", "--dataset=mini", "--sites=1", f"--images-per-site={count}", f"--out={folder}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return data.scan(folder / "site-1")
 

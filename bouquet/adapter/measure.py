@@ -17,12 +17,11 @@ Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
@@ -31,48 +30,7 @@ for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
 from app.errors import BouquetError
 
 
-def main() -> int:
-    asked = arguments()
-    try:
-        for line in asked.work(asked):
-            print(line)
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    return 0
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one, two, three = (commands.add_parser(name) for name in ("pictures", "memory", "collect"))
-    two.add_argument("name", metavar="NAME")
-    for command in (one, two, three):
-        command.add_argument("run", type=Path, metavar="RUN")
-    for command in (one, two):
-        command.add_argument("--models", type=Path, default=Path("models"))
-        command.add_argument("--count", type=counted, default=16)
-    one.add_argument("--judge", action="store_true")
-    one.add_argument("--photos", type=Path)
-    one.add_argument("--kid", choices=("inception", "judge"), default="inception")
-    one.add_argument("--clip", type=Path)
-    one.set_defaults(work=measure)
-    two.add_argument("--data", type=Path, required=True)
-    two.add_argument("--cache", type=Path)
-    two.add_argument("--out", type=Path)
-    two.set_defaults(work=remember)
-    three.add_argument("columns", nargs="+", type=Path, metavar="COLUMN")
-    three.set_defaults(work=lambda asked: collect(asked.run, asked.columns))
-    return parser.parse_args()
-
-
-def counted(text: str) -> int:
-    if (value := int(text)) < 2:
-        raise argparse.ArgumentTypeError("two pictures at least")
-    return value
-
-
-def measure(asked: argparse.Namespace) -> list[str]:
+def measure(asked: SimpleNamespace) -> list[str]:
     """measures.json of a run."""
     from app import model
     from app.adapter import formats, sample
@@ -117,7 +75,7 @@ def shown(value: float | dict[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['std']:.4f}" if isinstance(value, dict) else f"{value:.4f}"
 
 
-def remember(asked: argparse.Namespace) -> list[str]:
+def remember(asked: SimpleNamespace) -> list[str]:
     from bouquet.adapter import memorised
     from bouquet.report import memorisation
 
@@ -146,9 +104,3 @@ def collect(run: Path, files: list[Path]) -> list[str]:
     temporary.write_text(json.dumps(told, indent=1) + "\n")
     temporary.replace(run / "memory.json")
     return [*(f"{one.site}  {one.sentence}" for one in found), f"measured   {run / 'memory.json'}"]
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

@@ -7,57 +7,24 @@ The token is read by huggingface_hub alone and never printed. Errors: EXPORT-01 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
     os.environ.setdefault(name, value)
 
 from app import text
-from app.errors import AdapterError, BouquetError, ModelError
-from bouquet.adapter.sample import chosen, common
+from app.errors import AdapterError, ModelError
+from bouquet.adapter.sample import chosen
 
 CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
 PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", "config", "versions")  # what of the provenance goes out
 
 
-def main() -> int:
-    args = arguments()
-    try:
-        publish(args)
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
-    return 0
-
-
-def arguments() -> argparse.Namespace:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    parser = argparse.ArgumentParser(prog="scripts/publish", description="Upload an adapter with its card and pictures.")
-    option = parser.add_argument
-    option("repo", metavar="OWNER/NAME")
-    common(parser)
-    option("--upload", action="store_true", help="send it; without this, everything but that")
-    option("--public", action="store_true", help="a new repository is for everybody (private)")
-    option("--licence", metavar="NAME", help="the hub's name of the adapter's licence (the base model's)")
-    option("--base-id", default="", metavar="OWNER/NAME", help="where the hub has the base model (where Bouquet knows it)")
-    option("--name-sites", action="store_true", help="leave the sites' names in provenance.json")
-    args = parser.parse_args()
-    try:
-        validate_repo_id(args.repo)
-        if "/" not in args.repo:
-            raise HFValidationError(f"{args.repo} has no owner: OWNER/NAME")
-    except HFValidationError as error:
-        parser.error(str(error))
-    return args
-
-
-def publish(args: argparse.Namespace) -> None:
+def publish(args: SimpleNamespace) -> None:
     from app import model
     from app.adapter import formats
     from bouquet.adapter import card, parity
@@ -170,9 +137,3 @@ def words(error: BaseException) -> str:
 def refused(found: str) -> AdapterError:
     fix = "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run this again"
     return AdapterError("EXPORT-07", "The model hub did not take the adapter.", found=found, fix=fix)
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

@@ -7,13 +7,13 @@ Errors: EXPORT-02 to EXPORT-04, MODEL-01 to -03, MODEL-05, ADAPTER-01, ADAPTER-0
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,60 +27,12 @@ VOLUME = [Path(os.environ["BOUQUET_ADAPTERS"])] if os.environ.get("BOUQUET_ADAPT
 LATEST = [folder / "latest" for folder in VOLUME + FOLDERS]
 
 
-def main() -> int:
-    args = arguments()
-    try:
-        merge(args) if args.merge else draw(args)
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
-    return 0
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/sample", description="Before/after pictures of an adapter.")
-    option = parser.add_argument
-    option("--prompt", action="append", default=[], help="what to draw; may be given again (the run's own prompts)")
-    option("--prompts", type=Path, metavar="FILE", help="a text file, a prompt a line")
-    common(parser)
-    option("--strength", type=share, default=1.0, metavar="0..1", help="how much of the adapter (1)")
-    option("--grid", action="store_true", help=f"a row each for strength {', '.join(f'{s:g}' for s in SWEEP)}")
-    option("--seed", type=int, help="of the first picture's noise; the next prompt's is one more (the run's)")
-    option("--steps", type=int, help="denoising steps (the run's)")
-    option("--guidance", type=float, help="classifier-free guidance (the run's)")
-    option("--size", type=int, help="side of the pictures in pixels, a multiple of 8 (the run's)")
-    option("--out", type=Path, default=Path("sample.png"), metavar="FILE", help="where the sheet goes (sample.png); - is standard output")
-    option("--merge", type=Path, metavar="DIR", help="write base model and adapter as one pipeline folder, and draw nothing")
-    args = parser.parse_args()
-    if args.grid and args.strength != 1.0:
-        parser.error("--grid draws every strength: no --strength")
-    if args.prompts:
-        try:
-            args.prompt += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--prompts {args.prompts}: {error}")
-    return args
-
-
-def common(parser: argparse.ArgumentParser) -> None:
-    """What every command about an adapter asks."""
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a run's folder, a round's, or a LoRA file (the last run)")
-    parser.add_argument("--base", default="", metavar="NAME", help="base model of a LoRA file that does not name it")
-    parser.add_argument("--models", type=Path, default=Path(os.environ.get("BOUQUET_MODELS", ROOT / "models")), help="folder of base models (models)")
-
-
-def share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def chosen(args: argparse.Namespace) -> Path:
+def chosen(args: SimpleNamespace) -> Path:
     """The adapter that was named, else the last run's."""
     return args.adapter or next((folder for folder in LATEST if folder.exists()), LATEST[0])
 
 
-def opened(args: argparse.Namespace):
+def opened(args: SimpleNamespace):
     """(what the LoRA file holds, the configuration of its run, its base model's folder)."""
     from app import model
     from app.adapter import formats
@@ -89,7 +41,7 @@ def opened(args: argparse.Namespace):
     return file, config, model.locate(config.base_model, args.models)
 
 
-def draw(args: argparse.Namespace) -> None:
+def draw(args: SimpleNamespace) -> None:
     from app.adapter import sample
     from app.config import RunConfig
 
@@ -127,16 +79,10 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
         raise BouquetError("EXPORT-08", "The result cannot be written there.", found=f"{place}: {getattr(error, 'strerror', '') or error}", fix=fix) from None
 
 
-def merge(args: argparse.Namespace) -> None:
+def merge(args: SimpleNamespace) -> None:
     from app.adapter import formats, sample
 
     file, _, base = opened(args)
     with writing(args.merge):
         formats.merge(base, type(file)(*(sample.scaled(adapter, args.strength) for adapter in file)), args.merge)
     print(f'merged   {args.merge}   StableDiffusionPipeline.from_pretrained("{args.merge}", safety_checker=None)')
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

@@ -12,62 +12,33 @@ left out.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from app.errors import SiteError
-from app.site.photos.captions import LABEL_TEMPLATE, checked_template
+from app.site.photos.captions import checked_template
 from app.site.photos.data import scan
 from app.site.photos.images import BadImage, check, kind
 from app.site.privacy import PUBLIC_LIST, declare_public
-from bouquet import ROOT
 from bouquet.data.sources import Sample, dataset_samples
 
 MINI_IMAGES = 200  # mini draws as many as it is asked for
 
 
-def main() -> int:
-    args = arguments()
-    try:
-        made = partition(args)
-    except SiteError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
-    print("next     flwr run . remote-deployment --stream" if made else "nothing to do: the same partition is there")
-    return 0
+def divide(args: SimpleNamespace) -> None:
+    """Make the sites' folders, and say what comes next."""
+    print("next     flwr run . remote-deployment --stream" if partition(args) else "nothing to do: the same partition is there")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Divide a data set among sites.")
-    option = parser.add_argument
-    option("--dataset", default="mini", help="mini (drawn here), a folder, or a data set's name on the hub (mini)")
-    option("--sites", type=int, default=2, help="how many (2)")
-    option("--out", type=Path, default=ROOT / ".bouquet" / "data", help="folder for site-1 ... (.bouquet/data)")
-    option("--images-per-site", type=int, help=f"at most this many (mini: {MINI_IMAGES}; else all there are)")
-    option("--seed", type=int, default=0, help="of the drawing, or of shuffling and dividing (0)")
-    option("--caption-template", help=f'made from the class name (the text column, or "{LABEL_TEMPLATE}")')
-    option("--by", choices=("iid", "dirichlet", "label"), help="sites alike, classes skewed, or classes apart (iid)")
-    option("--alpha", type=float, default=0.5, help="dirichlet: smaller is more skewed (0.5)")
-    option("--public", action="store_true", help="everybody has these photos: no secret, no floors, figures to the last bit (mini: always)")
-    option("--split", default="train", help="which split of the data set (train)")
-    args = parser.parse_args()
-    if args.dataset == "mini" and (args.by or args.caption_template):
-        parser.error("mini has its own captions, and its sites hold different species: no --by, no --caption-template")
-    if args.sites < 1 or args.alpha <= 0 or (args.images_per_site is not None and args.images_per_site < 2):
-        parser.error("--sites starts at 1, --images-per-site at 2, --alpha above 0")
-    return args
-
-
-def partition(args: argparse.Namespace) -> bool:
+def partition(args: SimpleNamespace) -> bool:
     """Make the missing sites; say whether there were any. Errors: SITE-04, SITE-05, SITE-08 to SITE-11."""
     wanted = {args.out / f"site-{number}": recipe(args, number) for number in range(1, args.sites + 1)}
     missing = [folder for folder, made_from in wanted.items() if not already(folder, made_from)]
@@ -83,7 +54,7 @@ def partition(args: argparse.Namespace) -> bool:
     return bool(missing)
 
 
-def recipe(args: argparse.Namespace, site: int) -> dict[str, Any]:
+def recipe(args: SimpleNamespace, site: int) -> dict[str, Any]:
     """What a site's folder is made from. Mini's sites don't depend on how many there are, so one more may join them."""
     common = {"dataset": args.dataset, "site": site, "seed": args.seed, "images_per_site": args.images_per_site}
     if args.dataset == "mini":
@@ -159,7 +130,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
 
 
 @contextmanager
-def mini_samples(args: argparse.Namespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+def mini_samples(args: SimpleNamespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
     """A function from site number to the flowers drawn for it, as PNG."""
     from models.mini.draw import site_photos
 
@@ -170,9 +141,3 @@ def mini_samples(args: argparse.Namespace) -> Iterator[Callable[[int], Iterator[
             yield png.getvalue, caption
 
     yield draw
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

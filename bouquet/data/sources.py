@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from app.errors import SiteError
@@ -26,7 +26,7 @@ Sample = tuple[Callable[[], bytes], str | None]  # gives the encoded picture or 
 
 
 @contextmanager
-def dataset_samples(args: Namespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+def dataset_samples(args: SimpleNamespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
     """A function from site number to that site's samples, for as long as the context lasts."""
     with tempfile.TemporaryDirectory() as scratch:
         dataset = load(args, scratch)
@@ -35,7 +35,7 @@ def dataset_samples(args: Namespace) -> Iterator[Callable[[int], Iterator[Sample
         yield lambda site: samples_of(part(site - 1), captions, args)
 
 
-def load(args: Namespace, scratch: str) -> Any:
+def load(args: SimpleNamespace, scratch: str) -> Any:
     """The data set, shuffled, its pictures not decoded; a folder's never touches the network. Errors: SITE-08."""
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     local = Path(args.dataset).is_dir()
@@ -59,7 +59,7 @@ def load(args: Namespace, scratch: str) -> Any:
     return dataset.shuffle(seed=args.seed)
 
 
-def load_error(args: Namespace, found: str) -> SiteError:
+def load_error(args: SimpleNamespace, found: str) -> SiteError:
     found = f"{args.dataset}, split {args.split}: {found}"
     fix = "check the name and the network, or give a folder with the data set's parquet files"
     return SiteError("SITE-08", "The data set cannot be loaded.", found=found, fix=fix)
@@ -71,7 +71,7 @@ def column(dataset: Any, name: str, kind: type) -> str | None:
     return name if name in dataset.features else of_kind[0] if of_kind else None
 
 
-def divide(dataset: Any, args: Namespace) -> Callable[[int], Any]:
+def divide(dataset: Any, args: SimpleNamespace) -> Callable[[int], Any]:
     """A function from partition number (from 0) to its rows. Errors: SITE-10."""
     import datasets
     import numpy as np
@@ -100,7 +100,7 @@ def divide_error(found: str, fix: str) -> SiteError:
     return SiteError("SITE-10", "The data set cannot be divided like this.", found=found, fix=fix)
 
 
-def captioner(dataset: Any, args: Namespace) -> Callable[[dict[str, Any]], str | None]:
+def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]], str | None]:
     """A function from row to caption: the text column, or the template over the class name. Errors: SITE-04."""
     import datasets
 
@@ -121,7 +121,7 @@ def captioner(dataset: Any, args: Namespace) -> Callable[[dict[str, Any]], str |
     return caption
 
 
-def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: Namespace) -> Iterator[Sample]:
+def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: SimpleNamespace) -> Iterator[Sample]:
     """The rows of one part, in their shuffled order."""
     import datasets
 

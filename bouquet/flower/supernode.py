@@ -115,7 +115,7 @@ def judge_age(memory: Path, limit: int) -> None:
 
 def preflight() -> None:
     """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here on a failure."""
-    if subprocess.run([sys.executable, "-m", "bouquet.site.preflight", "--fast"], cwd=ROOT).returncode:
+    if subprocess.run([sys.executable, "-m", "bouquet", "site", "check", "--fast"], cwd=ROOT).returncode:
         sys.exit(1)
 
 

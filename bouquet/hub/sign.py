@@ -15,12 +15,10 @@ how long it is good.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -37,27 +35,16 @@ from flwr.supercore.primitives.asymmetric_ed25519 import (
 )
 
 from app.errors import BouquetError
-from bouquet import ROOT
 from bouquet.flower.trust import DAY, DAYS
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("app", nargs="*", type=Path, default=[ROOT])
-    parser.add_argument("--again", action="store_true", help="where a good signature is, too: APP becomes the newest")
-    parser.add_argument("--key", type=Path, default=ROOT / "certs" / "publisher.key")
-    parser.add_argument("--to", type=Path, default=ROOT / ".bouquet" / "signatures")
-    args = parser.parse_args()
-    now, apps = int(time.time()), [bundle(app) for app in args.app]
-    try:
-        public, files = sign_all(apps, args.key, args.to, args.again, now)
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
+def sign_and_tell(apps: list[Path], key: Path, to: Path, again: bool = False) -> None:
+    """Sign these checkouts, and say whose signatures they are and how long they are good. Errors: TRUST-02."""
+    now = int(time.time())
+    public, files = sign_all([bundle(app) for app in apps], key, to, again, now)
     for file in files:
         print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(public)}  {fingerprint(public)}")
         print(f"sign: {outlook(file, publisher_id(public), now)}\nsign: {file}")
-    return 0
 
 
 def sign_all(apps: list[bytes], key: Path, to: Path, again: bool, now: int) -> tuple[Ed25519PublicKey, list[Path]]:
@@ -205,9 +192,3 @@ def write(file: Path, text: str) -> None:
     temporary.write_text(text)
     temporary.chmod(0o644)
     temporary.replace(file)
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

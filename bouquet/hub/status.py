@@ -2,7 +2,7 @@
 
   scripts/hub status [RUN] [--follow] [--json]
 
-Exit code: 0 the run ended well, 1 it failed, 3 it still works, 2 there is nothing to tell.
+Exit code: 0 the run ended well, 1 it failed, 3 it still works.
 Enters: the run's history.json and status.json, what the hub says of it (a killed ServerApp cannot write that it failed,
 nor one that starts that it starts), the sites' last seen.
 Errors: REPORT-01, REPORT-02.
@@ -10,7 +10,6 @@ Errors: REPORT-01, REPORT-02.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -33,19 +32,19 @@ WAITS = {  # by what Flower says of a run that has written nothing yet
 }
 
 
-def show(args: argparse.Namespace) -> int:
+def show(run: str, follow: bool = False, as_json: bool = False) -> int:
     """Print the run's status, once or until it has ended; the exit code."""
     with tempfile.TemporaryDirectory() as copies:
         before = ""
         while True:
-            found = find(args.run, Path(copies))
+            found = find(run, Path(copies))
             if isinstance(found, Run):
                 state, why = end_of(found)
                 facts, line = tell(found, state, why, seen()), progress.line(found)
             else:
                 facts = early(found)
                 state, line = facts["state"], f"run {found.run}  {found.state} since {_clock(facts['since'])}"
-            if args.follow and state == "running":
+            if follow and state == "running":
                 if sys.stdout.isatty():
                     print(progress.CLEAR + line, end="", flush=True)
                 elif line != before:
@@ -55,7 +54,7 @@ def show(args: argparse.Namespace) -> int:
                 continue
             if before and sys.stdout.isatty():
                 print()
-            print(json.dumps(facts, indent=1) if args.json else words(facts))
+            print(json.dumps(facts, indent=1) if as_json else words(facts))
             return CODES[state]
 
 

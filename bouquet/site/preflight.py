@@ -1,4 +1,4 @@
-"""Will this site's first round work? `python -m bouquet.site.preflight [--fast] [--json] [--run-config "batch-size=8"]`
+"""Will this site's first round work? `bouquet site check [--fast] [--json] [--run-config "batch-size=8"]`
 
 Enters: the site's settings from the environment (`Settings`). Leaves: a line a check, pass, warn, fail or skip, with the fix;
 exit code 1 where one failed. Cheap checks first; what a failed one makes pointless is skipped. --fast leaves out decoding
@@ -7,7 +7,6 @@ every photo and the training step. What is printed may name files of this site: 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -347,31 +346,22 @@ class Preflight:
         return (time.monotonic() - start) / steps
 
 
-def main(arguments: list[str] | None = None) -> int:
+def check(fast: bool = False, as_json: bool = False, run_config: str = "") -> int:
     """Print the lines as they come; 1 where one failed."""
-    parser = argparse.ArgumentParser(prog="bouquet.site.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="no decoding of every photo, no training step")
-    parser.add_argument("--json", action="store_true", help="one JSON object at the end, in place of the lines")
-    parser.add_argument("--run-config", default="", help='what the hub will run, as in flwr run: "resolution=512 batch-size=8"')
-    asked = parser.parse_args(arguments)
     try:
-        settings = Settings.read(os.environ, asked.run_config)
+        settings = Settings.read(os.environ, run_config)
     except BouquetError as error:
         print(error.report())
         return 1
     lines: list[Line] = []
-    for line in Preflight(settings).run(asked.fast):
+    for line in Preflight(settings).run(fast):
         lines.append(line)
-        if not asked.json:
+        if not as_json:
             print(line, flush=True)
     counts: dict[str, Any] = {state: sum(line.state == state for line in lines) for state in ("pass", "warn", "fail", "skip")}
-    if asked.json:
+    if as_json:
         print(json.dumps({"ok": not counts["fail"], "site": settings.name, "checks": [asdict(line) for line in lines]}))
     else:
         verdict = "not ready" if counts["fail"] else "ready"
         print(f"{verdict}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
     return int(counts["fail"] > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

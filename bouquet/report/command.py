@@ -11,46 +11,29 @@ The page asks nobody for anything: it opens from disk. Errors: REPORT-01 to REPO
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from app.errors import BouquetError
+from bouquet import ROOT
+from bouquet.report import progress
 from bouquet.report.page import page
-from bouquet.report.progress import follow
 from bouquet.report.reading import Run, read
 
-ADAPTERS = Path(os.environ.get("BOUQUET_ADAPTERS", ".bouquet/adapters"))
+ADAPTERS = Path(os.environ.get("BOUQUET_ADAPTERS") or ROOT / ".bouquet" / "adapters")
 
 
-def main() -> int:
-    asked = arguments()
-    try:
-        folder = find(asked.run)
-        if not asked.follow:
-            told = write(read(folder), asked.out)
-            print(told, file=sys.stderr if asked.out == "-" else sys.stdout)
-            return 0
-        run = follow(folder, sys.stdout, lambda run: write(run, asked.out))
-        print(f"report  {target(run, asked.out)}")
-        return 0 if run.state == "finished" else 1
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="latest", help="a run's folder or its id")
-    parser.add_argument("--out", default="", help="where the page goes")
-    parser.add_argument("--follow", action="store_true", help="until the run has ended")
-    asked = parser.parse_args()
-    if asked.follow and asked.out == "-":
-        parser.error("--follow writes a file again and again; give --out a file")
-    return asked
+def report(run: str = "latest", out: str = "", follow: bool = False) -> int:
+    """Write a run's page, or, with `follow`, one after every round until it has ended; 1 for a run that failed. Errors: REPORT-01 to -03."""
+    folder = find(run)
+    if not follow:
+        told = write(read(folder), out)
+        print(told, file=sys.stderr if out == "-" else sys.stdout)
+        return 0
+    last = progress.follow(folder, sys.stdout, lambda found: write(found, out))
+    print(f"report  {target(last, out)}")
+    return 0 if last.state == "finished" else 1
 
 
 def find(run: str) -> Path:
@@ -77,9 +60,3 @@ def write(run: Run, out: str) -> str:
         found, fix = f"{file}: {error.strerror}", "name a place where you may write: scripts/report --out FILE"
         raise BouquetError("REPORT-03", "The report cannot be written there.", found=found, fix=fix) from None
     return f"report  {file}"
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

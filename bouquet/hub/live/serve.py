@@ -9,10 +9,8 @@ Enters: the runs' folders, and the hub's list of sites. Leaves: pages. Errors: H
 
 from __future__ import annotations
 
-import argparse
 import errno
 import socket
-import sys
 from pathlib import Path
 
 import uvicorn
@@ -25,16 +23,9 @@ from bouquet.hub.live.sites import Sites
 PORT = 8445
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=PORT)
-    parser.add_argument("--host", default="127.0.0.1", help=argparse.SUPPRESS)  # a container's own, which Compose shows on loopback alone
-    asked = parser.parse_args()
-    try:
-        runs, door = folder(), listen(asked.host, asked.port)
-    except BouquetError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
+def serve(host: str = "127.0.0.1", port: int = PORT) -> None:
+    """Until Ctrl-C. Errors: HOST-04, LIVE-01."""
+    runs, door = folder(), listen(host, port)
     with door, Sites() as sites:
         print(f"live: http://127.0.0.1:{door.getsockname()[1]}   Ctrl-C ends it", flush=True)
         config = uvicorn.Config(application(runs, sites.now), log_level="warning", server_header=False, access_log=False, lifespan="off", ws="none")
@@ -42,7 +33,6 @@ def main() -> int:
             uvicorn.Server(config).run(sockets=[door])
         except KeyboardInterrupt:
             pass
-    return 0
 
 
 def folder() -> Path:
@@ -71,9 +61,3 @@ def listen(host: str, port: int) -> socket.socket:
         fix = "scripts/live --port ANOTHER"
         raise BouquetError("HOST-04", "The port is taken.", found=f"{host}:{port}: {error.strerror}", fix=fix) from None
     return door
-
-
-if __name__ == "__main__":
-    from bouquet.ended import quietly
-
-    sys.exit(quietly(main))

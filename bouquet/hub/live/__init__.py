@@ -1,0 +1,1 @@
+"""The hub's page, on its own host's loopback."""

@@ -1,0 +1,7 @@
+"""For join kits of version 0.1, whose `./site` runs this module; new ones run `bouquet site journal`. Goes with version 0.3."""
+
+import sys
+
+from bouquet.cli import main
+
+sys.exit(main(["site", "journal", *sys.argv[1:]]))
