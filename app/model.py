@@ -27,7 +27,7 @@ from app.config import LORA_TARGETS, RunConfig
 from app.errors import AdapterError, ModelError
 from app.family import PARTS, incomplete, read_json, read_text, readable
 
-HUB = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
+HUGGING_FACE = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
     "stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
 }
 CLASSES = {  # what is loaded, and what a plain base model's index says; the scheduler's is in its own file too
@@ -44,7 +44,7 @@ Adapter = dict[str, torch.Tensor]
 
 def locate(name: str, models: Path) -> Path:
     """The folder of base model `name`: `models/name`, else the pinned revision of a known repository."""
-    known = sorted({*HUB, *(p.parent.name for p in models.glob("*/model_index.json"))})
+    known = sorted({*HUGGING_FACE, *(p.parent.name for p in models.glob("*/model_index.json"))})
     if Path(name).name != name or name not in known:
         raise ModelError(
             "MODEL-01",
@@ -57,7 +57,7 @@ def locate(name: str, models: Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    repository, revision = HUB[name]
+    repository, revision = HUGGING_FACE[name]
     _tell_of_download(name)
     try:
         allow = [f"{part}/*" for part in PARTS] + ["model_index.json"]
@@ -67,7 +67,7 @@ def locate(name: str, models: Path) -> Path:
             "MODEL-02",
             "The base model is not on this machine.",
             found=f"no folder {folder}, and {repository} at {revision[:8]} cannot be fetched ({type(error).__name__})",
-            fix=f"put the model into {folder}, or allow this machine to reach the model hub",
+            fix=f"put the model into {folder}, or allow this machine to reach Hugging Face",
         ) from error
 
 

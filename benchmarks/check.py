@@ -2,14 +2,15 @@
 
   python -m benchmarks.check RUN_FOLDER --models MODELS --cache site-1=FOLDER --cache site-2=FOLDER … [--state finished:completed]
 
-Reads the sites' journals (app/site/journal.py, written with BOUQUET_KEEP_SENT set), the hub's history and the output volume; imports
-nothing of what wrote them but the file format and the adapter's hash, and works out the mean by itself.
+Reads the sites' journals (written with BOUQUET_KEEP_SENT set), the hub's history and the output volume, and imports nothing of what wrote
+them: names of tensors and shapes are diffusers' and PEFT's, the hash and the mean are worked out here.
 Leaves: one sentence for each thing that does not hold; none, and exit code 0, where everything does.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from app import model
-from app.adapter.store import PREFIX
-from app.config import RunConfig
-from app.site import journal
 from bouquet import ROOT
+
+Adapter = dict[str, torch.Tensor]  # by PEFT's names, without PREFIX
+PREFIX = "base_model.model."  # what PEFT writes before each name
+TARGETS = {
+    "attention": {"to_q", "to_k", "to_v", "to_out.0"},
+    "attention+resnet": {
+        "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj",
+    },  # fmt: skip
+}
 
 A_ROUND = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors"}
 CLOSE = 1e-6  # largest difference to the mean in float64
@@ -51,7 +57,7 @@ class Evidence:
     def history(self) -> dict[str, Any]:
         return json.loads((self.run / "history.json").read_text())
 
-    def adapter(self, folder: str) -> model.Adapter:
+    def adapter(self, folder: str) -> Adapter:
         return {key.removeprefix(PREFIX): value for key, value in load_file(self.run / folder / "adapter_model.safetensors").items()}
 
 
@@ -112,10 +118,10 @@ def rounds(evidence: Evidence) -> Iterator[str]:
         entry = json.loads((folder / "metrics.json").read_text())
         if folder.name not in told and not (history["state"] == "running" and entry["round"] == len(entries) + 1):
             yield f"the history does not know {folder.name}"
-        if model.adapter_hash(evidence.adapter(folder.name)) != told.get(folder.name, entry["adapter"]):
+        if digest(evidence.adapter(folder.name)) != told.get(folder.name, entry["adapter"]):
             yield f"{folder.name} is not the adapter that the history names"
     for site, cache in evidence.sites.items():
-        went = [line["round"] for line in journal.read(cache) if line["run"] == history["run"]]
+        went = [line["round"] for line in journal(cache) if line["run"] == history["run"]]
         if went != sorted(went):
             yield f"{site} was sent back: rounds {went}"
 
@@ -126,15 +132,42 @@ def adapter_is_whole(evidence: Evidence) -> Iterator[str]:
     folders = sorted(folder.name for folder in evidence.run.glob("round-*")) + ["final"] * (history["state"] == "finished")
     if not folders:
         return
-    settings = {name.replace("_", "-"): value for name, value in history["config"].items()}
-    config = RunConfig.read(settings)
-    like = model.new_adapter(model.locate(config.base_model, evidence.models), config)
-    yield from misfits(evidence.adapter(folders[-1]), like)
-    if folders[-1] == "final" and model.adapter_hash(evidence.adapter("final")) != history["rounds"][-1]["adapter"]:
+    settings = json.loads((evidence.run / folders[-1] / "adapter_config.json").read_text())
+    rank, targets = history["config"]["lora_rank"], TARGETS[history["config"]["lora_targets"]]
+    if (settings["r"], settings["lora_alpha"], set(settings["target_modules"])) != (rank, rank, targets):
+        yield "adapter_config.json is not what the run was asked for"
+    yield from misfits(evidence.adapter(folders[-1]), fresh(evidence.models / history["config"]["base_model"], rank, targets))
+    if folders[-1] == "final" and digest(evidence.adapter("final")) != history["rounds"][-1]["adapter"]:
         yield "the final adapter is not the last round's"
 
 
-def misfits(adapter: model.Adapter, like: model.Adapter) -> Iterator[str]:
+def fresh(base: Path, rank: int, targets: set[str]) -> Adapter:
+    """An adapter of that rank on these layers of a base model's UNet: names, shapes and types, without contents."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(base / "unet")))
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets)), unet)
+    return dict(get_peft_model_state_dict(unet))
+
+
+def digest(adapter: Adapter) -> str:
+    """SHA-256 over name, shape and type on a line and the numbers' little-endian bytes, by name."""
+    total = hashlib.sha256()
+    for name, value in sorted(adapter.items()):
+        total.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode() + value.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def journal(cache: Path) -> list[dict[str, Any]]:
+    """A site's journal: one line of JSON a message; what follows the last newline was cut off."""
+    file = cache / "journal.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def misfits(adapter: Adapter, like: Adapter) -> Iterator[str]:
     """How an adapter differs from `like` in keys, shapes and types, and whether a number of it is not finite."""
     if adapter.keys() != like.keys():
         yield f"the adapter has {len(adapter.keys() ^ like.keys())} keys too many or too few"
@@ -152,7 +185,7 @@ def means(evidence: Evidence) -> Iterator[str]:
     for entry in history["rounds"]:
         accepted = []
         for site, sent in sorted(entry["adapters"].items()):
-            lines = [line for line in journal.read(evidence.sites[site]) if line["sent"] == sent and line["run"] in runs]
+            lines = [line for line in journal(evidence.sites[site]) if line["sent"] == sent and line["run"] in runs]
             if not any((line["round"], line["applied"]) == (entry["round"], entry["started_from"]) for line in lines):
                 yield f"round {entry['round']}: {site} never sent {sent[:12]}"
                 continue
@@ -160,11 +193,11 @@ def means(evidence: Evidence) -> Iterator[str]:
             if not 0 < weight <= lines[0]["images"]:
                 yield f"round {entry['round']}: {site} weighs {weight}, it has {lines[0]['images']} images"
             adapter = load_file(evidence.sites[site] / "sent" / f"{sent}.safetensors")
-            if model.adapter_hash(adapter) != sent:
+            if digest(adapter) != sent:
                 yield f"round {entry['round']}: {site}'s copy of {sent[:12]} is another adapter"
             accepted.append((weight, adapter))
         if history["config"]["strategy"] == "fedavg" and len(accepted) == len(entry["adapters"]):
-            if model.adapter_hash(mean(accepted)) != entry["adapter"]:
+            if digest(mean(accepted)) != entry["adapter"]:
                 yield f"round {entry['round']} is not the mean of the accepted replies"
             folder = evidence.run / f"round-{entry['round']:04d}"
             if folder.exists() and (far := farthest(evidence.adapter(folder.name), accepted)) > CLOSE:
@@ -180,14 +213,14 @@ def _earlier(volume: Path, history: dict[str, Any]) -> Iterator[str]:
         history = json.loads((volume / source / "history.json").read_text())
 
 
-def mean(weighted: list[tuple[int, model.Adapter]]) -> model.Adapter:
+def mean(weighted: list[tuple[int, Adapter]]) -> Adapter:
     """The weighted mean in float32, in this order: the same sums that FedAvg makes, so the same bits."""
     total = sum(weight for weight, _ in weighted)
     keys = weighted[0][1]
     return {key: torch.from_numpy(np.asarray(sum(value[key].numpy() * (weight / total) for weight, value in weighted))) for key in keys}
 
 
-def farthest(adapter: model.Adapter, weighted: list[tuple[int, model.Adapter]]) -> float:
+def farthest(adapter: Adapter, weighted: list[tuple[int, Adapter]]) -> float:
     """Largest difference of any number to the weighted mean in float64."""
     total = sum(weight for weight, _ in weighted)
     return max((value.double() - sum(w * a[key].double() for w, a in weighted) / total).abs().max().item() for key, value in adapter.items())
@@ -210,7 +243,7 @@ def latest(evidence: Evidence) -> Iterator[str]:
 def adapters(volume: Path) -> dict[str, str]:
     """Hash of every adapter on the volume, by its folder."""
     files = sorted(path for path in volume.glob("[0-9]*/*/adapter_model.safetensors") if not path.parent.name.startswith("."))
-    return {str(file.parent.relative_to(volume)): model.adapter_hash(load_file(file)) for file in files}
+    return {str(file.parent.relative_to(volume)): digest(load_file(file)) for file in files}
 
 
 def lost(evidence: Evidence) -> Iterator[str]:
@@ -221,7 +254,7 @@ def lost(evidence: Evidence) -> Iterator[str]:
             yield f"lost: the adapter of {folder} is {'another' if folder in now else 'gone'}"
 
 
-def check_stock(file: Path, like: model.Adapter, honest: model.Adapter | None) -> list[str]:
+def check_stock(file: Path, like: Adapter, honest: Adapter | None) -> list[str]:
     """The same questions to a file that a plain FedAvg saved: it is there, loads, fits, is finite, and is the honest mean."""
     try:
         adapter = load_file(file)

@@ -31,6 +31,7 @@ from typing import Any
 from app.adapter import store
 from app.config import RunConfig
 from app.errors import BouquetError
+from app.files import write_json
 from app.site.limits import Limits
 from bouquet.report import pictures, worth
 
@@ -161,9 +162,7 @@ def collect(run: Path, files: list[Path]) -> Path:
     for measured in told["sites"].values():
         pictures.unpacked(measured.get("picture"))
     target = run / "worth.json"
-    temporary = target.with_name(".worth.json.tmp")
-    temporary.write_text(json.dumps(told, indent=1) + "\n")
-    temporary.replace(target)
+    write_json(target, told)
     for found in worth.verdicts(told):
         print(f"{found.site}  {found.sentence}")
     return target

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from app import model
+from app.config import LORA_TARGETS
 from app.hub import volume
 from app.site import journal
 from benchmarks import check
@@ -66,6 +68,16 @@ def rewrite(file: Path, change) -> None:
 
 def test_a_good_run_passes(root):
     assert check.check(evidence(root, seconds=5, limit=10, before=check.adapters(root / "adapters"))) == []
+
+
+def test_its_hash_and_its_fresh_adapter_are_the_apps_which_it_does_not_import(root):
+    adapter = tiny.adapter(3)
+    assert check.digest(adapter) == model.adapter_hash(adapter)
+    fresh = check.fresh(tiny.base(), tiny.CONFIG.lora_rank, check.TARGETS[tiny.CONFIG.lora_targets])
+    assert {name: (value.shape, value.dtype) for name, value in fresh.items()} == {name: (value.shape, value.dtype) for name, value in tiny.fresh().items()}
+    assert {name: set(layers) for name, layers in LORA_TARGETS.items()} == check.TARGETS
+    done = subprocess.run([sys.executable, "-c", "import benchmarks.check, sys; print('app' in sys.modules)"], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_command_says_so_and_ends_with_0_or_1(root):

@@ -118,3 +118,12 @@ def test_the_command_is_that_of_the_folder_one_stands_in_else_of_its_environment
     for cwd, expected in (("one", "one hub sites\n"), ("two", "two hub sites\n"), (".", "one hub sites\n")):
         done = subprocess.run([tmp_path / "one/.venv/bin/bouquet", "hub", "sites"], cwd=tmp_path / cwd, capture_output=True, text=True)
         assert done.stdout == expected, done.stderr
+
+
+def test_the_index_names_every_command():
+    page = (ROOT / "docs/README.md").read_text()
+    rows = {name: row for name, row in re.findall(r"^\| (`bouquet \w+`.*?) \| (.*) \|$", page, re.MULTILINE)}
+    told = {word for names in rows for word in re.findall(r"`bouquet (\w+)`", names)}
+    assert told == {words[0] for words in commands()}
+    for group, *words in commands():
+        assert not words or all(f"`{word}`" in "".join(row for names, row in rows.items() if f"`bouquet {group}`" in names) for word in words) or group in ("measure", "worth")

@@ -58,7 +58,7 @@ def jpeg_or_png(number: int) -> bytes:
 
 
 def data_set(folder: Path, pictures: list[bytes], **columns) -> Path:
-    """A data set as the hub stores it: parquet under data/, image struct, ClassLabel names in the schema's metadata."""
+    """A data set as Hugging Face stores it: parquet under data/, image struct, ClassLabel names in the schema's metadata."""
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": data, "path": None} for data in pictures], struct)
     features = {"image": {"_type": "Image"}}

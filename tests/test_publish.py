@@ -25,7 +25,7 @@ from app.errors import AdapterError
 from bouquet import ROOT, cli
 from bouquet.adapter import card
 from tests.kit import tiny
-from tests.kit.hub import TOKEN, Hub
+from tests.kit.hugging_face import TOKEN, Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # huggingface_hub's PUT with httpx 0.28
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -182,7 +182,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
 def test_stable_diffusions_place_on_the_hub_and_licence_are_known():
     config = RunConfig.read({"base-model": "stable-diffusion-v1-5"})
     assert card.licence(config, None) == "creativeml-openrail-m" and card.licence(config, "mit") == "mit"
-    assert model.HUB[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert model.HUGGING_FACE[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def test_the_cards_snippet_runs_as_printed(publish, monkeypatch, tmp_path):

@@ -70,7 +70,6 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "docker compose down": (DOWN, "docker compose down"),
     "scripts/certs": (f"{CERTS}::test_the_server_certificate_has_the_names_that_are_used", 'sh("scripts/certs"'),
     "scripts/certs check": (f"{CERTS}::test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca", "scripts/certs check"),
-    "scripts/certs status": (f"{CERTS}::test_status_shows_expiry_names_and_the_admitted_sites", "scripts/certs status"),
     "scripts/certs renew": (f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
     "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
     "scripts/hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
@@ -87,8 +86,8 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),
     "scripts/add-site 3 --data DIR": (f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
     ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (PRESET, "--run-config app/presets/sd15.toml --stream"),
-    "scripts/partition --dataset <hub name or folder> --sites 2 --out .bouquet/flowers": (
-        f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<hub name or folder>"),
+    "scripts/partition --dataset <name or folder> --sites 2 --out .bouquet/flowers": (
+        f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<name or folder>"),
     "scripts/partition": (f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "scripts/partition"),
     "docker/install .venv cpu simulation": (f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
     ". .venv/bin/activate": (SIMULATED, '"PATH": f"{BIN}'),
@@ -143,8 +142,8 @@ def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
 
 def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path: Path) -> None:
     flowers = data_set(tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)])
-    [command] = [line for line in commands() if line.startswith("scripts/partition")]
-    sh(command.replace("<hub name or folder>", str(flowers)), copy)
+    [command] = [line for line in commands() if line.startswith("scripts/partition --dataset")]
+    sh(command.replace("<name or folder>", str(flowers)), copy)
     photos = [scan(copy / ".bouquet/flowers" / site).photos for site in ("site-1", "site-2")]
     assert [len(part) for part in photos] == [6, 6]
     assert {photo.caption for part in photos for photo in part} >= {"a photo of a tiger lily", "a photo of a corn poppy"}

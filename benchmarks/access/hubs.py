@@ -99,7 +99,7 @@ def prepare(folder: Path, host: str) -> dict[str, str]:
     open_up(folder)
     user = "10001:10001" if os.getuid() == 0 else f"{os.getuid()}:{os.getgid()}"
     sh("scripts/certs", "site-1", "site-2", "attacker", cwd=folder, HUB_HOST=host, BOUQUET_USER=user)
-    sh(sys.executable, "bouquet/hub/sign.py", cwd=folder)
+    sh(sys.executable, "-m", "bouquet", "hub", "sign", cwd=folder)
     open_up(folder / ".bouquet", folder / "certs")
     return {"IMAGE": image(), "BOUQUET_USER": user, "HUB_BIND": host, "HUB_HOST": host, "CERTS": str(folder / "certs")}
 

@@ -27,6 +27,7 @@ from typing import Any
 for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
     os.environ.setdefault(name, value)
 
+from app import files
 from app.errors import BouquetError
 
 
@@ -86,11 +87,11 @@ def remember(asked: SimpleNamespace) -> list[str]:
     return [memorisation.found(asked.name, column).sentence, f"measured   {out}"]
 
 
-def collect(run: Path, files: list[Path]) -> list[str]:
+def collect(run: Path, columns_at: list[Path]) -> list[str]:
     """memory.json in the run's folder. Errors: MEASURE-02 unless every column is of another site and of the same adapter."""
     from bouquet.report import memorisation
 
-    columns = [json.loads(file.read_text()) for file in files]
+    columns = [json.loads(file.read_text()) for file in columns_at]
     if len({column.get("adapter") for column in columns}) > 1 or len({column.get("site") for column in columns}) < len(columns):
         raise BouquetError(
             "MEASURE-02",
@@ -100,7 +101,5 @@ def collect(run: Path, files: list[Path]) -> list[str]:
         )
     told = {"run": run.resolve().name, "sites": {column.pop("site"): column for column in columns}}
     found = memorisation.all_found(told)
-    temporary = run / ".memory.json.tmp"
-    temporary.write_text(json.dumps(told, indent=1) + "\n")
-    temporary.replace(run / "memory.json")
+    files.write_json(run / "memory.json", told)
     return [*(f"{one.site}  {one.sentence}" for one in found), f"measured   {run / 'memory.json'}"]

@@ -1,4 +1,4 @@
-"""An adapter's way to the model hub: a final folder in; a repository with files, card and pictures out.
+"""An adapter's way to Hugging Face: a final folder in; a repository with files, card and pictures out.
 
 The steps: the base model is the run's, every file draws the same picture (parity.py), pictures and README.md are written into
 the folder, and the files that are named here, no others, go up in one commit. Without `--upload` it stops before that.
@@ -38,7 +38,7 @@ def publish(args: SimpleNamespace) -> None:
         print(f"same     {row.path:<10}{row.precision}   differs by {row.difference:.4%} of the adapter's effect, at most {parity.LIMIT[row.precision]:.1%}")
     pictures = draw(final, adapter, base, config)
     public = provenance_for(provenance, args.name_sites)
-    base_id = args.base_id or model.HUB.get(config.base_model, ("",))[0]
+    base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
     (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id), encoding="utf-8")
     if not base_id:
         print(f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is")
@@ -136,4 +136,4 @@ def words(error: BaseException) -> str:
 
 def refused(found: str) -> AdapterError:
     fix = "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run this again"
-    return AdapterError("EXPORT-07", "The model hub did not take the adapter.", found=found, fix=fix)
+    return AdapterError("EXPORT-07", "Hugging Face did not take the adapter.", found=found, fix=fix)

@@ -180,7 +180,8 @@ def kept(file: Path, content: str) -> Path:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] == "connect", __doc__
+    if sys.argv[1:2] != ["connect"] or len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
         connect(sys.argv[2], ROOT / "certs" / "ca.crt")
     except BouquetError as error:

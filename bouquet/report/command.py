@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+from app import files
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.report import progress
@@ -52,10 +53,8 @@ def write(run: Run, out: str) -> str:
         sys.stdout.write(text)
         return "report  standard output"
     file = target(run, out)
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(text)
-        temporary.replace(file)
+        files.write(file, text)
     except OSError as error:
         found, fix = f"{file}: {error.strerror}", "name a place where you may write: scripts/report --out FILE"
         raise BouquetError("REPORT-03", "The report cannot be written there.", found=found, fix=fix) from None

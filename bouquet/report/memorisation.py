@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import BouquetError
+from bouquet.report.reading import need
 
 RARE = 0.05
 
@@ -34,10 +35,10 @@ def check(memory: Any) -> None:
     """Errors: MEASURE-02 unless every site has finite numbers of samples and of held-out photos."""
     try:
         for site in memory["sites"].values():
-            assert isinstance(site["photos"], int) and isinstance(site["space"], str)
+            need(isinstance(site["photos"], int) and isinstance(site["space"], str))
             for kind in ("samples", "held_out"):
-                assert site[kind] and all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in site[kind])
-    except (AssertionError, AttributeError, KeyError, TypeError):
+                need(site[kind] and all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in site[kind]))
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BouquetError(
             "MEASURE-02",
             "The distances in memory.json cannot be read.",

@@ -20,6 +20,12 @@ from app.errors import BouquetError
 LARGE = 2**26  # characters of a text that may be a picture
 
 
+def need(true: object) -> None:
+    """What a file must have. Errors: ValueError."""
+    if not true:
+        raise ValueError
+
+
 @dataclass(frozen=True)
 class Run:
     """One run: its history, and what else lies in its folder. `status` is {}, `worth` and `memory` None where the files are absent."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import BouquetError
+from bouquet.report.reading import need
 
 CONTENDERS = ("base", "alone", "federated", "pooled")
 WORDS = {"base": "the base model", "alone": "training alone"}
@@ -44,13 +45,14 @@ def check(worth: Any) -> None:
     try:
         count = len(worth["seeds"])
         for site in worth["sites"].values():
-            assert isinstance(site["held_out"], int) and site["loss"]["federated"]
+            need(isinstance(site["held_out"], int) and site["loss"]["federated"])
             for kind in ("loss", "judge") if "judge" in site else ("loss",):
-                assert {"alone", "federated"} <= site[kind].keys() <= set(CONTENDERS)
+                need({"alone", "federated"} <= site[kind].keys() <= set(CONTENDERS))
                 for name, values in site[kind].items():
-                    assert len(values) == count or (name == "base" and len(values) == 1)
-                    assert all(type(v) in (int, float) and math.isfinite(v) for v in values) and (kind == "judge" or min(values) > 0)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
+                    need(len(values) == count or (name == "base" and len(values) == 1))
+                    need(all(type(v) in (int, float) and math.isfinite(v) for v in values))
+                    need(kind == "judge" or min(values) > 0)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise BouquetError(
             "REPORT-04",
             "The comparison in worth.json cannot be read.",

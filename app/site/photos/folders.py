@@ -2,7 +2,7 @@
 
 Enters: a folder. Leaves: one `Entry` a picture, its bytes not read yet, and one for every file that is not used. A
 folder may hold any mix of
-  - parquet or arrow files as the hub stores them: an image column (bytes, or paths) and text or label;
+  - parquet or arrow files as Hugging Face stores them: an image column (bytes, or paths) and text or label;
   - lists, caption files and templates (captions.py);
   - pictures: what a file is, its first bytes say, where its name does not end like a picture's or a text's.
 A picture's caption is its list's or table's; else its caption file's; else its template's, by its label. What is nearer

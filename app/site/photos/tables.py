@@ -1,4 +1,4 @@
-"""Parquet and arrow files as the hub stores image data sets: a file in, one `Row` a picture out.
+"""Parquet and arrow files as Hugging Face stores image data sets: a file in, one `Row` a picture out.
 
 Enters: a file with an image column (struct of bytes and path, plain bytes, or text: a path) and maybe `text`, `caption`
 or `label`, whose class names stand in the schema's metadata under `huggingface`; of a list of texts the first counts.

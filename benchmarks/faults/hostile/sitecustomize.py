@@ -81,5 +81,5 @@ def _outcome(call, *args) -> str:
 
 if FILE.name and ("flwr-clientapp" in PROGRAM or "multiprocessing.forkserver" in PROGRAM):  # a ClientApp, or what it is forked from
     lying_client()
-elif FILE.name and "supernode.py" in PROGRAM:
+elif FILE.name and "bouquet.flower.supernode" in PROGRAM:
     replaying_supernode()

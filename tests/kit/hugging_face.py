@@ -1,4 +1,4 @@
-"""A model hub on loopback that speaks the upload calls: /api/validate-yaml, repos/create, preupload, Git LFS' batch, commit.
+"""Hugging Face on loopback that speaks the upload calls: /api/validate-yaml, repos/create, preupload, Git LFS' batch, commit.
 
 Enters: the requests of huggingface_hub's HfApi. Leaves: `repos` with what a clone would hold, and every request as it came.
 It believes no one: no token but TOKEN may write, an object must have the hash it goes by, a card's front matter must be YAML.
