@@ -139,4 +139,4 @@ def run(number: str = "") -> Told | None:
 def told(run: Any) -> Told:
     state = f"{run.status.status}:{run.status.sub_status}".rstrip(":")
     since = run.finished_at or run.running_at or run.starting_at or run.pending_at
-    return Told(str(run.run_id), state, text.line(run.status.details, text.LONGEST), since)
+    return Told(str(run.run_id), state, text.printable(run.status.details[: text.LONGEST]), since)
