@@ -54,7 +54,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def alter(app: Path, old: str, new: str) -> None:
     """Change the code that runs at a site, in one place."""
-    file = app / "app" / "client_app.py"
+    file = app / "app" / "site" / "client_app.py"
     content = file.read_text()
     assert old in content
     file.write_text(content.replace(old, new, 1))
