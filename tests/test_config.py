@@ -41,7 +41,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one():
 
 
 def test_an_unknown_key_like_no_other_points_to_the_table():
-    assert "README" in refused("CONFIG-01", zzz=1).fix
+    assert "docs/run-config.md" in refused("CONFIG-01", zzz=1).fix
 
 
 def test_a_field_name_is_not_a_key():

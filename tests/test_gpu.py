@@ -34,7 +34,7 @@ def test_a_gpu_is_read_through_the_drivers_library(nvml: StandIn) -> None:
 def test_the_library_is_found_where_the_system_looks_for_libraries(tmp_path: Path) -> None:
     (tmp_path / "state").write_text(f"580.95.05 13000\n{A10}\n")
     env = os.environ | {"LD_LIBRARY_PATH": str(library().parent), "NVML_STATE": str(tmp_path / "state"), "CUDA_VISIBLE_DEVICES": "0"}
-    shown = subprocess.run([sys.executable, "-c", "from app import gpu; print(gpu.devices()[1][0].name)"], env=env, cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-c", "from app.site import gpu; print(gpu.devices()[1][0].name)"], env=env, cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout == "NVIDIA A10\n", shown.stderr
 
 
