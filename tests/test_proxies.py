@@ -29,6 +29,12 @@ NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 FAR = "hub.invalid"  # reached through the proxy alone
 
 
+def hang_up(link: socket.socket) -> None:
+    """Whoever is at the other end may have done so before."""
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
+
+
 class Proxy:
     """CONNECT and nothing else; every name is this host's; it refuses where `status` is not 200."""
 
@@ -58,11 +64,11 @@ class Proxy:
         self.asked.append(target)
         client.sendall(f"HTTP/1.1 {self.status} so\r\n\r\n".encode())
         if self.status != 200:
-            return client.shutdown(socket.SHUT_RDWR)
+            return hang_up(client)
         try:
             hub = socket.create_connection(("127.0.0.1", int(target.rpartition(":")[2])))
         except OSError:
-            return client.shutdown(socket.SHUT_RDWR)
+            return hang_up(client)
         self.keep(hub, threading.Thread(target=pass_on, args=(client, hub), daemon=True))
         pass_on(hub, client)
 
