@@ -28,7 +28,9 @@ from bouquet.hub.deployment import free_port
 from bouquet.hub.runs import BIN
 from bouquet.hub.sign import publisher_key
 
-PARTS = ("compose.yaml", "pyproject.toml", "app", "bouquet", "docker", "scripts", "certs/README.md")
+PARTS = (
+    "compose.yaml", "pyproject.toml", "app", "bouquet", "docker", "scripts", "certs/README.md", "benchmarks/access/stock.yaml",
+)  # fmt: skip
 
 
 def sh(*command: str, cwd: Path = ROOT, **env: str) -> str:
