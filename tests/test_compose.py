@@ -156,6 +156,18 @@ def test_a_supernode_that_hears_nothing_from_the_hub_is_unhealthy(up: Path) -> N
     assert old.returncode == 1 and "nothing heard from the hub for 76 s" in old.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("python /opt/bouquet/supernode.py --help", "--superlink SUPERLINK"), ("python -m app.preflight --help", "bouquet site check"),
+        ("python -m app.journal /tmp", "this site has answered no message yet"),
+    ],
+)  # fmt: skip
+def test_a_join_kit_of_the_version_before_finds_the_programs_that_it_names(up: Path, command: str, words: str) -> None:
+    begun = "docker compose run --rm --no-deps -T --workdir /opt/bouquet -e BOUQUET_PREFLIGHT= supernode-1"
+    assert words in sh(f"{begun} {command}", up).stdout
+
+
 def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
     shown = sh("docker compose run --rm operator flwr ls remote-deployment --format json", up).stdout
     assert run in shown and "finished:completed" in shown
