@@ -40,7 +40,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], adapter: Adapter) -> None:
-    """Fill a folder beside, load its adapter back to see that it is this one, then give it its name. Errors: AGG-*, OSError."""
+    """Fill a folder beside, load its adapter back to see that it is this one, then give it its name. Errors: ADAPTER-01, -02, OSError."""
 
     def check(folder: Path) -> None:
         written = read_adapter(folder)

@@ -165,7 +165,7 @@ class Exchange:
     def _accept(
         self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool
     ) -> guard.Reply:
-        """The node's reply. Errors: aggregate.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
+        """The node's reply. Errors: guard.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
         site, precision = "" if self.by_own_name else self.name(node), self.config.wire_precision
         try:
             reply = guard.accept(message, adapter, sent, training=training, site=site, precision=precision)

@@ -31,6 +31,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.errors import BouquetError
+from app.files import sync
 from bouquet.flower import seams
 
 VERSION_TABLE = utils.ALEMBIC_VERSION_TABLE
@@ -194,11 +195,7 @@ def put(new: Path, file: Path) -> None:
     """`new` in the place of `file`; a log that lies beside the old one would be read into the new."""
     remove(*[Path(f"{file}{end}") for end in BESIDE[1:]])
     new.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(file.parent)
 
 
 def remove(*files: Path, quietly: bool = False) -> None:
