@@ -25,11 +25,24 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
 MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # a text encoder reads 77 tokens
-PROMPTS = "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand background"
+PROMPTS = (
+    "a red poppy, meadow background|a white lily, night background|a pink lotus, sky background|a purple thistle, sand"
+    " background"
+)
 
 
-def _key(default: Any, unit: str, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"unit": unit, "meaning": meaning, "low": low, "high": high, "choices": choices})
+def _key(
+    default: Any,
+    unit: str,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    return field(
+        default=default, metadata={"unit": unit, "meaning": meaning, "low": low, "high": high, "choices": choices}
+    )
 
 
 @dataclass(frozen=True)
@@ -42,30 +55,59 @@ class RunConfig:
     local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
     batch_size: int = _key(16, "images", "images in one forward pass", low=1, high=4096)
     gradient_accumulation: int = _key(1, "passes", "forward passes in one optimiser step", low=1, high=1024)
-    gradient_checkpointing: bool = _key(False, "", "compute activations again on the way back instead of keeping them: a third more time, a fraction of the memory")
+    gradient_checkpointing: bool = _key(
+        False,
+        "",
+        "compute activations again on the way back instead of keeping them: a third more time, a fraction of the"
+        " memory",
+    )
     learning_rate: float = _key(3e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
     lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
     lora_targets: str = _key("attention+resnet", "", "which layers get an adapter", choices=tuple(LORA_TARGETS))
-    caption_dropout: float = _key(0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0)
+    caption_dropout: float = _key(
+        0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0
+    )
     min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
     precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
-    wire_precision: str = _key("fp32", "", "of the numbers on the way between hub and sites; fp16 halves the bytes", choices=("fp32", "fp16"))
-    proximal_mu: float = _key(0.0, "", "FedProx: pull of a site's adapter towards the global one; 0 is off", low=0.0, high=100.0)
+    wire_precision: str = _key(
+        "fp32", "", "of the numbers on the way between hub and sites; fp16 halves the bytes", choices=("fp32", "fp16")
+    )
+    proximal_mu: float = _key(
+        0.0, "", "FedProx: pull of a site's adapter towards the global one; 0 is off", low=0.0, high=100.0
+    )
     validation_fraction: float = _key(0.1, "share", "images each site keeps for validation", low=0.01, high=0.5)
-    validation_timesteps: int = _key(4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100)
+    validation_timesteps: int = _key(
+        4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100
+    )
     min_sites: int = _key(2, "sites", "fewest sites that a round needs", low=1, high=10_000)
     wait_for_sites: int = _key(180, "seconds", "longest wait for that many sites", low=1, high=86_400)
     round_timeout: int = _key(3600, "seconds", "longest wait for a round's replies", low=10, high=604_800)
-    round_patience: float = _key(5.0, "rounds", "wait no longer than this many earlier rounds took (at least 60 s); 0 is round-timeout alone", low=0.0, high=1000.0)
-    round_retries: int = _key(2, "times", "how often a round with too few valid replies is tried again", low=0, high=100)
-    norm_bound: float = _key(5.0, "", "refuse an update longer than this many median updates; 0 is off", low=0.0, high=1e6)
+    round_patience: float = _key(
+        5.0,
+        "rounds",
+        "wait no longer than this many earlier rounds took (at least 60 s); 0 is round-timeout alone",
+        low=0.0,
+        high=1000.0,
+    )
+    round_retries: int = _key(
+        2, "times", "how often a round with too few valid replies is tried again", low=0, high=100
+    )
+    norm_bound: float = _key(
+        5.0, "", "refuse an update longer than this many median updates; 0 is off", low=0.0, high=1e6
+    )
     largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
     strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
-    server_learning_rate: float = _key(1.0, "", "of fedavgm (1 is usual) and fedadam (0.01 is usual)", low=1e-6, high=10.0)
+    server_learning_rate: float = _key(
+        1.0, "", "of fedavgm (1 is usual) and fedadam (0.01 is usual)", low=1e-6, high=10.0
+    )
     server_momentum: float = _key(0.9, "", "momentum of fedavgm, first beta of fedadam", low=0.0, high=0.999)
-    trimmed_share: float = _key(0.2, "share", "of trimmed-mean: left out at either end, number by number", low=0.0, high=0.49)
+    trimmed_share: float = _key(
+        0.2, "share", "of trimmed-mean: left out at either end, number by number", low=0.0, high=0.49
+    )
     krum_malicious: int = _key(1, "sites", "of krum: how many sites may be hostile", low=0, high=10_000)
-    keep_rounds: int = _key(0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000)
+    keep_rounds: int = _key(
+        0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000
+    )
     resume: str = _key("", "run", "go on after the last round of this run: its id, or latest", high=20)
     start_from: str = _key(
         "",
@@ -73,8 +115,15 @@ class RunConfig:
         "begin with this LoRA instead of a fresh adapter: a .safetensors file beside the runs on the shared volume",
         high=200,
     )
-    tracker: str = _key("none", "", "where the hub tells losses, norms, refusals, seconds, GPU figures and pictures by round", choices=TRACKERS)
-    seed: int = _key(42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1)
+    tracker: str = _key(
+        "none",
+        "",
+        "where the hub tells losses, norms, refusals, seconds, GPU figures and pictures by round",
+        choices=TRACKERS,
+    )
+    seed: int = _key(
+        42, "", "seed of the first adapter, the sites' batches and the sample pictures", low=0, high=2**31 - 1
+    )
     sample_prompts: str = _key(
         PROMPTS,
         "",

@@ -1,8 +1,9 @@
 """Errors that a person can act on, and that are safe to send.
 
 Enters: what was found and how to fix it. Leaves: an exception whose `str()` is public (code and headline only, because
-Flower sends `str(exception)` to the hub) and whose `report()` has the private details for the local log. Either may quote
-what somebody else wrote (a file's name, a fingerprint, a site's reason): none of it moves a cursor or passes for a line of ours.
+Flower sends `str(exception)` to the hub) and whose `report()` has the private details for the local log. Either may
+quote what somebody else wrote (a file's name, a fingerprint, a site's reason): none of it moves a cursor or passes for
+a line of ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from app import text
 
 
 class BouquetError(Exception):
-    """A named mistake: `code` is a heading of docs/troubleshooting.md, `headline` a public sentence without names, captions or paths."""
+    """A named mistake: `code` is a heading of docs/troubleshooting.md, `headline` a public sentence without names,
+    captions or paths.
+    """
 
     def __init__(self, code: str, headline: str, *, found: str, fix: str) -> None:
         headline = text.printable(headline[: text.LONGEST])

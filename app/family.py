@@ -186,9 +186,11 @@ def incomplete(found: str) -> ModelError:
 
 
 def tokens(base: Path) -> int:
-    """Of a caption, padded or cut: the tokenizer's `model_max_length`, and at most as many as the text encoder has positions for.
+    """Of a caption, padded or cut: the tokenizer's `model_max_length`, and at most as many as the text encoder has
+    positions for.
 
-    Many published tokenizers leave it unset, which is 1e30. A text encoder that names no `max_position_embeddings` has CLIP's 77.
+    Many published tokenizers leave it unset, which is 1e30. A text encoder that names no `max_position_embeddings` has
+    CLIP's 77.
     Errors: MODEL-03.
     """
     encoder = read_json(base / "text_encoder" / "config.json")

@@ -1,6 +1,8 @@
-"""Files that are whole or not there: what is written lies beside until it is complete, and then takes the name in one step.
+"""Files that are whole or not there: what is written lies beside until it is complete, and then takes the name in one
+step.
 
-Enters: a path and its content. Leaves: the file or folder, on the disk before its name is; whatever was there before is gone only then.
+Enters: a path and its content. Leaves: the file or folder, on the disk before its name is; whatever was there before
+is gone only then.
 Errors: OSError, and ValueError for what is no JSON; nothing stays beside.
 """
 
@@ -41,7 +43,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Path], None]) -> None:
-    """Fill a folder beside, sync it, let `check` look at it, then give it its name; one that was there is exchanged for it."""
+    """Fill a folder beside, sync it, let `check` look at it, then give it its name; one that was there is exchanged for
+    it.
+    """
     beside, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     for left in (beside, old):
         shutil.rmtree(left, ignore_errors=True)

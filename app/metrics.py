@@ -1,8 +1,8 @@
 """The numbers of a site's reply: the one list of their names, and the range in which each can be true.
 
-A site sends these and the hub keeps these: a reply may hold anything, and what is kept stays in memory, in every round's
-files and in the report. The number of images is the one that decides something, so what the hub makes of it is said, in the
-same words in the run's output and in the report.
+A site sends these and the hub keeps these: a reply may hold anything, and what is kept stays in memory, in every
+round's files and in the report. The number of images is the one that decides something, so what the hub makes of it is
+said, in the same words in the run's output and in the report.
 Enters: a reply's metrics. Leaves: the numbers that are kept, and how many were not.
 """
 
@@ -25,8 +25,10 @@ REASONS = {  # why a file is set aside (quarantined), and what it means to a per
     "outside": "a link or path that leads out of the data folder",
     "pointer": "Git LFS's pointer to the file, not the file: git lfs pull",
     "system": "hidden, or a computer's own: thumbnails, recycle bins, half a copy, a conflict (a folder counts as one)",
-    "too-large": "more than 50 million pixels (a JPEG in one scan: 200 million) or 200 MB, or packed so that reading "
-    "it is the work of many photos",
+    "too-large": (
+        "more than 50 million pixels (a JPEG in one scan: 200 million) or 200 MB, or packed so that reading "
+        "it is the work of many photos"
+    ),
     "undecodable": "the header or the pixels are damaged or cut off",
     "unreadable": "not a file, or this process may not read it",
     "unused-caption": "a caption without its picture, after another one, or in a caption file's second line",
@@ -58,6 +60,7 @@ def bounded(site: str, claimed: float, counted: float, bound: str) -> str:
     """A sentence about a site that says it has more images than it counts for."""
     why = {ADMITTED: "it was admitted with no more", SHARE: "one site may weigh no more (largest-share)"}
     return (
-        f"{site} says that it has {claimed:,.0f} images and counts for {counted:,.0f}, since {why.get(bound, 'the hub bounds it')}. "
-        "If that is not what it has, bound it: scripts/hub admit NAME KEY.pub --images N"
+        f"{site} says that it has {claimed:,.0f} images and counts for {counted:,.0f}, since"
+        f" {why.get(bound, 'the hub bounds it')}. If that is not what it has, bound it: scripts/hub admit NAME KEY.pub"
+        " --images N"
     )

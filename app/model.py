@@ -2,8 +2,8 @@
 
 Enters: a base model's name and the folder of base models. Leaves: its parts, each loaded whole or not at all; a frozen
 UNet with a trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys
-(`….lora_A.weight`), applied strictly and hashed. Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine), MODEL-03
-(incomplete or damaged), MODEL-05 (family.py's), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
+(`….lora_A.weight`), applied strictly and hashed. Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine),
+MODEL-03 (incomplete or damaged), MODEL-05 (family.py's), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
 
 The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle, and a copy in half precision
 (`….fp16.safetensors`) only where a part has no other.
@@ -28,7 +28,10 @@ from app.errors import AdapterError, ModelError
 from app.family import PARTS, incomplete, read_json, read_text, readable
 
 HUGGING_FACE = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
-    "stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+    "stable-diffusion-v1-5": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    ),
 }
 CLASSES = {  # what is loaded, and what a plain base model's index says; the scheduler's is in its own file too
     "_class_name": "StableDiffusionPipeline",
@@ -50,7 +53,10 @@ def locate(name: str, models: Path) -> Path:
             "MODEL-01",
             "Unknown base model.",
             found=f"base-model = {name!r}{_instead(name, models)}; known here: {', '.join(known) or 'none'}",
-            fix="choose a known name, or put the model in diffusers layout into a folder of that name among the base models",
+            fix=(
+                "choose a known name, or put the model in diffusers layout into a folder of that name among the base"
+                " models"
+            ),
         )
     folder = models / name
     if (folder / "model_index.json").exists():
@@ -61,7 +67,11 @@ def locate(name: str, models: Path) -> Path:
     _tell_of_download(name)
     try:
         allow = [f"{part}/*" for part in PARTS] + ["model_index.json"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=allow, ignore_patterns=["*.bin", "*fp16*", "*non_ema*"]))
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=allow, ignore_patterns=["*.bin", "*fp16*", "*non_ema*"]
+            )
+        )
     except Exception as error:
         raise ModelError(
             "MODEL-02",
@@ -141,7 +151,9 @@ def _files(folder: Path, part: str) -> list[Path]:
         files |= shards | {here / index for _ in shards} | {path for path in (here / single,) if path.exists()}
         if len(files) == 1:
             others = ", ".join(sorted(p.name for p in here.glob("*") if p not in texts))
-            raise incomplete(f"{here} has no weights as safetensors ({weights}); other formats are not read: {others}"[:500])
+            raise incomplete(
+                f"{here} has no weights as safetensors ({weights}); other formats are not read: {others}"[:500]
+            )
     if missing := sorted(p.name for p in files if not p.is_file()):
         raise incomplete(f"{here} lacks {', '.join(missing)}"[:500])
     return sorted(files)
@@ -156,7 +168,9 @@ def _names(weights: str, variant: str | None) -> tuple[str, str]:
 
 def _variant(folder: Path, part: str) -> str | None:
     """Which files of a part are loaded: those in full precision (None), else the copy in half."""
-    there = [any((folder / part / name).exists() for name in _names(WEIGHTS[part], variant)) for variant in (None, HALF)]
+    there = [
+        any((folder / part / name).exists() for name in _names(WEIGHTS[part], variant)) for variant in (None, HALF)
+    ]
     return HALF if there == [False, True] else None
 
 
@@ -252,8 +266,9 @@ def load_tokenizer(folder: Path) -> Any:
 def _whole(kind: Any, folder: Path, part: str, **how: torch.dtype) -> torch.nn.Module:
     """A part with every tensor from its file: what is missing there, both libraries would draw at random and go on.
 
-    Tensors in the file that the part has no place for mean other settings than its own; a text encoder may be cut shorter
-    (people leave out its last layer on purpose) or lie in a file with the picture's. Errors: MODEL-03, MODEL-05.
+    Tensors in the file that the part has no place for mean other settings than its own; a text encoder may be cut
+    shorter (people leave out its last layer on purpose) or lie in a file with the picture's. Errors: MODEL-03,
+    MODEL-05.
     """
     family.check(folder)
     how |= {"variant": _variant(folder, part), "local_files_only": True, "use_safetensors": True}
@@ -330,7 +345,11 @@ def adapter_of(unet: torch.nn.Module) -> Adapter:
 def check_adapter(adapter: Adapter, reference: Adapter) -> None:
     """AdapterError unless keys, shapes and types are those of `reference` and every number is finite."""
     missing, extra = sorted(reference.keys() - adapter.keys()), sorted(adapter.keys() - reference.keys())
-    wrong = [k for k in adapter.keys() & reference.keys() if (adapter[k].shape, adapter[k].dtype) != (reference[k].shape, reference[k].dtype)]
+    wrong = [
+        k
+        for k in adapter.keys() & reference.keys()
+        if (adapter[k].shape, adapter[k].dtype) != (reference[k].shape, reference[k].dtype)
+    ]
     if missing or extra or wrong:
         found = f"{len(missing)} keys missing, {len(extra)} extra, {len(wrong)} of another shape or type"
         raise _misfit(f"{found}; first: {(missing + extra + sorted(wrong))[0]}")
@@ -339,7 +358,7 @@ def check_adapter(adapter: Adapter, reference: Adapter) -> None:
             "ADAPTER-02",
             "The adapter has numbers that are not finite.",
             found=f"NaN or infinity in {len(broken)} of {len(adapter)} tensors; first: {broken[0]}",
-            fix="lower learning-rate, or use precision = \"fp32\"",
+            fix='lower learning-rate, or use precision = "fp32"',
         )
 
 

@@ -1,9 +1,9 @@
 """Text that somebody else wrote, made fit to be shown: a site's to the hub, the hub's to a site, a file's name to both.
 
-A terminal obeys control characters (title, clipboard, cleared screen), a reader believes a line that looks like ours, and
-both are misled by characters that turn the direction of writing or take no room. So such text is one line, of bounded
-length, and every character that is not printed (Unicode's categories Cc, Cf, Cs, Co, Cn, Zl, Zp) becomes �, which shows
-that something was there.
+A terminal obeys control characters (title, clipboard, cleared screen), a reader believes a line that looks like ours,
+and both are misled by characters that turn the direction of writing or take no room. So such text is one line, of
+bounded length, and every character that is not printed (Unicode's categories Cc, Cf, Cs, Co, Cn, Zl, Zp) becomes �,
+which shows that something was there.
 Enters: any text, any JSON value. Leaves: the same, harmless. Errors: none.
 """
 
@@ -34,7 +34,9 @@ def block(text: object, indent: int) -> str:
 
 
 def tidy(value: Any, most: int = LONGEST) -> Any:
-    """A JSON value that somebody else had a hand in: each text printable and at most `most` long, each number one to show."""
+    """A JSON value that somebody else had a hand in: each text printable and at most `most` long, each number one to
+    show.
+    """
     match value:
         case str():
             return printable(value[:most])

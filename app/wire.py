@@ -1,10 +1,11 @@
 """The adapter on the wire: one array of bytes in safetensors form.
 
 Flower stores and moves every array of a message as an object of its own: an adapter of 138 tensors was 138 uploads and
-138 downloads at each of four stations, and a round of two sites on two cores took 44 s; as one array it takes 27 s. Safetensors also says exactly what the
-bytes are, so a damaged or hostile array is refused before anything is computed with it.
-With wire-precision = "fp16" the numbers travel in half the bytes: every station rounds an adapter before it sends or keeps it, so
-that the hub, its checkpoints and the sites speak of the same numbers and nothing is lost on the way.
+138 downloads at each of four stations, and a round of two sites on two cores took 44 s; as one array it takes 27 s.
+Safetensors also says exactly what the bytes are, so a damaged or hostile array is refused before anything is computed
+with it. With wire-precision = "fp16" the numbers travel in half the bytes: every station rounds an adapter before it
+sends or keeps it, so that the hub, its checkpoints and the sites speak of the same numbers and nothing is lost on the
+way.
 Enters: an adapter. Leaves: an ArrayRecord with the one array `adapter.safetensors`; and back.
 """
 
@@ -26,7 +27,8 @@ _inflate = Array.inflate.__func__
 
 
 def rounded(adapter: Adapter, precision: str) -> Adapter:
-    """The float32 adapter that arrives when this one is sent: with fp16 each number rounded to 11 significant bits, else the same.
+    """The float32 adapter that arrives when this one is sent: with fp16 each number rounded to 11 significant bits,
+    else the same.
 
     A number beyond fp16's 65504 becomes infinite, which no station takes (ADAPTER-02).
     """
@@ -49,7 +51,9 @@ def unpack(record: ArrayRecord | None, precision: str = "fp32") -> Adapter:
     except Exception:  # numpy's and safetensors' readers fail in many ways on bytes that they did not write
         return {}
     if precision == "fp16":
-        return {key: value.float() if value.dtype == torch.float16 else value.double() for key, value in adapter.items()}
+        return {
+            key: value.float() if value.dtype == torch.float16 else value.double() for key, value in adapter.items()
+        }
     return adapter
 
 

@@ -35,12 +35,23 @@ class Browser:
 
     def __enter__(self) -> Browser:
         with ExitStack() as stack:
-            self.home = stack.enter_context(tempfile.TemporaryDirectory(prefix="bouquet-chromium-", ignore_cleanup_errors=True))
-            options = ["--headless=new", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--remote-debugging-port=0"]
-            options += ["--no-sandbox"] * (os.geteuid() == 0) + [f"--user-data-dir={self.home}", "about:blank"]  # root has no sandbox
+            self.home = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="bouquet-chromium-", ignore_cleanup_errors=True)
+            )
+            options = [
+                "--headless=new",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--no-first-run",
+                "--remote-debugging-port=0",
+            ]
+            # root has no sandbox
+            options += ["--no-sandbox"] * (os.geteuid() == 0) + [f"--user-data-dir={self.home}", "about:blank"]
             self.process = subprocess.Popen([find(), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             stack.callback(self._end)
-            self.socket = stack.enter_context(connect(self._page(), max_size=None, compression=None, open_timeout=PATIENCE))
+            self.socket = stack.enter_context(
+                connect(self._page(), max_size=None, compression=None, open_timeout=PATIENCE)
+            )
             self.numbers, self.events = itertools.count(1), []
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
@@ -82,8 +93,13 @@ class Browser:
 
     def look(self, width: int, height: int = 900, dark: bool = False) -> None:
         """The size of the window in CSS pixels (a phone has 360), and which colours the person prefers."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def open(self, file: Path) -> None:
         """Load a file from disk, to its end."""
@@ -116,13 +132,24 @@ class Browser:
 
     def requests(self) -> list[str]:
         """What the page asked for, beside itself and what it carries."""
-        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith(("data:", "file:"))]
 
     def picture(self, file: Path, selector: str = "html", margin: int = 0) -> None:
         """A PNG of one element, whole."""
-        box = self.js(f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])(document.querySelector({selector!r}).getBoundingClientRect())")
-        clip = dict(zip(("x", "y", "width", "height"), (box[0] - margin, box[1] - margin, box[2] + 2 * margin, box[3] + 2 * margin), strict=True))
+        box = self.js(
+            "(r => [r.x + scrollX, r.y + scrollY, r.width,"
+            f" r.height])(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        clip = dict(
+            zip(
+                ("x", "y", "width", "height"),
+                (box[0] - margin, box[1] - margin, box[2] + 2 * margin, box[3] + 2 * margin),
+                strict=True,
+            )
+        )
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip | {"scale": 1})
         file.write_bytes(base64.b64decode(shot["data"]))
 

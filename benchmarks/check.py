@@ -1,9 +1,11 @@
 """The checker: nothing was lost, nothing is half-written, and the result is the mean of what the sites really sent.
 
-  python -m benchmarks.check RUN_FOLDER --models MODELS --cache site-1=FOLDER --cache site-2=FOLDER … [--state finished:completed]
+  python -m benchmarks.check RUN_FOLDER --models MODELS --cache site-1=FOLDER --cache site-2=FOLDER … [--state
+  finished:completed]
 
-Reads the sites' journals (written with BOUQUET_KEEP_SENT set), the hub's history and the output volume, and imports nothing of what wrote
-them: names of tensors and shapes are diffusers' and PEFT's, the hash and the mean are worked out here.
+Reads the sites' journals (written with BOUQUET_KEEP_SENT set), the hub's history and the output volume, and imports
+nothing of what wrote them: names of tensors and shapes are diffusers' and PEFT's, the hash and the mean are worked out
+here.
 Leaves: one sentence for each thing that does not hold; none, and exit code 0, where everything does.
 """
 
@@ -30,7 +32,16 @@ PREFIX = "base_model.model."  # what PEFT writes before each name
 TARGETS = {
     "attention": {"to_q", "to_k", "to_v", "to_out.0"},
     "attention+resnet": {
-        "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj",
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "proj_in",
+        "proj_out",
+        "time_emb_proj",
     },  # fmt: skip
 }
 
@@ -48,7 +59,8 @@ class Evidence:
     state: str = "finished:completed"
     seconds: float = 0.0
     limit: float = float("inf")  # seconds in which it had to end
-    before: Mapping[str, str] | None = None  # folder -> hash of the adapters that were there before the fault (`adapters()`)
+    # folder -> hash of the adapters that were there before the fault (`adapters()`)
+    before: Mapping[str, str] | None = None
 
     @property
     def volume(self) -> Path:
@@ -58,7 +70,10 @@ class Evidence:
         return json.loads((self.run / "history.json").read_text())
 
     def adapter(self, folder: str) -> Adapter:
-        return {key.removeprefix(PREFIX): value for key, value in load_file(self.run / folder / "adapter_model.safetensors").items()}
+        return {
+            key.removeprefix(PREFIX): value
+            for key, value in load_file(self.run / folder / "adapter_model.safetensors").items()
+        }
 
 
 def check(evidence: Evidence) -> list[str]:
@@ -95,16 +110,24 @@ def half_written(volume: Path) -> Iterator[str]:
 
 
 def ended(evidence: Evidence) -> Iterator[str]:
-    """In a declared state, in a declared time. A ServerApp that was killed cannot write `failed`: there Flower says it alone."""
+    """In a declared state, in a declared time. A ServerApp that was killed cannot write `failed`: there Flower says it
+    alone.
+    """
     said = evidence.history()["state"]
-    if (evidence.state, said) not in {("finished:completed", "finished"), ("finished:failed", "failed"), ("finished:failed", "running")}:
+    if (evidence.state, said) not in {
+        ("finished:completed", "finished"),
+        ("finished:failed", "failed"),
+        ("finished:failed", "running"),
+    }:
         yield f"Flower says {evidence.state!r}, the history says {said!r}"
     if evidence.seconds > evidence.limit:
         yield f"the run took {evidence.seconds:.0f} s, {evidence.limit:.0f} s were allowed"
 
 
 def rounds(evidence: Evidence) -> Iterator[str]:
-    """1, 2, 3, …, each from where the one before ended; the volume has none that the history has not, and no site went back."""
+    """1, 2, 3, …, each from where the one before ended; the volume has none that the history has not, and no site went
+    back.
+    """
     history = evidence.history()
     entries = history["rounds"]
     if (numbers := [entry["round"] for entry in entries]) != list(range(1, len(entries) + 1)):
@@ -129,14 +152,18 @@ def rounds(evidence: Evidence) -> Iterator[str]:
 def adapter_is_whole(evidence: Evidence) -> Iterator[str]:
     """The newest adapter has the base model's keys and shapes, float32, and only finite numbers."""
     history = evidence.history()
-    folders = sorted(folder.name for folder in evidence.run.glob("round-*")) + ["final"] * (history["state"] == "finished")
+    folders = sorted(folder.name for folder in evidence.run.glob("round-*")) + ["final"] * (
+        history["state"] == "finished"
+    )
     if not folders:
         return
     settings = json.loads((evidence.run / folders[-1] / "adapter_config.json").read_text())
     rank, targets = history["config"]["lora_rank"], TARGETS[history["config"]["lora_targets"]]
     if (settings["r"], settings["lora_alpha"], set(settings["target_modules"])) != (rank, rank, targets):
         yield "adapter_config.json is not what the run was asked for"
-    yield from misfits(evidence.adapter(folders[-1]), fresh(evidence.models / history["config"]["base_model"], rank, targets))
+    yield from misfits(
+        evidence.adapter(folders[-1]), fresh(evidence.models / history["config"]["base_model"], rank, targets)
+    )
     if folders[-1] == "final" and digest(evidence.adapter("final")) != history["rounds"][-1]["adapter"]:
         yield "the final adapter is not the last round's"
 
@@ -173,13 +200,18 @@ def misfits(adapter: Adapter, like: Adapter) -> Iterator[str]:
         yield f"the adapter has {len(adapter.keys() ^ like.keys())} keys too many or too few"
     for key in adapter.keys() & like.keys():
         if (adapter[key].shape, adapter[key].dtype) != (like[key].shape, like[key].dtype):
-            yield f"{key} is {tuple(adapter[key].shape)} {adapter[key].dtype}, not {tuple(like[key].shape)} {like[key].dtype}"
+            yield (
+                f"{key} is {tuple(adapter[key].shape)} {adapter[key].dtype}, not {tuple(like[key].shape)}"
+                f" {like[key].dtype}"
+            )
     if broken := [key for key, value in adapter.items() if not torch.isfinite(value).all()]:
         yield f"{len(broken)} tensors have numbers that are not finite"
 
 
 def means(evidence: Evidence) -> Iterator[str]:
-    """Each round is the mean of adapters that the sites really sent in it, from the adapter that the hub sent, by their images."""
+    """Each round is the mean of adapters that the sites really sent in it, from the adapter that the hub sent, by their
+    images.
+    """
     history = evidence.history()
     runs = {history["run"], *_earlier(evidence.volume, history)}
     for entry in history["rounds"]:
@@ -217,13 +249,19 @@ def mean(weighted: list[tuple[int, Adapter]]) -> Adapter:
     """The weighted mean in float32, in this order: the same sums that FedAvg makes, so the same bits."""
     total = sum(weight for weight, _ in weighted)
     keys = weighted[0][1]
-    return {key: torch.from_numpy(np.asarray(sum(value[key].numpy() * (weight / total) for weight, value in weighted))) for key in keys}
+    return {
+        key: torch.from_numpy(np.asarray(sum(value[key].numpy() * (weight / total) for weight, value in weighted)))
+        for key in keys
+    }
 
 
 def farthest(adapter: Adapter, weighted: list[tuple[int, Adapter]]) -> float:
     """Largest difference of any number to the weighted mean in float64."""
     total = sum(weight for weight, _ in weighted)
-    return max((value.double() - sum(w * a[key].double() for w, a in weighted) / total).abs().max().item() for key, value in adapter.items())
+    return max(
+        (value.double() - sum(w * a[key].double() for w, a in weighted) / total).abs().max().item()
+        for key, value in adapter.items()
+    )
 
 
 def latest(evidence: Evidence) -> Iterator[str]:
@@ -242,7 +280,9 @@ def latest(evidence: Evidence) -> Iterator[str]:
 
 def adapters(volume: Path) -> dict[str, str]:
     """Hash of every adapter on the volume, by its folder."""
-    files = sorted(path for path in volume.glob("[0-9]*/*/adapter_model.safetensors") if not path.parent.name.startswith("."))
+    files = sorted(
+        path for path in volume.glob("[0-9]*/*/adapter_model.safetensors") if not path.parent.name.startswith(".")
+    )
     return {str(file.parent.relative_to(volume)): digest(load_file(file)) for file in files}
 
 
@@ -255,7 +295,9 @@ def lost(evidence: Evidence) -> Iterator[str]:
 
 
 def check_stock(file: Path, like: Adapter, honest: Adapter | None) -> list[str]:
-    """The same questions to a file that a plain FedAvg saved: it is there, loads, fits, is finite, and is the honest mean."""
+    """The same questions to a file that a plain FedAvg saved: it is there, loads, fits, is finite, and is the honest
+    mean.
+    """
     try:
         adapter = load_file(file)
     except Exception as error:

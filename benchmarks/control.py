@@ -1,6 +1,7 @@
 """Runs started and judged over a hub's Control API: it costs nothing, where `flwr` would cost a process each time.
 
-Enters: a door to the API and the output volume, which the class that takes this one in has. Leaves: states, and what a run wrote there.
+Enters: a door to the API and the output volume, which the class that takes this one in has. Leaves: states, and what a
+run wrote there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Control:
         """What `flwr run` sends; the run's id."""
         content = bundled(app or self.app)
         fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
-        answer = self.door.call(CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config))))
+        answer = self.door.call(
+            CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config)))
+        )
         assert answer.status == 200, answer
         return str(StartRunResponse.FromString(answer.body).run_id)
 

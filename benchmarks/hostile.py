@@ -64,11 +64,18 @@ class Door:
         return (tls or ssl.create_default_context(cafile=str(self.ca))).wrap_socket(plain, server_hostname=self.host)
 
     def raw(self, request: bytes, wait: float = 3) -> bytes:
-        """Send bytes as they are; everything that comes back until the other side closes or is silent for `wait` seconds."""
+        """Send bytes as they are; everything that comes back until the other side closes or is silent for `wait`
+        seconds.
+        """
         return exchange(self.connect, request, wait)
 
     def send(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}) -> Answer:
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Connection: close", f"Content-Length: {len(body)}"]
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            f"Host: {self.host}:{self.port}",
+            "Connection: close",
+            f"Content-Length: {len(body)}",
+        ]
         lines += [f"{name}: {value}" for name, value in {"Content-Type": MEDIA, **headers}.items()]
         answers = parse(self.raw("\r\n".join(lines).encode() + b"\r\n\r\n" + body, wait=20))
         return answers[0] if answers else Answer(0, "", b"no answer")
@@ -105,7 +112,8 @@ def parse(stream: bytes) -> list[Answer]:
     return answers
 
 
-# --- keys --------------------------------------------------------------------------------------------------------------------
+# --- keys
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def new_key() -> Key:
@@ -126,7 +134,8 @@ def signed(key: Key, claims: Key | None = None, age: float = 0) -> dict[str, str
     }  # fmt: skip
 
 
-# --- certificates and a hub that is none -------------------------------------------------------------------------------------
+# --- certificates and a hub that is none
+# -------------------------------------------------------------------------------------
 
 
 class Authority:
@@ -136,7 +145,11 @@ class Authority:
         self.folder, self.key = folder, new_key()
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         usage = x509.KeyUsage(*[False] * 5, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False)
-        builder = self._builder(self.name, self.key, -1, 10).add_extension(x509.BasicConstraints(True, None), True).add_extension(usage, True)
+        builder = (
+            self._builder(self.name, self.key, -1, 10)
+            .add_extension(x509.BasicConstraints(True, None), True)
+            .add_extension(usage, True)
+        )
         self.file = folder / f"{name}.crt"
         self.file.write_bytes(builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
@@ -216,7 +229,8 @@ def anybody() -> ssl.SSLContext:
     return tls
 
 
-# --- many connections --------------------------------------------------------------------------------------------------------
+# --- many connections
+# --------------------------------------------------------------------------------------------------------
 
 
 def stream_body(door: Door, head: bytes, size: int, chunked: bool = False) -> tuple[int, Answer]:
@@ -255,7 +269,9 @@ def waiting(link: ssl.SSLSocket) -> bytes:
         link.settimeout(timeout)
 
 
-def drip(door: Door, heads: Iterable[bytes], seconds: float, meanwhile: Callable[[], object]) -> tuple[list[float], object]:
+def drip(
+    door: Door, heads: Iterable[bytes], seconds: float, meanwhile: Callable[[], object]
+) -> tuple[list[float], object]:
     """One connection a head: send it, then a byte a second, for `seconds`.
 
     Returns: for each connection the seconds until it was closed or answered (`seconds` when it never was), and what

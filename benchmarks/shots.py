@@ -1,6 +1,6 @@
 """The pictures of docs/report.md: a run's report in a headless Chromium, section by section.
 
-    .venv/bin/python -m benchmarks.shots [RUN] [--out docs/report]
+.venv/bin/python -m benchmarks.shots [RUN] [--out docs/report]
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def shoot(run: Path, out: Path) -> None:
             browser.look(width, dark=dark)
             browser.open(file)
             if name == "phone" and browser.js("!!document.getElementById('round')"):
-                browser.js("(s => { s.value = Math.round(s.max / 2); s.dispatchEvent(new Event('input')) })(document.getElementById('round'))")
+                browser.js(
+                    "(s => { s.value = Math.round(s.max / 2); s.dispatchEvent(new Event('input'))"
+                    " })(document.getElementById('round'))"
+                )
             if browser.js(f"!!document.querySelector({section!r})"):
                 browser.picture(out / f"{name}.png", section, margin=8)
 

@@ -1,4 +1,5 @@
-"""What is installed beside the app: the commands of the hub's and the sites' operators, and Flower's programs with our parts in them.
+"""What is installed beside the app: the commands of the hub's and the sites' operators, and Flower's programs with our
+parts in them.
 
 The app itself (app/) is what is signed and sent to the sites; nothing of this package is.
 """

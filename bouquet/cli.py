@@ -1,7 +1,9 @@
-"""`bouquet`: the one command of the hub's operator, of a site's, and of whoever has an adapter. `bouquet --help` says what there is.
+"""`bouquet`: the one command of the hub's operator, of a site's, and of whoever has an adapter. `bouquet --help` says
+what there is.
 
-Enters: what a person types. Leaves: an exit code: 0 done, 1 failed, 2 wrong use; `hub status` has 3 for a run that still works,
-141 is an output that nobody reads any more. Every command imports what it needs when it is called: the hub's answer in half a second.
+Enters: what a person types. Leaves: an exit code: 0 done, 1 failed, 2 wrong use; `hub status` has 3 for a run that
+still works, 141 is an output that nobody reads any more. Every command imports what it needs when it is called: the
+hub's answer in half a second.
 Errors: those of the commands, with what was found and the fix, on standard error.
 """
 
@@ -32,7 +34,14 @@ hub, site, adapter, measure, worth, data = (
         "Photos for sites.",
     )
 )
-for group, name in ((hub, "hub"), (site, "site"), (adapter, "adapter"), (measure, "measure"), (worth, "worth"), (data, "data")):
+for group, name in (
+    (hub, "hub"),
+    (site, "site"),
+    (adapter, "adapter"),
+    (measure, "measure"),
+    (worth, "worth"),
+    (data, "data"),
+):
     bouquet.add_typer(group, name=name)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a site's name: a-z, 0-9 and -")]
@@ -40,7 +49,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 Models = Annotated[Path, typer.Option(help="folder of base models", envvar="BOUQUET_MODELS", show_envvar=False)]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 Columns = Annotated[list[Path], typer.Argument(metavar="COLUMN...", help="the sites' files")]
-Lora = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="a run's folder, a round's, or a LoRA file; default: the last run's")]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="a run's folder, a round's, or a LoRA file; default: the last run's"),
+]
 Base = Annotated[str, typer.Option("--base", metavar="NAME", help="base model of a LoRA file that does not name it")]
 MODELS = ROOT / "models"
 
@@ -55,7 +67,9 @@ def outside(script: str, *arguments: str) -> NoReturn:
     import os
 
     if not (file := ROOT / "scripts" / script).is_file():
-        raise BouquetError("HOST-18", "This is not in the image.", found=f"no {file}", fix=f"in a clone: scripts/{script}")
+        raise BouquetError(
+            "HOST-18", "This is not in the image.", found=f"no {file}", fix=f"in a clone: scripts/{script}"
+        )
     sys.stdout.flush()
     os.execv(file, [str(file), *arguments])
 
@@ -65,7 +79,11 @@ def wrong(what: str) -> typer.BadParameter:
 
 
 @bouquet.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="the version of this program and of the app that it signs")] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="the version of this program and of the app that it signs")
+    ] = False,
+) -> None:
     """Institutions fine-tune one image model together, and no image moves."""
     if version:
         print(f"bouquet {__version__}")
@@ -84,13 +102,19 @@ def demo(context: typer.Context) -> None:
     outside("demo", *context.args)
 
 
-# --- hub -----------------------------------------------------------------------------------------------------------------
+# --- hub
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @hub.command()
 def invite(
     name: Name,
-    hub: Annotated[str | None, typer.Option("--hub", metavar="HOST:PORT", help="where the site finds the hub; default: HUB_HOST, HUB_PORT in .env")] = None,
+    hub: Annotated[
+        str | None,
+        typer.Option(
+            "--hub", metavar="HOST:PORT", help="where the site finds the hub; default: HUB_HOST, HUB_PORT in .env"
+        ),
+    ] = None,
 ) -> None:
     """The join kit for a new site, .bouquet/kits/NAME.tar.gz; it holds no secret."""
     from bouquet.hub import admission
@@ -102,8 +126,12 @@ def invite(
 def admit(
     name: Name,
     key: Annotated[Path, typer.Argument(metavar="KEY.pub")],
-    images: Annotated[int | None, typer.Option(metavar="N", help="weigh this site as N images at most, whatever it reports")] = None,
-    fingerprint: Annotated[str | None, typer.Option(metavar="SHA256:…", help="what the site read out; any other key is refused")] = None,
+    images: Annotated[
+        int | None, typer.Option(metavar="N", help="weigh this site as N images at most, whatever it reports")
+    ] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256:…", help="what the site read out; any other key is refused")
+    ] = None,
 ) -> None:
     """Let the site with this public key in, after a look at its fingerprint."""
     from bouquet.hub import admission
@@ -133,7 +161,9 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", help="a line for every change until the run has ended")] = False,
     json: Json = False,
 ) -> None:
-    """The run: round, who has replied, who is missing, until when, the last error of each site. Exit code 3 while it works."""
+    """The run: round, who has replied, who is missing, until when, the last error of each site. Exit code 3 while it
+    works.
+    """
     from bouquet.hub import status
 
     if run and not run.isdecimal():
@@ -144,7 +174,9 @@ def status(
 @hub.command()
 def sign(
     apps: Annotated[list[Path] | None, typer.Argument(metavar="[APP...]", help="checkouts; default: this one")] = None,
-    again: Annotated[bool, typer.Option("--again", help="where a good signature is, too: APP becomes the newest")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="where a good signature is, too: APP becomes the newest")
+    ] = False,
     key: Annotated[Path, typer.Option(help="the publisher's private key")] = ROOT / "certs" / "publisher.key",
     to: Annotated[Path, typer.Option(help="folder of signatures")] = ROOT / ".bouquet" / "signatures",
 ) -> None:
@@ -157,7 +189,8 @@ def sign(
 @hub.command()
 def page(
     port: Annotated[int, typer.Option(help="on this host alone")] = 8445,
-    host: Annotated[str, typer.Option(hidden=True)] = "127.0.0.1",  # a container's own, which Compose shows on loopback alone
+    # a container's own, which Compose shows on loopback alone
+    host: Annotated[str, typer.Option(hidden=True)] = "127.0.0.1",
 ) -> None:
     """The hub's page: sites, the run that works, earlier ones; it may only read."""
     from bouquet.hub.live import serve
@@ -165,14 +198,17 @@ def page(
     serve.serve(host, port)
 
 
-# --- a site ----------------------------------------------------------------------------------------------------------------
+# --- a site
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @site.command()
 def check(
     fast: Annotated[bool, typer.Option("--fast", help="no decoding of every photo, no training step")] = False,
     json: Json = False,
-    run_config: Annotated[str, typer.Option(help='what the hub will run, as in flwr run: "resolution=512 batch-size=8"')] = "",
+    run_config: Annotated[
+        str, typer.Option(help='what the hub will run, as in flwr run: "resolution=512 batch-size=8"')
+    ] = "",
 ) -> None:
     """Will this site's first round work? A line a check: pass, warn, fail or skip, and the fix."""
     from bouquet.site import preflight
@@ -182,7 +218,9 @@ def check(
 
 @site.command()
 def journal(
-    cache: Annotated[Path, typer.Argument(metavar="[CACHE]", envvar="BOUQUET_CACHE", show_envvar=False)] = Path("/cache"),
+    cache: Annotated[Path, typer.Argument(metavar="[CACHE]", envvar="BOUQUET_CACHE", show_envvar=False)] = Path(
+        "/cache"
+    ),
 ) -> None:
     """What this site did in the runs, round by round, in words."""
     import time
@@ -192,7 +230,8 @@ def journal(
     print("\n".join(journal.told(journal.read(cache), time.time())))
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------------
+# --- a run
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @bouquet.command()
@@ -200,7 +239,9 @@ def run(
     run_config: Annotated[str, typer.Option(help="as for flwr run: 'rounds=2 local-steps=5', or a .toml file")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="start it, and do not wait for its end")] = False,
 ) -> None:
-    """Start a run and follow it to its real end: exit code 0 when it ended well, where `flwr run --stream` has 0 in any case."""
+    """Start a run and follow it to its real end: exit code 0 when it ended well, where `flwr run --stream` has 0 in any
+    case.
+    """
     from bouquet.hub import runs
 
     number = runs.start_run(run_config)
@@ -213,9 +254,15 @@ def run(
 
 @bouquet.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="a run's folder or its id; default: the last run that ended well")] = "latest",
-    out: Annotated[str, typer.Option(help="where the page goes; default: report.html in the run's folder; - is standard output")] = "",
-    follow: Annotated[bool, typer.Option("--follow", help="while the run works: its progress, and a new page after every round")] = False,
+    run: Annotated[
+        str, typer.Argument(metavar="[RUN]", help="a run's folder or its id; default: the last run that ended well")
+    ] = "latest",
+    out: Annotated[
+        str, typer.Option(help="where the page goes; default: report.html in the run's folder; - is standard output")
+    ] = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="while the run works: its progress, and a new page after every round")
+    ] = False,
 ) -> None:
     """One HTML file about a run: did it work, what to look at, pictures, sites, time, GPU, files and hashes."""
     from bouquet.report import command
@@ -225,24 +272,36 @@ def report(
     raise typer.Exit(command.report(run, out, follow))
 
 
-# --- its adapter -----------------------------------------------------------------------------------------------------------
+# --- its adapter
+# -----------------------------------------------------------------------------------------------------------
 
 
 @adapter.command()
 def sample(
-    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given again; default: the run's own prompts")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw; may be given again; default: the run's own prompts")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a text file, a prompt a line")] = None,
     adapter: Lora = None,
     base: Base = "",
     models: Models = MODELS,
     strength: Annotated[float, typer.Option(min=0, max=1, help="how much of the adapter")] = 1.0,
     grid: Annotated[bool, typer.Option("--grid", help="a row each for strength 0, 0.25, 0.5, 0.75 and 1")] = False,
-    seed: Annotated[int | None, typer.Option(help="of the first picture's noise; the next prompt's is one more; default: the run's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="of the first picture's noise; the next prompt's is one more; default: the run's")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: the run's")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance; default: the run's")] = None,
-    size: Annotated[int | None, typer.Option(help="side of the pictures in pixels, a multiple of 8; default: the run's")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="where the sheet goes; - is standard output")] = Path("sample.png"),
-    merge: Annotated[Path | None, typer.Option(metavar="DIR", help="write base model and adapter as one pipeline folder, and draw nothing")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="side of the pictures in pixels, a multiple of 8; default: the run's")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="where the sheet goes; - is standard output")] = Path(
+        "sample.png"
+    ),
+    merge: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="write base model and adapter as one pipeline folder, and draw nothing"),
+    ] = None,
 ) -> None:
     """Before/after pictures: the same prompts and seeds without the adapter and with it."""
     asked = given(locals())
@@ -267,9 +326,19 @@ def publish(
     base: Base = "",
     models: Models = MODELS,
     upload: Annotated[bool, typer.Option("--upload", help="send it; without this, everything but that")] = False,
-    public: Annotated[bool, typer.Option("--public", help="a new repository is for everybody; default: private")] = False,
-    licence: Annotated[str | None, typer.Option(metavar="NAME", help="Hugging Face's name of the adapter's licence; default: the base model's")] = None,
-    base_id: Annotated[str, typer.Option(metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it")] = "",
+    public: Annotated[
+        bool, typer.Option("--public", help="a new repository is for everybody; default: private")
+    ] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Hugging Face's name of the adapter's licence; default: the base model's"),
+    ] = None,
+    base_id: Annotated[
+        str,
+        typer.Option(
+            metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it"
+        ),
+    ] = "",
     name_sites: Annotated[bool, typer.Option("--name-sites", help="leave the sites' names in provenance.json")] = False,
 ) -> None:
     """To Hugging Face, with its card and pictures, after every file was seen to draw the same."""
@@ -287,7 +356,8 @@ def publish(
     publish.publish(asked)
 
 
-# --- was it worth it, and is it any good -------------------------------------------------------------------------------------
+# --- was it worth it, and is it any good
+# -------------------------------------------------------------------------------------
 
 
 @measure.command("pictures")
@@ -341,7 +411,9 @@ def worth_measure(
     data: Annotated[Path, typer.Option(help="the site's photos")],
     models: Models = Path("models"),
     cache: Annotated[Path | None, typer.Option(help="the site's cache")] = None,
-    pool: Annotated[list[Path] | None, typer.Option(help="other sites' folders, where they may be had: what pooling would give")] = None,
+    pool: Annotated[
+        list[Path] | None, typer.Option(help="other sites' folders, where they may be had: what pooling would give")
+    ] = None,
     judge: Annotated[int, typer.Option(help="pictures a caption for the demo's judge")] = 0,
     pictures: Annotated[bool, typer.Option("--pictures", help="a sheet of pictures beside the numbers")] = False,
     out: Annotated[Path | None, typer.Option(help="default: NAME.worth.json")] = None,
@@ -364,15 +436,25 @@ def worth_collect(run: Run, columns: Columns) -> None:
 
 @data.command()
 def partition(
-    dataset: Annotated[str, typer.Option(help="mini (drawn here), a folder, or a data set's name at Hugging Face")] = "mini",
+    dataset: Annotated[
+        str, typer.Option(help="mini (drawn here), a folder, or a data set's name at Hugging Face")
+    ] = "mini",
     sites: Annotated[int, typer.Option(help="how many")] = 2,
     out: Annotated[Path, typer.Option(help="folder for site-1 ...")] = ROOT / ".bouquet" / "data",
-    images_per_site: Annotated[int | None, typer.Option(help="at most this many; default: 200 of mini, else all there are")] = None,
+    images_per_site: Annotated[
+        int | None, typer.Option(help="at most this many; default: 200 of mini, else all there are")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the drawing, or of shuffling and dividing")] = 0,
-    caption_template: Annotated[str | None, typer.Option(help="made from the class name; default: the text column")] = None,
-    by: Annotated[str | None, typer.Option(help="iid (sites alike), dirichlet (classes skewed) or label (classes apart)")] = None,
+    caption_template: Annotated[
+        str | None, typer.Option(help="made from the class name; default: the text column")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="iid (sites alike), dirichlet (classes skewed) or label (classes apart)")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="of dirichlet: smaller is more skewed")] = 0.5,
-    public: Annotated[bool, typer.Option("--public", help="everybody has these photos: no secret, no floors (mini: always)")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="everybody has these photos: no secret, no floors (mini: always)")
+    ] = False,
     split: Annotated[str, typer.Option(help="which split of the data set")] = "train",
 ) -> None:
     """Divide a data set among sites: site-1 ... site-N, each a folder of images with metadata.jsonl."""
@@ -393,7 +475,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import click
 
     try:
-        return bouquet(list(sys.argv[1:] if arguments is None else arguments), prog_name="bouquet", standalone_mode=False) or 0
+        return (
+            bouquet(list(sys.argv[1:] if arguments is None else arguments), prog_name="bouquet", standalone_mode=False)
+            or 0
+        )
     except BouquetError as error:
         print(error.report(), file=sys.stderr)
         return 1

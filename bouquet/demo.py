@@ -111,7 +111,9 @@ def engine(name: str) -> Compose | Processes:
     sites = {site: dotenv.path(ROOT, folder) for site, folder in settings_of_sites("DATA", env).items()}
     gpus = settings_of_sites("GPU", env)
     port = dotenv.port(env.get("HUB_PORT") or "8443", "HUB_PORT")
-    running = Processes(ROOT / ".bouquet", ROOT / "certs", port, sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus)
+    running = Processes(
+        ROOT / ".bouquet", ROOT / "certs", port, sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus
+    )
     for switch in ("LIMITS", "TRUST_DAYS", "CHECKPOINTING"):  # each site's own, as compose.yaml gives them
         for site, value in settings_of_sites(switch, env).items():
             running.pins[site] = running.pins.get(site, {}) | {f"SITE_{switch}": value}
@@ -142,7 +144,9 @@ def report(result: Path, args: argparse.Namespace) -> None:
 
 @contextmanager
 def timed(part: str, awaited: str) -> Iterator[threading.Event]:
-    """A part that is told and timed; until its event is set, or it ends, a line every ten seconds says what it waits for."""
+    """A part that is told and timed; until its event is set, or it ends, a line every ten seconds says what it waits
+    for.
+    """
     say(part)
     start, heard = time.monotonic(), threading.Event()
     threading.Thread(target=remind, args=(part, awaited, start, heard), daemon=True).start()
@@ -163,7 +167,9 @@ def say(words: str) -> None:
 
 
 class View:
-    """The server's lines as they come; in a terminal the rounds share one line that renews itself, with the losses so far as bars."""
+    """The server's lines as they come; in a terminal the rounds share one line that renews itself, with the losses so
+    far as bars.
+    """
 
     ROUND = re.compile(r"(round \d+/\d+)  train \S+  validation (\S+)  (.*)")
 
@@ -175,7 +181,9 @@ class View:
         found = self.ROUND.fullmatch(text) if self.out.isatty() else None
         if found:
             self.losses.append(float(found[2]))
-            self.out.write(f"{progress.CLEAR}{found[1]}  validation {progress.sparkline(self.losses)} {found[2]}  {found[3]}")
+            self.out.write(
+                f"{progress.CLEAR}{found[1]}  validation {progress.sparkline(self.losses)} {found[2]}  {found[3]}"
+            )
         else:
             self.out.write("\n" * self.open + text + "\n")
         self.open = bool(found)

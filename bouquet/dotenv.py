@@ -1,7 +1,9 @@
 """The settings of a checkout, as Compose reads them: the environment's, else .env's.
 
-Enters: the folder of .env. Leaves: its settings. The one reader is scripts/_env.awk, which the shell's scripts use as well.
-Errors: HOST-14 (.env has a line that nobody can read), HOST-15 (a port that is none), CERT-05 (HUB_HOST has no host's name).
+Enters: the folder of .env. Leaves: its settings. The one reader is scripts/_env.awk, which the shell's scripts use as
+well.
+Errors: HOST-14 (.env has a line that nobody can read), HOST-15 (a port that is none), CERT-05 (HUB_HOST has no host's
+name).
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def read(folder: Path) -> dict[str, str]:
     command = ["awk", "-v", "file=.env", "-v", "mode=all", "-f", str(READER)]
     done = subprocess.run(command, cwd=folder, env=os.environ | {"LC_ALL": "C"}, capture_output=True)
     if done.returncode:
-        raise unreadable(f"{file}, {done.stderr.decode(errors='replace').strip()}", "correct that line; docker compose stops at it, too")
+        raise unreadable(
+            f"{file}, {done.stderr.decode(errors='replace').strip()}",
+            "correct that line; docker compose stops at it, too",
+        )
     lines = done.stdout.decode(errors="surrogateescape").split("\n")[:-1]
     settings = dict(line.split("=", 1) for line in lines)
     return {key: re.sub(r"\\(.)", lambda found: ESCAPED[found[1]], value) for key, value in settings.items()}
@@ -54,7 +59,9 @@ def port(text: str, key: str) -> int:
     """Errors: HOST-15."""
     if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536:
         return int(text)
-    raise BouquetError("HOST-15", "A setting cannot be used.", found=f"{key}={text}", fix=f"{key} takes a port's number, 1 to 65535")
+    raise BouquetError(
+        "HOST-15", "A setting cannot be used.", found=f"{key}={text}", fix=f"{key} takes a port's number, 1 to 65535"
+    )
 
 
 def path(folder: Path, text: str) -> Path:
@@ -79,5 +86,8 @@ def host(word: str, setting: str = "HUB_HOST") -> str:
     else:
         if bare == word and NAME.fullmatch(word):
             return word
-    fix = 'names or addresses only, with a space or a comma between, no https:// and no port: HUB_HOST="hub.example.org 192.0.2.7"'
+    fix = (
+        'names or addresses only, with a space or a comma between, no https:// and no port: HUB_HOST="hub.example.org'
+        ' 192.0.2.7"'
+    )
     raise BouquetError("CERT-05", "That is no name of the hub.", found=f"{setting} has {word}", fix=fix)

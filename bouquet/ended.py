@@ -1,7 +1,8 @@
 """How a command ends when nobody reads its output any more: `scripts/hub status | head -1`.
 
-Enters: a command's main(). Leaves: its exit code; 141, as a shell says it of cat, and no traceback where the output's reader has gone.
-A connection that broke is another thing, and raised as it was: so SIGPIPE stays ignored, as Python has it.
+Enters: a command's main(). Leaves: its exit code; 141, as a shell says it of cat, and no traceback where the output's
+reader has gone. A connection that broke is another thing, and raised as it was: so SIGPIPE stays ignored, as Python
+has it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Was joining worth it? Each site measures its own column, at the site; the hub puts the columns together.
 
-  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT] [--pictures] [--out FILE]
-  scripts/worth collect RUN COLUMN...
+  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT]
+  [--pictures] [--out FILE] scripts/worth collect RUN COLUMN...
 
-measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for their seed,
-          and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in FILE (default:
-          NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all sites' steps. --judge,
-          for the demo's base model, adds the share of COUNT pictures a species in which the judge sees what was asked for.
-          Photos that are private need the site's own cache folder, where its secret is, and its SITE_LIMITS.
-          --pictures draws the first RUN's prompts under each contender, from the same seeds, into FILE's .png: look at it, and
-          send it along if you agree to it being shown.
+measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for
+          their seed, and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in
+          FILE (default: NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all
+          sites' steps. --judge, for the demo's base model, adds the share of COUNT pictures a species in which the
+          judge sees what was asked for. Photos that are private need the site's own cache folder, where its secret is,
+          and its SITE_LIMITS. --pictures draws the first RUN's prompts under each contender, from the same seeds, into
+          FILE's .png: look at it, and send it along if you agree to it being shown.
 collect   at the hub: worth.json in RUN's folder, for scripts/report; a picture that lies beside a COLUMN comes along.
 
 Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other).
@@ -50,7 +50,9 @@ def measure_to_file(asked: SimpleNamespace) -> Path:
 
 
 def alike(runs: list[Path]) -> list[RunConfig]:
-    """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and in that alone."""
+    """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and in
+    that alone.
+    """
     histories = [json.loads((run / "history.json").read_text()) for run in runs]
     configs = [RunConfig(**history["config"]) for history in histories]
     same = {replace(config, seed=0) for config in configs}
@@ -60,7 +62,9 @@ def alike(runs: list[Path]) -> list[RunConfig]:
         raise BouquetError(
             "WORTH-01",
             "These runs cannot be compared.",
-            found=", ".join(f"{run.name}: {h['state']}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)),
+            found=", ".join(
+                f"{run.name}: {h['state']}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)
+            ),
             fix="give finished runs that are alike but for their seed: --run-config 'seed=43'",
         )
     return configs
@@ -82,7 +86,11 @@ def measure(
         site = train.Site(config, models, data, cached, "", limits=own)
         held_out.append(len(site.held_out.keys))
         fresh = model.new_adapter(base, config)
-        adapters = {"base": fresh, "alone": alone(site, fresh, name, config.rounds), "federated": store.read_adapter(run / "final")}
+        adapters = {
+            "base": fresh,
+            "alone": alone(site, fresh, name, config.rounds),
+            "federated": store.read_adapter(run / "final"),
+        }
         if pool:
             with tempfile.TemporaryDirectory() as scratch:
                 aside = site.held_out.keys if site.privacy.private else ()
@@ -95,15 +103,21 @@ def measure(
             if judge:
                 judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
         if shown and run == runs[0]:
-            sample.sheet(base, {who: None if who == "base" else adapter for who, adapter in adapters.items()}, config).save(shown)
-        print(f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True)
+            sample.sheet(
+                base, {who: None if who == "base" else adapter for who, adapter in adapters.items()}, config
+            ).save(shown)
+        print(
+            f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True
+        )
     steps = configs[0].rounds * configs[0].local_steps
     column = {"site": name, "seeds": [c.seed for c in configs], "steps": steps, "held_out": min(held_out), "loss": loss}
     return column | ({"judge": judged} if judge else {})
 
 
 def alone(site, start, name: str, rounds: int):
-    """`rounds` rounds of local steps without a hub, by the seeds that the site has in the run: round 1 is the run's own."""
+    """`rounds` rounds of local steps without a hub, by the seeds that the site has in the run: round 1 is the run's
+    own.
+    """
     from app import model
 
     model.apply_adapter(site.unet, start)
@@ -115,8 +129,9 @@ def alone(site, start, name: str, rounds: int):
 def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> Path:
     """All photos and captions in one folder, but for those set aside by their keys.
 
-    Where photos are public one is held out by its bytes, so that the same ones are held out here; those that a site with private photos
-    has held out by its secret are set aside. Whoever may read this folder has all of it: no hub asks about it.
+    Where photos are public one is held out by its bytes, so that the same ones are held out here; those that a site
+    with private photos has held out by its secret are set aside. Whoever may read this folder has all of it: no hub
+    asks about it.
     """
     from app.site import privacy
     from app.site.photos import data
@@ -146,7 +161,9 @@ def right(base: Path, adapter, config: RunConfig, count: int) -> float:
 def collect(run: Path, files: list[Path]) -> Path:
     """worth.json in the run's folder. Errors: WORTH-02 unless the columns have the same seeds and steps, REPORT-04."""
     columns = [json.loads(file.read_text()) for file in files]
-    if len({json.dumps([c.get("seeds"), c.get("steps")]) for c in columns}) > 1 or len({c.get("site") for c in columns}) < len(columns):
+    if len({json.dumps([c.get("seeds"), c.get("steps")]) for c in columns}) > 1 or len(
+        {c.get("site") for c in columns}
+    ) < len(columns):
         raise BouquetError(
             "WORTH-02",
             "The sites' columns do not fit each other.",

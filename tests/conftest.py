@@ -1,8 +1,8 @@
 """Shared parts of the tests: a copy of the project with its own certificates and data, and whether Docker is here.
 
 BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
-With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment once; all that
-uses Docker is worked on by one, as there is one engine. The groups that take longest begin first.
+With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment
+once; all that uses Docker is worked on by one, as there is one engine. The groups that take longest begin first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import pytest
 
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
-DOCKER = ("test_compose", "test_join_compose", "test_access")  # the first builds the image, the last attacks the one that is there
-LONGEST = ("docker", "test_bench", "test_faults", "test_accept", "test_trust", "test_federation", "test_publish", "test_parity")
+# the first builds the image, the last attacks the one that is there
+DOCKER = ("test_compose", "test_join_compose", "test_access")
+LONGEST = (
+    "docker",
+    "test_bench",
+    "test_faults",
+    "test_accept",
+    "test_trust",
+    "test_federation",
+    "test_publish",
+    "test_parity",
+)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -50,7 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """A shell command with both outputs in .stdout; a failing one fails the test with its last words."""
     done = subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0 or not check, f"{command}\n{done.stdout[-3000:]}"
     return done
@@ -66,7 +81,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def docker() -> None:
     """Skips where no Docker Engine with Compose answers."""
     try:
-        done = subprocess.run("docker info && docker compose version", shell=True, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            "docker info && docker compose version", shell=True, capture_output=True, text=True, timeout=60
+        )
         why = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
     except subprocess.TimeoutExpired:
         why = "docker info takes longer than 60 s"

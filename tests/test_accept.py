@@ -41,7 +41,8 @@ def report(folder: Path, *rows: Row, wanted: list[str] | None = None) -> Report:
     return told
 
 
-# --- rows, table, exit code ----------------------------------------------------------------------------------------------
+# --- rows, table, exit code
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_missed_target_has_its_own_column_and_does_not_hide_that_the_check_worked(tmp_path):
@@ -88,14 +89,17 @@ def test_rows_are_in_the_order_of_the_checks_whichever_ends_first(tmp_path):
 
 def test_a_target_is_json_though_it_may_have_no_end(tmp_path):
     told = json.loads(report(tmp_path, passed("loop", Target("ours / diffusers'", 2.5, 2.0))).file.read_text())
-    assert told["checks"]["loop"]["facts"]["targets"] == [{"name": "ours / diffusers'", "value": 2.5, "least": 2.0, "met": True}]
+    assert told["checks"]["loop"]["facts"]["targets"] == [
+        {"name": "ours / diffusers'", "value": 2.5, "least": 2.0, "met": True}
+    ]
 
 
 def test_the_checks_are_those_that_the_help_tells_in_its_order():
     assert re.findall(r"^  ([a-z0-9]+)  +\S", accept.__doc__, re.MULTILINE) == list(CHECKS)
 
 
-# --- the runner, with checks that are none -------------------------------------------------------------------------------
+# --- the runner, with checks that are none
+# -------------------------------------------------------------------------------
 
 
 def found(desk: Desk) -> Found:
@@ -188,7 +192,9 @@ sys.exit(accept.accept(asked, list(checks), checks, time.monotonic()))
 def test_whatever_ends_it_the_json_has_what_was_found(number, tmp_path):
     """A signal that can be heard also leaves no process and no folder."""
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", HELD, tmp_path], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD, tmp_path], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline().startswith("first")
         children = until(lambda: children_of(process.pid))
         process.send_signal(number)
@@ -207,7 +213,9 @@ def test_whatever_ends_it_the_json_has_what_was_found(number, tmp_path):
 
 def children_of(pid: int) -> list[int]:
     """Those that any thread of a process has."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def until(what, seconds: float = 20.0):
@@ -218,7 +226,8 @@ def until(what, seconds: float = 20.0):
     return answer
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------
+# --- the command line
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch, capsys, tmp_path):
@@ -236,16 +245,26 @@ def test_only_chooses_by_name_and_a_mistyped_one_is_told(capsys):
     assert "finds none of device, fork" in capsys.readouterr().err
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------------
+# --- arithmetic
+# ----------------------------------------------------------------------------------------------------------
 
 
 def entry(number: int, seconds: float, **phases: float) -> dict:
     metrics = {f"seconds-{phase}": value for phase, value in phases.items()}
-    return {"round": number, "seconds": seconds, "started_from": str(number - 1), "adapter": str(number), "sites": {"site-1": metrics}}
+    return {
+        "round": number,
+        "seconds": seconds,
+        "started_from": str(number - 1),
+        "adapter": str(number),
+        "sites": {"site-1": metrics},
+    }
 
 
 def test_a_rounds_rest_is_waiting_and_steady_is_the_median_of_every_phase():
-    rounds = [accept_runs.by_phase(e, "site-1") for e in (entry(2, 5.0, train=3.0, load=1.0), entry(3, 7.0, train=5.0, other=0.5))]
+    rounds = [
+        accept_runs.by_phase(e, "site-1")
+        for e in (entry(2, 5.0, train=3.0, load=1.0), entry(3, 7.0, train=5.0, other=0.5))
+    ]
     assert rounds[0] == {"train": 3.0, "load": 1.0, "wait": 1.0, "round": 5.0}
     assert accept_runs.steady(rounds) == {"train": 4.0, "load": 0.5, "wait": 1.25, "round": 6.0, "other": 0.25}
 
@@ -272,7 +291,10 @@ def test_a_history_that_lacks_a_gpus_figures_is_told_by_round_and_site():
     whole = {"gpu": "NVIDIA A10", "gpu-peak-mib": 1.0, "gpu-utilisation": 1.0, "gpu-joules": 1.0}
     lacking = {"gpu": "no GPU", "gpu-peak-mib": 1.0, "gpu-utilisation": 1.0}
     told = {"rounds": [{"round": 1, "sites": {"site-1": whole, "site-2": lacking}}]}
-    assert accept_runs.unmetered(told, {"gpu-peak-mib", "gpu-joules"}) == ["round 1 site-2: a GPU's name", "round 1 site-2: gpu-joules"]
+    assert accept_runs.unmetered(told, {"gpu-peak-mib", "gpu-joules"}) == [
+        "round 1 site-2: a GPU's name",
+        "round 1 site-2: gpu-joules",
+    ]
     assert accept_runs.unmetered(told, {"gpu-peak-mib"}) == ["round 1 site-2: a GPU's name"]
 
 
@@ -328,8 +350,15 @@ def test_sizes_that_no_ballast_can_tell_apart_are_refused():
 
 
 def test_the_best_batch_is_the_fastest_of_ours():
-    costs = {name: {"images_a_second": speed, "flops": flops} for name, speed, flops in (
-        ("ours, 8 images", 40.0, 2e12), ("ours, 64 images", 60.0, 2e12), (accept_machine.DIFFUSERS, 16.0, 9e12))}  # fmt: skip
+    costs = {
+        name: {"images_a_second": speed, "flops": flops}
+        for name, speed, flops in (
+            # fmt: skip
+            ("ours, 8 images", 40.0, 2e12),
+            ("ours, 64 images", 60.0, 2e12),
+            (accept_machine.DIFFUSERS, 16.0, 9e12),
+        )
+    }
     assert accept_machine.best_share(costs, 300.0) == ("ours, 64 images", 0.4)
     assert accept_machine.ours_to_diffusers(costs) == 2.5
 
@@ -344,7 +373,8 @@ def test_estimate_and_peak_are_read_from_preflights_own_lines():
         accept_machine.estimate_and_peak({"memory": "quite a lot"})
 
 
-# --- what it is made of --------------------------------------------------------------------------------------------------
+# --- what it is made of
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_base_of_stable_diffusions_shape_is_one_that_the_app_takes(tmp_path):
@@ -383,7 +413,8 @@ def test_nvmls_facts_are_those_of_the_first_gpu_and_what_it_cannot_say_is_none(t
     assert accept_child.nvml()["energy counter"] is None
 
 
-# --- all of it -----------------------------------------------------------------------------------------------------------
+# --- all of it
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

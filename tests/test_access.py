@@ -1,6 +1,8 @@
-"""scripts/access: every attack tells a hub that lets it through from one that does not; and the real hub against Flower's quickstart.
+"""scripts/access: every attack tells a hub that lets it through from one that does not; and the real hub against
+Flower's quickstart.
 
-Offline: tests/kit/false_hub.py. With Docker: the real thing, but for the attacks by load (a minute more: `scripts/access --only load`).
+Offline: tests/kit/false_hub.py. With Docker: the real thing, but for the attacks by load (a minute more:
+`scripts/access --only load`).
 """
 
 from __future__ import annotations
@@ -63,11 +65,14 @@ def false_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FalseH
     hub.close()
 
 
-# --- each attack ---------------------------------------------------------------------------------------------------------
+# --- each attack
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.run.__name__)
-def test_an_attack_gets_through_a_hub_that_is_open_and_not_through_one_that_is_closed(attack: Attack, false_hub: FalseHub, small: None) -> None:
+def test_an_attack_gets_through_a_hub_that_is_open_and_not_through_one_that_is_closed(
+    attack: Attack, false_hub: FalseHub, small: None
+) -> None:
     hub = false_hub.under_attack()
     if false_hub.open and attack.run is sites_afterwards:
         assert hub.own == {1, 2}
@@ -143,21 +148,31 @@ def test_the_witness_is_an_app_that_flower_takes() -> None:
     assert an_app(WITNESS.encode(), "client") != an_app(WITNESS.replace("NAME", "x").encode(), "client")
 
 
-# --- reading what came back ------------------------------------------------------------------------------------------------
+# --- reading what came back
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_of_answers_is_read_one_by_one_without_interim_ones() -> None:
-    stream = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 401 x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\nrest"
+    stream = (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 401 x\r\nContent-Type: application/json\r\nContent-Length:"
+        b" 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\nrest"
+    )
     assert parse(stream) == [Answer(401, "application/json", b"{}"), Answer(200, "", b"rest")]
     assert parse(b"") == parse(b"SSH-2.0") == []
 
 
-@pytest.mark.parametrize("kind, superlink", [("application/json", True), ("application/protobuf", True), ("text/html", False), ("", False)])
+@pytest.mark.parametrize(
+    "kind, superlink", [("application/json", True), ("application/protobuf", True), ("text/html", False), ("", False)]
+)
 def test_the_superlinks_own_answers_are_told_from_a_proxys(kind: str, superlink: bool) -> None:
     assert Answer(404, kind, b"").from_superlink is superlink
 
 
-DOOR = {"POST /v1/fleet/pull-messages": [401, True], "POST /v1/control/list-runs": [404, False], "GET /docs": [404, False]}
+DOOR = {
+    "POST /v1/fleet/pull-messages": [401, True],
+    "POST /v1/control/list-runs": [404, False],
+    "GET /docs": [404, False],
+}
 
 
 @pytest.mark.parametrize("seen, verdict", [
@@ -175,12 +190,23 @@ def test_a_network_from_which_the_door_itself_cannot_be_reached_proves_nothing()
 
 
 def test_the_table_shows_what_got_through_in_bold_and_what_was_not_tried_as_a_dash() -> None:
-    rows = [{"group": "run", "attack": "a", "stock": {"verdict": THROUGH, "got": "200 | x"}, "ours": {"verdict": REFUSED, "got": "404"}}]
+    rows = [
+        {
+            "group": "run",
+            "attack": "a",
+            "stock": {"verdict": THROUGH, "got": "200 | x"},
+            "ours": {"verdict": REFUSED, "got": "404"},
+        }
+    ]
     rows.append({"group": "run", "attack": "b", "stock": None, "ours": {"verdict": REMAINS, "got": "c"}})
-    assert access.markdown(rows).splitlines()[2:] == ["| run | a | **got through**: 200 \\| x | refused: 404 |", "| run | b | - | remains: c |"]
+    assert access.markdown(rows).splitlines()[2:] == [
+        "| run | a | **got through**: 200 \\| x | refused: 404 |",
+        "| run | b | - | remains: c |",
+    ]
 
 
-# --- the command, and docs/security.md ----------------------------------------------------------------------------------------
+# --- the command, and docs/security.md
+# ----------------------------------------------------------------------------------------
 
 
 def documented() -> list[str]:
@@ -196,24 +222,37 @@ def test_the_pages_commands_are_those_that_are_executed_here() -> None:
     assert documented() == [BOTH, ONE]
 
 
-def test_the_command_against_a_hub_that_runs_ends_with_1_where_something_got_through(false_hub: FalseHub, tmp_path: Path) -> None:
-    command = ONE.replace("hub.example.org:8443", f"127.0.0.1:{false_hub.port}").replace("ca.crt", str(false_hub.ca.file))
+def test_the_command_against_a_hub_that_runs_ends_with_1_where_something_got_through(
+    false_hub: FalseHub, tmp_path: Path
+) -> None:
+    command = ONE.replace("hub.example.org:8443", f"127.0.0.1:{false_hub.port}").replace(
+        "ca.crt", str(false_hub.ca.file)
+    )
     done = sh(f"{command} --only join path --json {tmp_path}/found.json", ROOT, check=False)
     assert done.returncode == int(false_hub.open), done.stdout
     found = {row["attack"]: row["ours"]["verdict"] for row in json.loads((tmp_path / "found.json").read_text())}
     tried = {THROUGH} if false_hub.open else {REFUSED}
-    assert set(found.values()) == tried | {UNTRIED} and list(found.values()).count(UNTRIED) == 4  # those of an insider, with --key
+    # those of an insider, with --key
+    assert set(found.values()) == tried | {UNTRIED} and list(found.values()).count(UNTRIED) == 4
     assert "| join | no key: each of the 10 calls of a SuperNode without a signature |" in done.stdout
 
 
 def test_the_command_against_a_hub_that_is_not_there_ends_with_2(tmp_path: Path) -> None:
     done = sh(f"{ONE.replace('hub.example.org:8443', '127.0.0.1:1')} --json {tmp_path}/found.json", ROOT, check=False)
-    assert done.returncode == 2 and "HOST-12  The hub to attack does not answer." in done.stdout and not (tmp_path / "found.json").exists()
+    assert (
+        done.returncode == 2
+        and "HOST-12  The hub to attack does not answer." in done.stdout
+        and not (tmp_path / "found.json").exists()
+    )
 
 
 def table() -> dict[str, list[str]]:
     """The table of docs/security.md: attack -> the verdicts in its two columns."""
-    rows = re.findall(r"^\| (?:join|run|trust|path|TLS|network|load) \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (?:join|run|trust|path|TLS|network|load) \| (.*?) \| (.*?) \| (.*?) \|$",
+        (ROOT / "docs/security.md").read_text(),
+        re.MULTILINE,
+    )
     return {attack: [cell.replace("*", "").partition(":")[0] for cell in cells] for attack, *cells in rows}
 
 
@@ -227,9 +266,16 @@ def test_the_pages_table_has_every_attack_and_nothing_got_through_ours() -> None
 @pytest.mark.slow
 @pytest.mark.usefixtures("docker")
 def test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart(tmp_path: Path) -> None:
-    done = sh(f"{BOTH} {QUICK} --json {tmp_path}/found.json", ROOT, check=False, COMPOSE_PROJECT_NAME=f"not-mine-{os.getpid()}")
+    done = sh(
+        f"{BOTH} {QUICK} --json {tmp_path}/found.json",
+        ROOT,
+        check=False,
+        COMPOSE_PROJECT_NAME=f"not-mine-{os.getpid()}",
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     rows = {row["attack"]: row for row in json.loads((tmp_path / "found.json").read_text())}
     assert set(rows) == {each.name for each in ATTACKS if each.group in QUICK.split()}
     for column, at in (("stock", 0), ("ours", 1)):
-        assert {name: row[column]["verdict"] for name, row in rows.items()} == {name: table()[name][at] for name in rows}
+        assert {name: row[column]["verdict"] for name, row in rows.items()} == {
+            name: table()[name][at] for name in rows
+        }

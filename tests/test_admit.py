@@ -25,7 +25,9 @@ class Hub:
         monkeypatch.setattr(roster, "registered", lambda: list(self.known.values()))
         monkeypatch.setattr(control, "register", self.register)
         monkeypatch.setattr(control, "unregister", self.unregister)
-        monkeypatch.setattr(admission, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what)))
+        monkeypatch.setattr(
+            admission, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what))
+        )
         monkeypatch.setattr(Path, "unlink", lambda file, **how: (self.step(f"unlink {file.name}"), unlink(file, **how)))
 
     def step(self, name: str) -> None:

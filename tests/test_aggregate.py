@@ -31,7 +31,9 @@ def message(content: RecordDict | Error) -> Message:
 
 def content(adapter: model.Adapter | None = None, applied: str = HASH, site: str = "site-1", **metrics) -> RecordDict:
     """A good reply, with metrics replaced (None takes one away)."""
-    numbers = {"num-examples": 10, "train-loss": 0.5, "validation-loss": 0.4} | {k.replace("_", "-"): v for k, v in metrics.items()}
+    numbers = {"num-examples": 10, "train-loss": 0.5, "validation-loss": 0.4} | {
+        k.replace("_", "-"): v for k, v in metrics.items()
+    }
     record = RecordDict({"metrics": MetricRecord({k: v for k, v in numbers.items() if v is not None})})
     record["info"] = ConfigRecord({"site": site, "applied": applied})
     if adapter is not None:
@@ -43,7 +45,9 @@ def accept(record: RecordDict | Error, training: bool = True) -> guard.Reply:
     return guard.accept(message(record), SENT, HASH, training=training)
 
 
-def refused(record: RecordDict | Error, code: str, kind: type[BouquetError] = HubError, training: bool = True) -> BouquetError:
+def refused(
+    record: RecordDict | Error, code: str, kind: type[BouquetError] = HubError, training: bool = True
+) -> BouquetError:
     with pytest.raises(kind) as caught:
         accept(record, training)
     assert caught.value.code == code
@@ -54,7 +58,8 @@ def reply(site: str, images: int, seed: int) -> guard.Reply:
     return guard.Reply(site, tiny.adapter(seed), images, {"train-loss": float(seed)})
 
 
-# --- the guard ---------------------------------------------------------------------------------------------------------
+# --- the guard
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_good_reply_is_taken_as_it_came():
@@ -185,7 +190,9 @@ def test_double_precision_is_refused():
 @pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\x01\x00\xff\xff{"])
 def test_bytes_that_are_no_array_are_refused(data):
     record = content()
-    record["arrays"] = ArrayRecord({wire.NAME: Array(dtype="uint8", shape=(len(data),), stype="numpy.ndarray", data=data)})
+    record["arrays"] = ArrayRecord(
+        {wire.NAME: Array(dtype="uint8", shape=(len(data),), stype="numpy.ndarray", data=data)}
+    )
     refused(record, "ADAPTER-01", AdapterError)
 
 
@@ -197,13 +204,19 @@ def test_a_pickle_in_place_of_an_array_is_not_opened(tmp_path):
     out = io.BytesIO()
     np.save(out, np.array([Touch()], dtype=object), allow_pickle=True)
     record = content()
-    record["arrays"] = ArrayRecord({wire.NAME: Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=out.getvalue())})
+    record["arrays"] = ArrayRecord(
+        {wire.NAME: Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=out.getvalue())}
+    )
     refused(record, "ADAPTER-01", AdapterError)
     assert not (tmp_path / "opened").exists()
 
 
 def test_no_refusals_public_sentence_repeats_what_a_site_sent():
-    for record in (content(tiny.adapter(1), applied="secret"), content({"secret": torch.zeros(1)}), content(num_examples=-9)):
+    for record in (
+        content(tiny.adapter(1), applied="secret"),
+        content({"secret": torch.zeros(1)}),
+        content(num_examples=-9),
+    ):
         with pytest.raises(BouquetError) as caught:
             accept(record)
         assert "secret" not in str(caught.value) and "-9" not in str(caught.value)
@@ -214,7 +227,8 @@ def test_a_registered_site_goes_by_the_name_the_hub_gave_it_whatever_it_says():
     assert got.site == "site-1"
 
 
-# --- the length of updates ----------------------------------------------------------------------------------------------
+# --- the length of updates
+# ----------------------------------------------------------------------------------------------
 
 
 def of_length(site: str, norm: float) -> guard.Reply:
@@ -222,9 +236,17 @@ def of_length(site: str, norm: float) -> guard.Reply:
 
 
 def test_an_updates_length_is_that_of_the_difference():
-    old, new = {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1)}, {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
+    old, new = (
+        {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1)},
+        {
+            "a": torch.tensor([4.0, 1.0]),
+            "b": torch.tensor([4.0]),
+        },
+    )
     assert guard.update_norm(new, old) == 5.0  # 3, 0 and 4
-    assert accept(content(tiny.adapter(1))).norm == pytest.approx(math.sqrt(sum(((tiny.adapter(1)[k] - v) ** 2).sum().item() for k, v in SENT.items())))
+    assert accept(content(tiny.adapter(1))).norm == pytest.approx(
+        math.sqrt(sum(((tiny.adapter(1)[k] - v) ** 2).sum().item() for k, v in SENT.items()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +263,9 @@ def test_an_updates_length_is_that_of_the_difference():
 def test_an_update_far_longer_than_the_median_one_is_refused(norms, earlier, refused):
     replies = [of_length(site, norm) for site, norm in zip("abc", norms, strict=False)]
     kept, out = guard.guard_norms(replies, earlier, 5.0)
-    assert [reply.site for reply, _ in out] == refused and [r.site for r in kept] == [r.site for r in replies if r.site not in refused]
+    assert [reply.site for reply, _ in out] == refused and [r.site for r in kept] == [
+        r.site for r in replies if r.site not in refused
+    ]
     assert all(reason.startswith("ADAPTER-04  The update is ") for _, reason in out)
 
 
@@ -249,7 +273,8 @@ def test_without_a_bound_every_length_is_taken():
     assert len(guard.guard_norms([of_length("a", 1.0), of_length("b", 1e9)], [], 0.0)[0]) == 2
 
 
-# --- weights -------------------------------------------------------------------------------------------------------------
+# --- weights
+# -------------------------------------------------------------------------------------------------------------
 
 
 def weights(images: dict[str, int], admitted: dict[str, int] = {}, share: float = 0.8) -> dict[str, int]:
@@ -278,7 +303,9 @@ def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
     got = {r.site: (r.images, r.bound) for r in guard.weigh(replies, {"b": 50}, 0.8)}
     assert got == {"a": (4 * 99, "largest-share"), "b": (50, "admitted number"), "c": (40, ""), "d": (9, "")}
     sentence = metrics.bounded("a", 10**9 - 1, 396, "largest-share")
-    assert sentence.startswith("a says that it has 999,999,999 images and counts for 396, since one site may weigh no more")
+    assert sentence.startswith(
+        "a says that it has 999,999,999 images and counts for 396, since one site may weigh no more"
+    )
     assert sentence.endswith("scripts/hub admit NAME KEY.pub --images N")
 
 

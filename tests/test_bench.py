@@ -1,4 +1,6 @@
-"""The benchmark: its arithmetic by hand, that the contenders do the same work, and every command of docs/performance.md."""
+"""The benchmark: its arithmetic by hand, that the contenders do the same work, and every command of
+docs/performance.md.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def round_of(**seconds: float) -> dict[str, float]:
     return dict.fromkeys(PHASES, 0.0) | seconds
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------------
+# --- arithmetic
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_round_is_the_phases_of_its_slowest_site_and_the_rest_is_waiting():
@@ -56,7 +59,11 @@ def test_ratios_are_of_steady_rounds_and_of_the_largest_process():
         "ours": [Result([round_of(train=50.0), round_of(train=6.0)], 400.0)],
         "floor": [Result([round_of(), round_of(train=4.0)], 100.0)],
     }
-    assert bench.ratios(found) == {"naive / ours, a round": 10.0, "ours / floor, a round": 1.5, "ours / naive, peak memory of a site": 0.5}
+    assert bench.ratios(found) == {
+        "naive / ours, a round": 10.0,
+        "ours / floor, a round": 1.5,
+        "ours / naive, peak memory of a site": 0.5,
+    }
     assert "| train | 60.0 | 6.0 | 4.0 |" in bench.table(found)
     assert "| largest process of a site, peak MB | 800 | 400 | 100 |" in bench.table(found)
 
@@ -72,7 +79,8 @@ def test_the_sites_table_divides_the_hubs_seconds_by_the_sites():
     assert sites.table([], [stub]).splitlines()[-1] == "| 200 | 6.4 | 10.0 | 50 | 130 | 1280 |"
 
 
-# --- the contenders do the same work -------------------------------------------------------------------------------------
+# --- the contenders do the same work
+# -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,9 @@ def test_naive_trains_from_the_adapter_that_arrived(tmp_path, monkeypatch):
     config = tiny.config(lora_targets="attention")
     sent = tiny.adapter(4, config)
     message = Message(RecordDict({"arrays": ArrayRecord(sent)}), dst_node_id=2, message_type="train")
-    context = Context(7, 2, {"models-path": str(tiny.models()), "data-path": str(tmp_path)}, RecordDict(), {"base": "tiny", "rank": 2})
+    context = Context(
+        7, 2, {"models-path": str(tiny.models()), "data-path": str(tmp_path)}, RecordDict(), {"base": "tiny", "rank": 2}
+    )
     watch, _, folder, pipe = naive.opened(message, context)
     assert folder == str(tmp_path)
     assert tiny.equal(model.adapter_of(pipe.unet), sent)
@@ -125,18 +135,26 @@ def test_the_floor_runs_all_sites_and_gives_the_two_phases_of_arithmetic(tmp_pat
     folders = {name: tiny.site(tmp_path / name, 8, seed) for seed, name in enumerate(("site-1", "site-2"))}
     found = contenders.floor(Task(tmp_path, folders, 6, 2, 2, 4, 2), lambda line: None)
     assert len(found.rounds) == 2
-    assert all({phase for phase, seconds in entry.items() if seconds} == {"train", "evaluate"} for entry in found.rounds)
+    assert all(
+        {phase for phase, seconds in entry.items() if seconds} == {"train", "evaluate"} for entry in found.rounds
+    )
     assert found.peak_mb > 100
 
 
-# --- looking at processes ------------------------------------------------------------------------------------------------
+# --- looking at processes
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def child():
     """A process in a session of its own that is named like a message's and holds 60 MB."""
-    code = f"import ctypes, sys; ctypes.CDLL(None).prctl(15, {MESSAGE.encode()!r}); held = b'x' * 60_000_000; print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+    code = (
+        f"import ctypes, sys; ctypes.CDLL(None).prctl(15, {MESSAGE.encode()!r}); held = b'x' * 60_000_000;"
+        " print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
         process.stdout.readline()
         yield process.pid
         process.stdin.close()
@@ -159,7 +177,8 @@ def test_a_process_that_waits_uses_no_cpu_and_others_are_not_counted(child):
     assert Process(os.getpid()).cpu > 0
 
 
-# --- many sites, and a GPU -----------------------------------------------------------------------------------------------
+# --- many sites, and a GPU
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_round_of_stub_sites_goes_through_the_hubs_own_code(monkeypatch):
@@ -174,7 +193,10 @@ def test_the_gpus_unet_is_stable_diffusion_1_5s():
     unet = gpu.build_unet(gpu.Shape(), tiny.config(lora_rank=8, lora_targets="attention"), "meta")
     assert sum(p.numel() for p in unet.parameters() if not p.requires_grad) == 859_520_964
     assert gpu.Shape().side == 64
-    assert sum(p.numel() for part in gpu.build_encoders(gpu.Shape(), "meta") for p in part.parameters()) == 83_653_863 + 123_060_480
+    assert (
+        sum(p.numel() for part in gpu.build_encoders(gpu.Shape(), "meta") for p in part.parameters())
+        == 83_653_863 + 123_060_480
+    )
 
 
 def test_the_largest_batch_is_the_last_that_fits():
@@ -184,7 +206,10 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 
 def test_the_gpu_table_divides_by_diffusers_loop_and_by_the_matrix_rate():
-    rows = {"ours, 8 images": gpu.Cost(30.0, 2048.0, 5.0, 2e12), "diffusers' loop, 8 images": gpu.Cost(20.0, 4096.0, 7.5, 3e12)}
+    rows = {
+        "ours, 8 images": gpu.Cost(30.0, 2048.0, 5.0, 2e12),
+        "diffusers' loop, 8 images": gpu.Cost(20.0, 4096.0, 7.5, 3e12),
+    }
     assert gpu.table(rows, 120.0).splitlines()[2:] == [
         "| ours, 8 images | 30.00 | 1.50 | 60.00 | 50% | 2.0 | 5.0 |",
         "| diffusers' loop, 8 images | 20.00 | 1.00 | 60.00 | 50% | 4.0 | 7.5 |",
@@ -196,7 +221,16 @@ def test_diffusers_loop_trains_the_adapter_alone():
     unet = gpu.build_unet(gpu.TINY, config, "cpu")
     before, fresh = {name: p.clone() for name, p in unet.named_parameters()}, model.adapter_of(unet)
     files = gpu.random_files(gpu.TINY, 3)
-    loss = gpu.diffusers_fit(unet, *gpu.build_encoders(gpu.TINY, "cpu"), gpu.schedule(), files, gpu.TINY, config, train.accelerator(config), 1)
+    loss = gpu.diffusers_fit(
+        unet,
+        *gpu.build_encoders(gpu.TINY, "cpu"),
+        gpu.schedule(),
+        files,
+        gpu.TINY,
+        config,
+        train.accelerator(config),
+        1,
+    )
     assert 0.5 < loss < 5
     assert not tiny.equal(model.adapter_of(unet), fresh)
     assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters() if not p.requires_grad)
@@ -208,19 +242,24 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch, capsys):
     assert "nothing was measured" in capsys.readouterr().err
 
 
-# --- the commands of docs/performance.md ---------------------------------------------------------------------------------
+# --- the commands of docs/performance.md
+# ---------------------------------------------------------------------------------
 
 RUN = {  # what the page says: how it is run here, and the first words of a row of its answer
     "scripts/bench sites": ("scripts/bench sites --tiny --stub-only", "| 20 | 0.1 |"),
     "scripts/bench sizes": ("scripts/bench sizes --tiny", "| rank 2 |"),
     "scripts/bench memory": ("scripts/bench memory --tiny", "| again |"),
     "scripts/bench tries": ("scripts/bench tries --tiny", "| fused AdamW |"),
-    "scripts/bench gpu-tries --device cpu --tiny": ("scripts/bench gpu-tries --device cpu --tiny", "| one CUDA graph a step |"),
+    "scripts/bench gpu-tries --device cpu --tiny": (
+        "scripts/bench gpu-tries --device cpu --tiny",
+        "| one CUDA graph a step |",
+    ),
     "scripts/bench gpu --device cpu --tiny": ("scripts/bench gpu --device cpu --tiny", "| ours, 8 images |"),
 }
 QUICK = "scripts/bench --quick --plot phases.png"
 SLOW = {QUICK, "scripts/bench --plot docs/performance/phases.png"}  # the first below; the second is it at full size
-ON_A_GPU = {"scripts/bench gpu", "scripts/bench gpu-tries", "scripts/bench accept"}  # their dry runs on the CPU: above, and tests/test_accept.py
+# their dry runs on the CPU: above, and tests/test_accept.py
+ON_A_GPU = {"scripts/bench gpu", "scripts/bench gpu-tries", "scripts/bench accept"}
 
 
 def test_every_command_of_the_page_is_executed_here():
@@ -232,7 +271,13 @@ def test_every_command_of_the_page_is_executed_here():
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_gives_its_table(command, tmp_path):
     asked, row = RUN[command]
-    done = subprocess.run([*asked.split(), "--json", tmp_path / "found.json"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [*asked.split(), "--json", tmp_path / "found.json"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert any(line.startswith(row) for line in done.stdout.splitlines())
     assert json.loads((tmp_path / "found.json").read_text())
@@ -240,7 +285,12 @@ def test_a_command_gives_its_table(command, tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars(tmp_path):
-    asked = [*QUICK.replace("phases.png", str(tmp_path / "phases.png")).split(), "--repeats=1", "--rounds=2", f"--json={tmp_path / 'found.json'}"]
+    asked = [
+        *QUICK.replace("phases.png", str(tmp_path / "phases.png")).split(),
+        "--repeats=1",
+        "--rounds=2",
+        f"--json={tmp_path / 'found.json'}",
+    ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())

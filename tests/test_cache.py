@@ -28,7 +28,9 @@ def loads(monkeypatch) -> list[str]:
     for library, name in ((diffusers, "AutoencoderKL"), (transformers, "CLIPTextModel")):
         kind = getattr(library, name)
         load = kind.from_pretrained
-        monkeypatch.setattr(kind, "from_pretrained", lambda *a, _load=load, _name=name, **k: seen.append(_name) or _load(*a, **k))
+        monkeypatch.setattr(
+            kind, "from_pretrained", lambda *a, _load=load, _name=name, **k: seen.append(_name) or _load(*a, **k)
+        )
     return seen
 
 
@@ -37,7 +39,9 @@ def decoded(monkeypatch) -> list[str]:
     """The names of the photos decoded, one entry a decode."""
     seen: list[str] = []
     decode = cache.pixels_of
-    monkeypatch.setattr(cache, "pixels_of", lambda photo, resolution: seen.append(photo.name) or decode(photo, resolution))
+    monkeypatch.setattr(
+        cache, "pixels_of", lambda photo, resolution: seen.append(photo.name) or decode(photo, resolution)
+    )
     return seen
 
 
@@ -68,7 +72,8 @@ def test_latents_are_the_autoencoders_mean_times_its_scaling_factor(folder, kept
     vae = diffusers.AutoencoderKL.from_pretrained(tiny.base(), subfolder="vae")
     for photo, latent in zip(partition.photos, encoded.latents_NChw, strict=True):
         with torch.no_grad():
-            direct = vae.encode(data.pixels(photo, 16)[None]).latent_dist.mean[0] * 0.5  # the tiny model's scaling factor
+            # the tiny model's scaling factor
+            direct = vae.encode(data.pixels(photo, 16)[None]).latent_dist.mean[0] * 0.5
         torch.testing.assert_close(latent, direct, rtol=1e-4, atol=1e-5)
     assert encoded.latents_NChw.shape == (6, 4, 8, 8) and encoded.latents_NChw.dtype == torch.float32
 
@@ -229,7 +234,8 @@ def test_the_cache_holds_no_caption_and_no_file_name(folder, kept):
         assert row["text"].encode() not in everything and row["file_name"].encode() not in everything
 
 
-# --- a site that is killed while it encodes ---------------------------------------------------------------------------------
+# --- a site that is killed while it encodes
+# ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -259,7 +265,9 @@ def test_a_killed_site_goes_on_where_it_was(folder, kept, tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         encode(folder, kept)
     decode, decoded = cache.pixels_of, []
-    monkeypatch.setattr(cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution))
+    monkeypatch.setattr(
+        cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution)
+    )
     _, again = encode(folder, kept)
     assert decoded == ["0004.png", "0005.png"]  # two twos were written down, the fifth was not
     assert torch.equal(again.latents_NChw, whole.latents_NChw) and again.keys == whole.keys
@@ -272,7 +280,9 @@ def test_a_killed_site_keeps_what_it_found_undecodable(folder, kept, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         encode(folder, kept)
     decode, decoded = cache.pixels_of, []
-    monkeypatch.setattr(cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution))
+    monkeypatch.setattr(
+        cache, "pixels_of", lambda photo, resolution: decoded.append(photo.name) or decode(photo, resolution)
+    )
     assert encode(folder, kept)[0].counts == {"images": 5, "undecodable": 1}
     assert decoded == ["0004.png", "0005.png"]
 
@@ -289,9 +299,13 @@ def test_a_part_that_was_torn_is_noticed_and_encoded_again(folder, kept, tmp_pat
     assert torch.equal(again.latents_NChw, whole.latents_NChw)
 
 
-def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again(folder, kept, monkeypatch, loads, one_by_one):
+def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again(
+    folder, kept, monkeypatch, loads, one_by_one
+):
     write = cache._write
-    monkeypatch.setattr(cache, "_write", lambda path, *what: write(path, *what) if ".part" in path.name else cut_short())
+    monkeypatch.setattr(
+        cache, "_write", lambda path, *what: write(path, *what) if ".part" in path.name else cut_short()
+    )
 
     def cut_short():
         raise KeyboardInterrupt
@@ -303,7 +317,8 @@ def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again
     assert len(encode(folder, kept)[1].keys) == 6 and loads == ["CLIPTextModel"]
 
 
-# --- what another version kept, and what must not be kept -------------------------------------------------------------------
+# --- what another version kept, and what must not be kept
+# -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, name", [("latents-", "AutoencoderKL"), ("text-", "CLIPTextModel")])
@@ -331,14 +346,19 @@ def test_numbers_that_are_not_finite_are_refused_and_not_kept(folder, kept, tmp_
     (file,) = (base / part).glob("*.safetensors")
     tensors = load_file(file)
     assert f"{layer}.weight" in tensors
-    save_file(tensors | {f"{layer}.weight": torch.full_like(tensors[f"{layer}.weight"], 3e38)}, file, metadata={"format": "pt"})
+    save_file(
+        tensors | {f"{layer}.weight": torch.full_like(tensors[f"{layer}.weight"], 3e38)},
+        file,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(ModelError, match="^MODEL-06") as caught:
         cache.encode(data.scan(folder), base, model.fingerprint(base), 16, kept, CPU)
     assert part in caught.value.found and str(tmp_path) not in str(caught.value)
     assert not list(kept.glob("latents-*" if part == "vae" else "text-*"))
 
 
-# --- captions that are cut ------------------------------------------------------------------------------------------------
+# --- captions that are cut
+# ------------------------------------------------------------------------------------------------
 
 
 def test_captions_longer_than_the_model_reads_are_counted_also_when_they_are_kept(folder, kept):

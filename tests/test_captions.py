@@ -60,7 +60,8 @@ BOTH = {"0.jpg": ROSE, "1.jpg": LILY}
 ROWS = [{"file_name": name, "text": text} for name, text in BOTH.items()]
 COLUMNS = [f"{name},{text}" for name, text in BOTH.items()]
 
-# --- lists -------------------------------------------------------------------------------------------------------------
+# --- lists
+# -------------------------------------------------------------------------------------------------------------
 
 LISTS = {
     "metadata.jsonl": lines(*ROWS),
@@ -250,7 +251,8 @@ def test_a_text_in_another_encoding_that_may_have_been_a_list_is_counted_as_that
     assert scan(tmp_path).quarantined == (("list.csv", "caption-unreadable"),)
 
 
-# --- caption files ------------------------------------------------------------------------------------------------------
+# --- caption files
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".caption", ".TXT", ".jpg.txt"])
@@ -309,7 +311,8 @@ def test_a_caption_file_is_found_by_a_name_in_other_letters(tmp_path):
     assert captions(tmp_path) == {"É.jpg": ROSE, "0.jpg": LILY}
 
 
-# --- templates and labels -------------------------------------------------------------------------------------------------
+# --- templates and labels
+# -------------------------------------------------------------------------------------------------
 
 
 def test_of_several_templates_the_nearest_one_up_counts(tmp_path):

@@ -47,7 +47,9 @@ def test_the_server_certificate_has_the_names_that_are_used(made: Path) -> None:
 
 
 def test_private_files_are_readable_by_their_owner_alone(made: Path) -> None:
-    assert {name: stat.S_IMODE((made / "certs" / name).stat().st_mode) for name in PRIVATE} == dict.fromkeys(PRIVATE, 0o600)
+    assert {name: stat.S_IMODE((made / "certs" / name).stat().st_mode) for name in PRIVATE} == dict.fromkeys(
+        PRIVATE, 0o600
+    )
 
 
 def test_nothing_that_certs_makes_can_enter_git(made: Path) -> None:
@@ -85,7 +87,15 @@ def test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca(made:
         "  found  missing: hub.example.org 192.0.2.7 2001:db8::1 ",
     ]
     sh("scripts/certs && scripts/certs check", made, **hub)
-    assert names(server(made)) == {"localhost", "superlink", "gateway", "127.0.0.1", "hub.example.org", "192.0.2.7", "2001:db8::1"}
+    assert names(server(made)) == {
+        "localhost",
+        "superlink",
+        "gateway",
+        "127.0.0.1",
+        "hub.example.org",
+        "192.0.2.7",
+        "2001:db8::1",
+    }
     assert (made / "certs/ca.crt").read_bytes() == ca
 
 
@@ -111,7 +121,8 @@ def test_status_shows_expiry_names_and_the_admitted_sites(made: Path) -> None:
     assert "site-1" in shown and "SHA256:" in shown
 
 
-# --- HUB_HOST as people write it -------------------------------------------------------------------------------------------
+# --- HUB_HOST as people write it
+# -------------------------------------------------------------------------------------------
 
 OWN = {"localhost", "superlink", "gateway", "127.0.0.1"}
 
@@ -136,7 +147,9 @@ def test_a_name_that_is_none_is_named_before_anything_is_made(tmp_path: Path, va
     copy = copy_project(tmp_path / "bouquet")
     (copy / ".env").write_text(f"HUB_HOST={value}\n")
     told = sh("scripts/certs", copy, check=False)
-    assert told.returncode == 1 and told.stdout.startswith(f"CERT-05  That is no name of the hub.\n  found  HUB_HOST has {value}\n")
+    assert told.returncode == 1 and told.stdout.startswith(
+        f"CERT-05  That is no name of the hub.\n  found  HUB_HOST has {value}\n"
+    )
     assert not list((copy / "certs").glob("*.key"))
 
 
@@ -144,17 +157,32 @@ def test_a_certificate_is_renewed_where_no_site_is_left(made: Path) -> None:
     sh("rm certs/admitted/*.pub certs/site-*.key && scripts/certs renew", made)
 
 
-# --- cut off ---------------------------------------------------------------------------------------------------------------------
+# --- cut off
+# ---------------------------------------------------------------------------------------------------------------------
 
-MOVES = ("ca.key", "ca.crt", "superlink.key", "superlink.crt", "superexec.secret", "site-1.pub", "site-1.key", "site-2.pub", "site-2.key")
+MOVES = (
+    "ca.key",
+    "ca.crt",
+    "superlink.key",
+    "superlink.crt",
+    "superexec.secret",
+    "site-1.pub",
+    "site-1.key",
+    "site-2.pub",
+    "site-2.key",
+)
 
 
 @pytest.mark.parametrize("place", MOVES)
-def test_a_kill_after_any_file_has_come_to_its_place_leaves_what_the_next_run_makes_whole(tmp_path: Path, place: str) -> None:
+def test_a_kill_after_any_file_has_come_to_its_place_leaves_what_the_next_run_makes_whole(
+    tmp_path: Path, place: str
+) -> None:
     copy = copy_project(tmp_path / "bouquet")
     deadly = tmp_path / "bin/mv"
     deadly.parent.mkdir()
-    deadly.write_text('#!/bin/sh\n/bin/mv "$@" || exit\nfor last; do :; done\n[ "${last##*/}" != "$PLACE" ] || kill -9 $PPID\n')
+    deadly.write_text(
+        '#!/bin/sh\n/bin/mv "$@" || exit\nfor last; do :; done\n[ "${last##*/}" != "$PLACE" ] || kill -9 $PPID\n'
+    )
     deadly.chmod(0o755)
     cut = sh("scripts/certs", copy, check=False, PATH=f"{deadly.parent}:{os.environ['PATH']}", PLACE=place)
     assert cut.returncode in (-9, 137) and len(list((copy / "certs").rglob(place))) == 1

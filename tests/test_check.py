@@ -1,4 +1,6 @@
-"""The checker finds nothing on a good volume, and on a volume broken in one way it says that and nothing else is needed."""
+"""The checker finds nothing on a good volume, and on a volume broken in one way it says that and nothing else is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +76,30 @@ def test_its_hash_and_its_fresh_adapter_are_the_apps_which_it_does_not_import(ro
     adapter = tiny.adapter(3)
     assert check.digest(adapter) == model.adapter_hash(adapter)
     fresh = check.fresh(tiny.base(), tiny.CONFIG.lora_rank, check.TARGETS[tiny.CONFIG.lora_targets])
-    assert {name: (value.shape, value.dtype) for name, value in fresh.items()} == {name: (value.shape, value.dtype) for name, value in tiny.fresh().items()}
+    assert {name: (value.shape, value.dtype) for name, value in fresh.items()} == {
+        name: (value.shape, value.dtype) for name, value in tiny.fresh().items()
+    }
     assert {name: set(layers) for name, layers in LORA_TARGETS.items()} == check.TARGETS
-    done = subprocess.run([sys.executable, "-c", "import benchmarks.check, sys; print('app' in sys.modules)"], cwd=tiny.ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import benchmarks.check, sys; print('app' in sys.modules)"],
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "False\n"
 
 
 def test_the_command_says_so_and_ends_with_0_or_1(root):
     caches = [f"--cache=site-{n}={root / 'cache' / f'site-{n}'}" for n in (1, 2)]
-    command = [sys.executable, "-m", "benchmarks.check", str(root / "adapters" / "7"), "--models", str(tiny.models()), *caches]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.check",
+        str(root / "adapters" / "7"),
+        "--models",
+        str(tiny.models()),
+        *caches,
+    ]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(":")[0]) == (0, "whole"), done.stderr
     edit(root, state="failed")
@@ -108,7 +125,9 @@ def test_a_round_that_lacks_a_file_is_found(root):
     finds(root, "round-0002 holds")
 
 
-@pytest.mark.parametrize(("state", "said"), [("running", "finished"), ("finished:failed", "finished"), ("finished:completed", "running")])
+@pytest.mark.parametrize(
+    ("state", "said"), [("running", "finished"), ("finished:failed", "finished"), ("finished:completed", "running")]
+)
 def test_an_end_that_nobody_declared_is_found(root, state, said):
     edit(root, state=said)
     finds(root, "Flower says", state=state)
@@ -252,4 +271,6 @@ def test_a_run_that_went_on_from_another_passes(tmp_path, monkeypatch):
     cut.go(monkeypatch, run_id=8)
     caches = evidence(tmp_path).sites
     assert check.check(check.Evidence(tmp_path / "adapters" / "8", caches, tiny.models())) == []
-    assert os.readlink(tmp_path / "adapters" / "latest") == "8" and volume.written_rounds(tmp_path / "adapters" / "8") == [1, 2, 3]
+    assert os.readlink(tmp_path / "adapters" / "latest") == "8" and volume.written_rounds(
+        tmp_path / "adapters" / "8"
+    ) == [1, 2, 3]

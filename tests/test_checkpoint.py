@@ -75,7 +75,8 @@ def test_others_who_share_the_volume_may_read_every_file(tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
 
-# --- all or nothing ------------------------------------------------------------------------------------------------------
+# --- all or nothing
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_failure_while_writing_leaves_the_folder_before_untouched(tmp_path):
@@ -192,11 +193,13 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
             assert json.loads((run / "round-0001" / "metrics.json").read_text()) == {"new": True}
         told = json.loads((run / "history.json").read_text())["new"]
         seen.append((written, told, os.readlink(shared / "latest")))
-    order = [(False, False, "7"), (True, False, "7"), (True, True, "7"), (True, True, "8")]  # nothing is told before it is true
+    # nothing is told before it is true
+    order = [(False, False, "7"), (True, False, "7"), (True, True, "7"), (True, True, "8")]
     assert seen == sorted(seen, key=order.index) and set(seen) == set(order)
 
 
-# --- the pointer and the history -------------------------------------------------------------------------------------------
+# --- the pointer and the history
+# -------------------------------------------------------------------------------------------
 
 
 def test_latest_is_a_relative_link_that_moves_with_the_volume(tmp_path):

@@ -27,7 +27,9 @@ def commands(group: click.Command | None = None, words: tuple[str, ...] = ()) ->
     group = group or typer.main.get_command(cli.bouquet)
     if not isinstance(group, click.Group):
         return {words: group}
-    return {name: one for word, inner in group.commands.items() for name, one in commands(inner, (*words, word)).items()}
+    return {
+        name: one for word, inner in group.commands.items() for name, one in commands(inner, (*words, word)).items()
+    }
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -36,7 +38,11 @@ def test_every_command_says_what_it_does_and_what_each_option_means(words, capsy
     assert cli.main([*words, "--help"]) == 0
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert command.help and command.help.split()[0] in shown
-    silent = [option.name for option in command.params if isinstance(option, click.Option) and not option.help and not option.hidden]
+    silent = [
+        option.name
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help and not option.hidden
+    ]
     assert silent == []
 
 
@@ -89,7 +95,10 @@ def test_the_image_the_bundle_and_the_command_have_one_version(capsys):
 
 @pytest.mark.parametrize("words", ["hub sites", "hub status", "hub revoke garden", "hub admit garden key.pub"])
 def test_the_hubs_commands_wait_for_neither_flower_nor_torch_nor_arrays(words, tmp_path):
-    code = f"import sys; from bouquet import cli; cli.main({words.split()!r}); print(*({{'flwr', 'httpx', 'numpy', 'torch', 'rich'}} & sys.modules.keys()))"
+    code = (
+        f"import sys; from bouquet import cli; cli.main({words.split()!r}); print(*({{'flwr', 'httpx', 'numpy',"
+        " 'torch', 'rich'} & sys.modules.keys()))"
+    )
     env = os.environ | {"FLWR_HOME": str(tmp_path), "BOUQUET_ADAPTERS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [], done.stdout + done.stderr
@@ -99,7 +108,10 @@ def test_the_hubs_commands_wait_for_neither_flower_nor_torch_nor_arrays(words, t
 def test_the_names_of_the_version_before_are_one_line_calls_of_the_command(name):
     [call] = [line for line in (ROOT / "scripts" / name).read_text().splitlines() if not line.startswith("#")]
     assert call == f'exec "$(dirname "${{BASH_SOURCE[0]}}")/bouquet" {BEFORE[name]} "$@"'
-    assert sh(f"scripts/{name} --help", ROOT, TERM="dumb", COLUMNS="100").stdout == sh(f"scripts/bouquet {BEFORE[name]} --help", ROOT, TERM="dumb", COLUMNS="100").stdout
+    assert (
+        sh(f"scripts/{name} --help", ROOT, TERM="dumb", COLUMNS="100").stdout
+        == sh(f"scripts/bouquet {BEFORE[name]} --help", ROOT, TERM="dumb", COLUMNS="100").stdout
+    )
 
 
 def test_the_command_is_that_of_the_folder_one_stands_in_else_of_its_environment(tmp_path: Path):
@@ -116,7 +128,9 @@ def test_the_command_is_that_of_the_folder_one_stands_in_else_of_its_environment
         (tmp_path / name / "bouquet" / "__init__.py").touch()
         (tmp_path / name / "bouquet" / "__main__.py").write_text(f"import sys; print({name!r}, *sys.argv[1:])")
     for cwd, expected in (("one", "one hub sites\n"), ("two", "two hub sites\n"), (".", "one hub sites\n")):
-        done = subprocess.run([tmp_path / "one/.venv/bin/bouquet", "hub", "sites"], cwd=tmp_path / cwd, capture_output=True, text=True)
+        done = subprocess.run(
+            [tmp_path / "one/.venv/bin/bouquet", "hub", "sites"], cwd=tmp_path / cwd, capture_output=True, text=True
+        )
         assert done.stdout == expected, done.stderr
 
 
@@ -126,4 +140,11 @@ def test_the_index_names_every_command():
     told = {word for names in rows for word in re.findall(r"`bouquet (\w+)`", names)}
     assert told == {words[0] for words in commands()}
     for group, *words in commands():
-        assert not words or all(f"`{word}`" in "".join(row for names, row in rows.items() if f"`bouquet {group}`" in names) for word in words) or group in ("measure", "worth")
+        assert (
+            not words
+            or all(
+                f"`{word}`" in "".join(row for names, row in rows.items() if f"`bouquet {group}`" in names)
+                for word in words
+            )
+            or group in ("measure", "worth")
+        )

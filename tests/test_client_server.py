@@ -25,7 +25,8 @@ from app.site.privacy import Secret
 from tests.kit import tiny
 from tests.kit.memory import COUNTS, Federation
 
-# --- federation happens ------------------------------------------------------------------------------------------------
+# --- federation happens
+# ------------------------------------------------------------------------------------------------
 
 
 def test_round_2_starts_from_round_1s_aggregate_bit_for_bit(finished):
@@ -39,9 +40,15 @@ def test_round_2_starts_from_round_1s_aggregate_bit_for_bit(finished):
 
 def test_every_site_echoes_the_hash_of_the_adapter_it_was_sent(finished):
     federation, folder = finished
-    started = {"1": tiny.fresh(), "2": store.read_adapter(folder / "round-0001"), "3": store.read_adapter(folder / "round-0002")}
+    started = {
+        "1": tiny.fresh(),
+        "2": store.read_adapter(folder / "round-0001"),
+        "3": store.read_adapter(folder / "round-0002"),
+    }
     echoed = [(number, reply.content["info"]["applied"]) for _, number, reply in federation.grid.came]
-    assert sorted(echoed) == sorted((number, model.adapter_hash(adapter)) for number, adapter in started.items() for _ in COUNTS)
+    assert sorted(echoed) == sorted(
+        (number, model.adapter_hash(adapter)) for number, adapter in started.items() for _ in COUNTS
+    )
 
 
 def test_the_history_chains_every_round_to_the_one_before(finished):
@@ -56,23 +63,35 @@ def test_the_history_chains_every_round_to_the_one_before(finished):
 def test_the_aggregate_is_the_mean_of_the_sites_adapters_weighted_by_images(finished, number):
     federation, folder = finished
     replies = federation.grid.adapters(str(number), federation.grid.came)
-    images = {site: m.content["metrics"]["num-examples"] for site, when, m in federation.grid.came if when == str(number)}
+    images = {
+        site: m.content["metrics"]["num-examples"] for site, when, m in federation.grid.came if when == str(number)
+    }
     written = store.read_adapter(folder / f"round-000{number}")
     for key, value in written.items():
-        parts = (replies[site][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images))
+        parts = (
+            replies[site][key].numpy() * np.float32(images[site] / sum(images.values())) for site in sorted(images)
+        )
         np.testing.assert_array_equal(value.numpy(), sum(parts))
 
 
 def test_a_site_weighs_as_many_images_as_it_trained_on(finished):
     federation, _ = finished
     for site, count in COUNTS.items():
-        here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / site, federation.root / "cache" / site, "")
-        assert federation.history()["rounds"][0]["sites"][site]["num-examples"] == len(here.train.keys) == count - len(here.held_out.keys)
+        here = train.Site(
+            tiny.CONFIG, tiny.models(), federation.root / "data" / site, federation.root / "cache" / site, ""
+        )
+        assert (
+            federation.history()["rounds"][0]["sites"][site]["num-examples"]
+            == len(here.train.keys)
+            == count - len(here.held_out.keys)
+        )
 
 
 def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished):
     federation, folder = finished
-    here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", "")
+    here = train.Site(
+        tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", ""
+    )
     model.apply_adapter(here.unet, store.read_adapter(folder / "round-0001"))
     here.fit(here.privacy.seed(42, "site-2", 2))
     assert tiny.equal(model.adapter_of(here.unet), federation.grid.adapters("2", federation.grid.came)["site-2"])
@@ -107,7 +126,9 @@ def test_in_half_precision_hub_and_sites_speak_of_the_same_numbers_in_half_the_b
     kept = {number: store.read_adapter(folder / f"round-000{number}") for number in (1, 2)}
     assert one["started_from"] == model.adapter_hash(wire.rounded(tiny.fresh(), "fp16"))
     assert two["started_from"] == one["adapter"] == model.adapter_hash(kept[1]) != model.adapter_hash(tiny.fresh())
-    assert all(model.adapter_hash(adapter) == model.adapter_hash(wire.rounded(adapter, "fp16")) for adapter in kept.values())
+    assert all(
+        model.adapter_hash(adapter) == model.adapter_hash(wire.rounded(adapter, "fp16")) for adapter in kept.values()
+    )
     for _, number, message in federation.grid.sent[2:4]:
         assert model.adapter_hash(wire.unpack(message.content["arrays"], "fp16")) == two["started_from"]
     numbers = sum(value.numel() for value in tiny.fresh().values())
@@ -119,12 +140,20 @@ def test_in_half_precision_hub_and_sites_speak_of_the_same_numbers_in_half_the_b
         assert saved == pytest.approx(2 * numbers, rel=0.02), f"{site}, round {number}"
 
 
-# --- what the hub keeps and says ---------------------------------------------------------------------------------------
+# --- what the hub keeps and says
+# ---------------------------------------------------------------------------------------
 
 
 def test_the_shared_volume_holds_rounds_final_history_pictures_and_latest(finished):
     federation, folder = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["final", "history.json", "round-0001", "round-0002", "samples.png", "status.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "final",
+        "history.json",
+        "round-0001",
+        "round-0002",
+        "samples.png",
+        "status.json",
+    ]
     assert os.readlink(federation.adapters / "latest") == "7"
     assert federation.history()["state"] == "finished"
 
@@ -135,7 +164,9 @@ def test_validation_is_the_arriving_adapters_loss_at_each_site_and_their_mean_by
     assert [entry["after_round"] for entry in validation] == [0, 1, 2]
     images = {site: numbers["num-examples"] for site, numbers in federation.history()["rounds"][0]["sites"].items()}
     adapters = [tiny.fresh(), *(store.read_adapter(folder / f"round-000{n}") for n in (1, 2))]
-    here = train.Site(tiny.CONFIG, tiny.models(), federation.root / "data" / "site-1", federation.root / "cache" / "site-1", "")
+    here = train.Site(
+        tiny.CONFIG, tiny.models(), federation.root / "data" / "site-1", federation.root / "cache" / "site-1", ""
+    )
     for entry, adapter in zip(validation, adapters, strict=True):
         model.apply_adapter(here.unet, adapter)
         assert entry["sites"]["site-1"] == here.evaluate()
@@ -157,7 +188,9 @@ def test_provenance_says_what_the_adapter_was_made_of(finished):
     assert told["run"] == "7" and told["rounds"] == 2
     assert told["adapter_sha256"] == model.adapter_hash(store.read_adapter(folder / "final"))
     assert told["base"] == {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}
-    assert told["images"] == sum(site["images"] for site in told["sites"].values()) and set(told["sites"]) == set(COUNTS)
+    assert told["images"] == sum(site["images"] for site in told["sites"].values()) and set(told["sites"]) == set(
+        COUNTS
+    )
     assert told["config"]["lora_rank"] == 2 and "torch" in told["versions"]
 
 
@@ -173,11 +206,15 @@ def test_no_prompts_draw_no_pictures(federation, monkeypatch):
 
 def test_a_person_can_follow_the_run_line_by_line(federation, monkeypatch, capsys):
     folder = federation.go(monkeypatch)
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"bouquet: (round|validation|finished)", line)]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if re.match(r"bouquet: (round|validation|finished)", line)
+    ]
     number = r"\d+\.\d{4}"
     images = federation.history()["rounds"][0]["sites"]
     total = sum(site["num-examples"] for site in images.values())
-    assert re.fullmatch(rf"bouquet: round 1/1  train {number}  validation {number}  sites 2  images {total}  \d+ s  ETA 0 s", lines[0])
+    assert re.fullmatch(
+        rf"bouquet: round 1/1  train {number}  validation {number}  sites 2  images {total}  \d+ s  ETA 0 s", lines[0]
+    )
     assert re.fullmatch(rf"bouquet: validation {number} -> {number} over 1 rounds", lines[1])
     assert re.fullmatch(rf"bouquet: finished  adapter {re.escape(str(folder / 'final'))}  seconds \d+", lines[2])
 
@@ -191,10 +228,13 @@ def test_sites_that_have_different_things_to_report_are_averaged_all_the_same(fe
     assert sites["site-1"]["photos-undecodable"] == 1 and "photos-undecodable" not in sites["site-2"]
 
 
-# --- what leaves a site ------------------------------------------------------------------------------------------------
+# --- what leaves a site
+# ------------------------------------------------------------------------------------------------
 
 
-def test_an_unexpected_failure_leaves_as_its_type_alone_and_stays_whole_in_the_sites_log(federation, monkeypatch, capsys):
+def test_an_unexpected_failure_leaves_as_its_type_alone_and_stays_whole_in_the_sites_log(
+    federation, monkeypatch, capsys
+):
     def fail(self, seed):
         raise RuntimeError("/data/site-1/anna.png: a red poppy at Anna's")
 
@@ -217,11 +257,14 @@ def test_an_empty_site_says_so_without_its_path_and_with_it_in_its_own_log(feder
 
 def test_nothing_that_a_site_sends_names_a_file_a_caption_or_a_path(finished):
     federation, _ = finished
-    allowed = re.compile(r"num-examples|(train|validation)-loss|seconds-(start|encode|load|evaluate|train)|gpu-(peak-mib|utilisation|joules)")
+    allowed = re.compile(
+        r"num-examples|(train|validation)-loss|seconds-(start|encode|load|evaluate|train)|gpu-(peak-mib|utilisation|joules)"
+    )
     for site, _, reply in federation.grid.came:
         assert set(reply.content) <= {"arrays", "metrics", "info"}
         assert all(allowed.fullmatch(name) for name in reply.content["metrics"])
-        assert metrics.sane(reply.content["metrics"]) == (dict(reply.content["metrics"]), 0)  # the hub keeps all that a site sends
+        # the hub keeps all that a site sends
+        assert metrics.sane(reply.content["metrics"]) == (dict(reply.content["metrics"]), 0)
         assert set(reply.content["info"]) == {"site", "applied", "gpu"} and reply.content["info"]["site"] == site
         assert not reply.content.config_records["info"]["applied"].strip("0123456789abcdef")
 
@@ -230,10 +273,14 @@ def test_the_hub_sends_the_adapter_the_round_and_the_fingerprint_and_nothing_els
     federation, _ = finished
     for _, number, order in federation.grid.sent:
         assert set(order.content) == {"arrays", "config"}
-        assert dict(order.content["config"]) == {"round": int(number), "base-fingerprint": model.fingerprint(tiny.base())["base"]}
+        assert dict(order.content["config"]) == {
+            "round": int(number),
+            "base-fingerprint": model.fingerprint(tiny.base())["base"],
+        }
 
 
-# --- where things are --------------------------------------------------------------------------------------------------
+# --- where things are
+# --------------------------------------------------------------------------------------------------
 
 
 def context(**node_config) -> Context:
@@ -249,12 +296,20 @@ def test_in_a_simulation_the_partition_says_it(monkeypatch):
     for name in ("DATA", "MODELS", "CACHE"):
         monkeypatch.setenv(f"BOUQUET_{name}", f"/{name.lower()}")
     own = context(partition_id=1, num_partitions=2)
-    assert client_app.places(own) == ("site-2", Path("/data/site-2"), Path("/models"), Path("/cache/site-2"), Secret.NONE)
+    assert client_app.places(own) == (
+        "site-2",
+        Path("/data/site-2"),
+        Path("/models"),
+        Path("/cache/site-2"),
+        Secret.NONE,
+    )
 
 
 def test_a_runs_config_cannot_say_where_a_sites_data_are(monkeypatch):
     monkeypatch.delenv("BOUQUET_DATA", raising=False)
-    own = Context(7, 101, {}, RecordDict(), {"data-path": "/etc", "site-name": "x", "models-path": "/", "cache-path": "/"})
+    own = Context(
+        7, 101, {}, RecordDict(), {"data-path": "/etc", "site-name": "x", "models-path": "/", "cache-path": "/"}
+    )
     with pytest.raises(BouquetError, match="SITE-12"):
         client_app.places(own)
 
@@ -273,5 +328,3 @@ def test_the_same_federation_runs_by_partition_as_in_a_simulation(finished, tmp_
     for name, path in {"DATA": tmp_path / "data", "CACHE": tmp_path / "cache"}.items():
         monkeypatch.setenv(f"BOUQUET_{name}", str(path))
     assert tiny.equal(store.read_adapter(again.go(monkeypatch) / "final"), store.read_adapter(finished[1] / "final"))
-
-

@@ -1,4 +1,5 @@
-"""The deployment as containers: set-up, `up`, a run by hand, `down` and `up` again; each SuperNode's own GPU, key and data.
+"""The deployment as containers: set-up, `up`, a run by hand, `down` and `up` again; each SuperNode's own GPU, key and
+data.
 
 Needs a Docker Engine; without one every test here is skipped and says so.
 """
@@ -31,7 +32,9 @@ SITES = ("supernode-1", "supernode-2")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A fresh copy after `scripts/setup`, as its own Compose project on a free port; removed with its volumes."""
     copy = copy_project(tmp_path_factory.mktemp("compose") / "bouquet")
-    (copy / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nIMAGE=bouquet:cpu\nHUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n")
+    (copy / ".env").write_text(
+        f"COMPOSE_PROJECT_NAME=bouquet-test-{os.getpid()}\nIMAGE=bouquet:cpu\nHUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
@@ -91,7 +94,10 @@ def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificate
     assert status(run)[0] == "finished:completed"
 
 
-BACK = "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'"
+BACK = (
+    "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp"
+    " superlink.db.before-* superlink.db'"
+)
 
 
 def test_a_hub_goes_back_to_the_database_that_it_had_before_an_upgrade(up: Path, run: str) -> None:
@@ -99,9 +105,16 @@ def test_a_hub_goes_back_to_the_database_that_it_had_before_an_upgrade(up: Path,
     sh("docker compose run --rm --no-deps -T -w /state superlink cp superlink.db superlink.db.before-0", up)
     sh(BACK, up)
     sh("docker compose up -d --wait gateway serverapp", up)
-    assert "healthy" in sh("docker compose ps serverapp", up).stdout and "superlink" in sh("docker compose logs superlink", up).stdout
+    assert (
+        "healthy" in sh("docker compose ps serverapp", up).stdout
+        and "superlink" in sh("docker compose logs superlink", up).stdout
+    )
     assert status(run)[0] == "finished:completed"
-    assert set(inside(up, "superlink", "ls /state").split()) >= {"superlink.db", "superlink.db.before-0", "superlink.db.newer"}
+    assert set(inside(up, "superlink", "ls /state").split()) >= {
+        "superlink.db",
+        "superlink.db.before-0",
+        "superlink.db.newer",
+    }
 
 
 def containers(host: Path) -> dict[str, dict]:
@@ -117,30 +130,47 @@ def test_no_container_may_do_more_than_its_work(up: Path) -> None:
     for service, container in found.items():
         host = container["HostConfig"]
         assert re.fullmatch(r"[1-9]\d*:\d+", container["Config"]["User"]), service
-        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"], service
+        assert (
+            host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"]
+        ), service
         assert host["SecurityOpt"] == ["no-new-privileges:true"], service
-        assert 0 < host["PidsLimit"] <= 512 and 0 < host["Memory"] <= 16 * 2**30 and host["MemorySwap"] == host["Memory"], service
+        assert (
+            0 < host["PidsLimit"] <= 512 and 0 < host["Memory"] <= 16 * 2**30 and host["MemorySwap"] == host["Memory"]
+        ), service
         assert service == "register" or container["State"]["Health"]["Status"] == "healthy", service
 
 
 def test_nobody_in_a_container_is_root_or_has_a_capability(up: Path) -> None:
     for service in ("gateway", "superlink", "serverapp", *SITES):
         status_ = dict(line.split(":", 1) for line in inside(up, service, "cat /proc/1/status").splitlines())
-        assert "0" not in status_["Uid"].split() and int(status_["CapEff"], 16) == int(status_["CapBnd"], 16) == 0, service
+        assert "0" not in status_["Uid"].split() and int(status_["CapEff"], 16) == int(status_["CapBnd"], 16) == 0, (
+            service
+        )
         assert sh(f"docker compose exec -T {service} touch /opt/bouquet/x", up, check=False).returncode != 0, service
 
 
 def test_one_port_is_public_and_one_is_the_operators_loopback(up: Path) -> None:
     bindings = {name: c["HostConfig"]["PortBindings"] or {} for name, c in containers(up).items()}
-    published = {(name, port, b["HostIp"]) for name, ports in bindings.items() for port, to in ports.items() for b in to}
+    published = {
+        (name, port, b["HostIp"]) for name, ports in bindings.items() for port, to in ports.items() for b in to
+    }
     assert published == {("gateway", "8443/tcp", "127.0.0.1"), ("superlink", "8000/tcp", "127.0.0.1")}
-    assert config(up, HUB_BIND="0.0.0.0")["services"]["superlink"]["ports"][0]["host_ip"] == "127.0.0.1"  # whatever is public
+    # whatever is public
+    assert config(up, HUB_BIND="0.0.0.0")["services"]["superlink"]["ports"][0]["host_ip"] == "127.0.0.1"
 
 
 def test_a_supernode_reaches_the_gateway_and_neither_the_hub_nor_the_world_nor_another_site(up: Path) -> None:
-    address = {name: [n["IPAddress"] for n in c["NetworkSettings"]["Networks"].values()] for name, c in containers(up).items()}
-    targets = {"gateway": "gateway:8443", "superlink": f"{address['superlink'][0]}:8000", "site-2": f"{address['supernode-2'][0]}:9094"}
-    targets["host"] = f"{json.loads(sh('docker network inspect bridge', up).stdout)[0]['IPAM']['Config'][0]['Gateway']}:22"
+    address = {
+        name: [n["IPAddress"] for n in c["NetworkSettings"]["Networks"].values()] for name, c in containers(up).items()
+    }
+    targets = {
+        "gateway": "gateway:8443",
+        "superlink": f"{address['superlink'][0]}:8000",
+        "site-2": f"{address['supernode-2'][0]}:9094",
+    }
+    targets["host"] = (
+        f"{json.loads(sh('docker network inspect bridge', up).stdout)[0]['IPAM']['Config'][0]['Gateway']}:22"
+    )
     program = "import socket, sys; socket.create_connection(sys.argv[1].split(':'), timeout=3)"
     reached = {
         name for name, to in targets.items()
@@ -152,7 +182,12 @@ def test_a_supernode_reaches_the_gateway_and_neither_the_hub_nor_the_world_nor_a
 def test_a_supernode_that_hears_nothing_from_the_hub_is_unhealthy(up: Path) -> None:
     look = "python /opt/bouquet/health.py heard:/tmp/heard"
     assert sh(f"docker compose exec -T supernode-1 {look}", up).returncode == 0
-    old = sh(f"docker compose exec -T supernode-1 sh -c 'touch -d \"76 seconds ago\" /tmp/old; {look.replace('heard:/tmp/heard', 'heard:/tmp/old')}'", up, check=False)
+    old = sh(
+        'docker compose exec -T supernode-1 sh -c \'touch -d "76 seconds ago" /tmp/old;'
+        f" {look.replace('heard:/tmp/heard', 'heard:/tmp/old')}'",
+        up,
+        check=False,
+    )
     assert old.returncode == 1 and "nothing heard from the hub for 76 s" in old.stdout
 
 
@@ -171,7 +206,9 @@ def test_a_join_kit_of_the_version_before_finds_the_programs_that_it_names(up: P
 def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
     shown = sh("docker compose run --rm operator flwr ls remote-deployment --format json", up).stdout
     assert run in shown and "finished:completed" in shown
-    started = sh(f'docker compose run --rm operator flwr run . remote-deployment --run-config "{SMALL}" --stream', up).stdout
+    started = sh(
+        f'docker compose run --rm operator flwr run . remote-deployment --run-config "{SMALL}" --stream', up
+    ).stdout
     assert "bouquet: finished" in started
 
 
@@ -180,7 +217,9 @@ def operator(up: Path, command: str, options: str = "", check: bool = True) -> s
     return sh(f"docker compose run --rm -T {options} operator {command}", up, check=check)
 
 
-def test_every_command_that_the_pages_name_for_the_operators_container_works_there_or_is_refused_with_a_code(up: Path, run: str, tmp_path: Path) -> None:
+def test_every_command_that_the_pages_name_for_the_operators_container_works_there_or_is_refused_with_a_code(
+    up: Path, run: str, tmp_path: Path
+) -> None:
     assert "site-1" in operator(up, "scripts/hub sites").stdout
     assert f"run       {run}  finished" in operator(up, f"scripts/hub status {run}").stdout
 
@@ -204,10 +243,17 @@ def test_every_command_that_the_pages_name_for_the_operators_container_works_the
 
     refused = operator(up, "scripts/hub sign", check=False)
     assert refused.returncode == 1 and "TRUST-02" in refused.stdout and "Traceback" not in refused.stdout
-    given = '--user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures"'
-    [page] = [line for line in (ROOT / "docs/hub.md").read_text().splitlines() if line.endswith("operator scripts/hub sign")]
+    given = (
+        '--user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures"'
+    )
+    [page] = [
+        line for line in (ROOT / "docs/hub.md").read_text().splitlines() if line.endswith("operator scripts/hub sign")
+    ]
     assert given in page and given in refused.stdout
-    assert operator(up, "scripts/hub sign", given).stdout.splitlines()[:1] == sh("scripts/hub sign", up).stdout.splitlines()[:1]
+    assert (
+        operator(up, "scripts/hub sign", given).stdout.splitlines()[:1]
+        == sh("scripts/hub sign", up).stdout.splitlines()[:1]
+    )
 
     sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
     assert (up / "report.html").read_text().rstrip().endswith("</html>")
@@ -215,7 +261,9 @@ def test_every_command_that_the_pages_name_for_the_operators_container_works_the
     assert (up / "sample.png").read_bytes().startswith(b"\x89PNG")
     for unwritable in ("scripts/sample --steps 1 --prompt poppy", "scripts/sample --merge merged"):
         refused = operator(up, unwritable, check=False)
-        assert refused.returncode == 1 and "EXPORT-08" in refused.stdout and "Traceback" not in refused.stdout, refused.stdout
+        assert refused.returncode == 1 and "EXPORT-08" in refused.stdout and "Traceback" not in refused.stdout, (
+            refused.stdout
+        )
 
 
 def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(host: Path, tmp_path: Path) -> None:
@@ -227,7 +275,9 @@ def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(ho
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH": "cpu"}
     try:
         for pin, devices in (("none", []), ("0", [["0"]])):
-            kept = re.sub(r"(?m)^SITE_[12]_GPU=.*\n", "", (tmp_path / "env").read_text()).replace(":docker/cpu.yaml", "")
+            kept = re.sub(r"(?m)^SITE_[12]_GPU=.*\n", "", (tmp_path / "env").read_text()).replace(
+                ":docker/cpu.yaml", ""
+            )
             (host / ".env").write_text(f"{kept}SITE_1_GPU=0\nSITE_2_GPU={pin}\n")
             sh("scripts/setup --engine docker && scripts/setup --engine docker", host, **env)
             services = config(host)["services"]
@@ -240,7 +290,9 @@ def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(ho
 
 def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, run: str) -> None:
     for command in ("scripts/hub status", "docker compose run --rm -T operator scripts/hub status"):
-        assert re.search(r"^run +\d+  finished\n.*^adapter +\d+/round-0001$", sh(command, up).stdout, re.MULTILINE | re.DOTALL)
+        assert re.search(
+            r"^run +\d+  finished\n.*^adapter +\d+/round-0001$", sh(command, up).stdout, re.MULTILINE | re.DOTALL
+        )
     assert f"run       {run}  finished" in sh(f"scripts/hub status {run}", up).stdout
     sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
     page = (up / "report.html").read_text()
@@ -249,7 +301,9 @@ def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, r
 
 def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: Path, run: str) -> None:
     again = SMALL + " tracker='tensorboard'"
-    [tracked] = re.findall(r"started run (\d+)", sh(f'.venv/bin/flwr run . remote-deployment --run-config "{again}"', up).stdout)
+    [tracked] = re.findall(
+        r"started run (\d+)", sh(f'.venv/bin/flwr run . remote-deployment --run-config "{again}"', up).stdout
+    )
     assert follow(tracked, print)[0] == "finished:completed"
     port = str(free_port())
     try:
@@ -258,15 +312,21 @@ def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: 
         assert f"{tracked}/tracker" in shown and f"{run}/tracker" not in shown
         [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q dashboard)", up).stdout)
         host = container["HostConfig"]
-        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [("127.0.0.1", port)]
-        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [
+            ("127.0.0.1", port)
+        ]
+        assert (
+            host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        )
         assert [(m["Destination"], m["RW"]) for m in container["Mounts"]] == [("/adapters", False)]
         assert list(container["NetworkSettings"]["Networks"]) == [f"{config(up)['name']}_dashboard"]
     finally:
         sh("docker compose --profile dashboard rm -sf dashboard", up)
 
 
-def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read(up: Path, run: str) -> None:
+def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read(
+    up: Path, run: str
+) -> None:
     port = str(free_port())
     try:
         sh("docker compose --profile dashboard up -d --wait page", up, PAGE_PORT=port)
@@ -279,8 +339,12 @@ def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and
         assert "Did it work?" in sh(f"curl -sf http://127.0.0.1:{port}/runs/{run}", up).stdout
         [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q page)", up).stdout)
         host = container["HostConfig"]
-        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [("127.0.0.1", port)]
-        assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [
+            ("127.0.0.1", port)
+        ]
+        assert (
+            host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+        )
         assert not [m["Destination"] for m in container["Mounts"] if m["RW"]]
     finally:
         sh("docker compose --profile dashboard rm -sf page", up)
@@ -289,9 +353,18 @@ def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and
 def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) -> None:
     commands = {name: " ".join(service["command"]) for name, service in config(host)["services"].items()}
     gateway = (host / "docker/gateway.conf").read_text()
-    assert not [name for name, command in commands.items() if "--insecure" in command or ("/ca.crt" not in command and name != "gateway")]
+    assert not [
+        name
+        for name, command in commands.items()
+        if "--insecure" in command or ("/ca.crt" not in command and name != "gateway")
+    ]
     assert "listen 8443 ssl;" in gateway and "proxy_ssl_verify on;" in gateway and "/ca.crt" in gateway
-    for flag in ("--enable-supernode-auth", "--isolation=process", "--disable-runtime-dependency-installation", "--database=/state/"):
+    for flag in (
+        "--enable-supernode-auth",
+        "--isolation=process",
+        "--disable-runtime-dependency-installation",
+        "--database=/state/",
+    ):
         assert flag in commands["superlink"]
     assert not [name for name, command in commands.items() if "--allow-runtime" in command]
 
@@ -299,8 +372,9 @@ def test_every_service_talks_tls_and_none_may_install_at_run_time(host: Path) ->
 def test_every_site_holds_its_own_key_and_data_and_nobody_elses(up: Path) -> None:
     for number, service in enumerate(SITES, start=1):
         assert inside(up, service, "ls /run/secrets") == "site.key"
-        assert inside(up, service, "sha256sum /run/secrets/site.key").split()[0] == (
-            sh(f"sha256sum certs/site-{number}.key", up).stdout.split()[0]
+        assert (
+            inside(up, service, "sha256sum /run/secrets/site.key").split()[0]
+            == (sh(f"sha256sum certs/site-{number}.key", up).stdout.split()[0])
         )
         mounts = {volume["target"]: volume for volume in config(up)["services"][service]["volumes"]}
         assert mounts["/data"]["read_only"] and mounts["/data"]["source"].endswith(f"site-{number}")
@@ -329,7 +403,10 @@ def test_every_supernode_gets_exactly_its_own_gpu(host: Path) -> None:
         if "could not select device driver" in done.stdout:
             pytest.skip('Docker has no "nvidia" device driver here (no nvidia-container-runtime-hook)')
         assert done.returncode == 0, done.stdout
-        first = "docker compose exec -T {} sh -c \"tr '\\0' '\\n' </proc/1/environ | sed -n 's/^NVIDIA_VISIBLE_DEVICES=//p'\""
+        first = (
+            "docker compose exec -T {} sh -c \"tr '\\0' '\\n' </proc/1/environ | sed -n"
+            " 's/^NVIDIA_VISIBLE_DEVICES=//p'\""
+        )
         assert [sh(first.format(service), host, **env).stdout.strip() for service in SITES] == [uuids[0], uuids[-1]]
     finally:
         sh("docker compose down --volumes --timeout 2", host, **env)

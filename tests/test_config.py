@@ -135,5 +135,8 @@ def test_the_table_has_a_row_for_every_key_with_default_unit_range_and_meaning()
     lines = table().splitlines()
     assert len(lines) == 2 + len(RunConfig.__dataclass_fields__)
     assert "| `round-timeout` | `3600` | seconds | 10 to 604800 | longest wait for a round's replies |" in lines
-    assert any(line.startswith("| `gradient-checkpointing` | `false` |  | true, false | compute activations again") for line in lines)
+    assert any(
+        line.startswith("| `gradient-checkpointing` | `false` |  | true, false | compute activations again")
+        for line in lines
+    )
     assert all(line.count("|") == 6 for line in lines)

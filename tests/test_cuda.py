@@ -1,7 +1,9 @@
-"""What shows only with the CUDA build of torch: its packages, and whether the processes that a site forks could use a GPU.
+"""What shows only with the CUDA build of torch: its packages, and whether the processes that a site forks could use a
+GPU.
 
-`scripts/test-cuda` runs this in its environment, `scripts/test-cuda --image` in containers of the image; elsewhere it is skipped.
-Without a GPU torch already marks a process that could not use one (its "bad fork"); where there is one, it is used as well.
+`scripts/test-cuda` runs this in its environment, `scripts/test-cuda --image` in containers of the image; elsewhere it
+is skipped. Without a GPU torch already marks a process that could not use one (its "bad fork"); where there is one, it
+is used as well.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ IMAGE = os.environ.get("BOUQUET_CUDA_IMAGE", "")
 pytestmark = pytest.mark.skipif(not (IMAGE or torch.version.cuda), reason="torch has no CUDA here: scripts/test-cuda")
 BOUQUET = Path("/opt/bouquet") if IMAGE else ROOT
 HARDENED = (
-    "--init --read-only --tmpfs=/tmp:mode=1777,size=512m --tmpfs=/cache:mode=1777 --cap-drop=ALL --security-opt=no-new-privileges:true "
-    "--pids-limit=512 --network=none"
+    "--init --read-only --tmpfs=/tmp:mode=1777,size=512m --tmpfs=/cache:mode=1777 --cap-drop=ALL"
+    " --security-opt=no-new-privileges:true --pids-limit=512 --network=none"
 )
-OURS = ("PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES")  # of the variables that decide how torch looks for a GPU
+# of the variables that decide how torch looks for a GPU
+OURS = ("PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES")
 STATES = [
     {name: value for name, value in zip(OURS, (by_nvml, visible), strict=True) if value is not None}
     for by_nvml in (None, "0", "1")
@@ -47,11 +50,24 @@ SMALL = "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python in this environment, or in a container as compose.yaml makes one; of OURS it has what `env` says and no other."""
+    """Python in this environment, or in a container as compose.yaml makes one; of OURS it has what `env` says and no
+    other.
+    """
     if IMAGE:
         gpus = ["--gpus=all"] if shutil.which("nvidia-smi") else []
         told = [f"--env={name}={value}" for name, value in env.items()]
-        command = ("docker", "run", "--rm", *HARDENED.split(), *gpus, *told, "--workdir=/opt/bouquet", IMAGE, "python", *command)
+        command = (
+            "docker",
+            "run",
+            "--rm",
+            *HARDENED.split(),
+            *gpus,
+            *told,
+            "--workdir=/opt/bouquet",
+            IMAGE,
+            "python",
+            *command,
+        )
         env = {}
     else:
         command = (sys.executable, *command)
@@ -68,8 +84,15 @@ def say(code: str, **env: str) -> list:
 
 def forked(server: str, child: str, **env: str) -> list:
     """What a process says that a fork server starts: `server` is Python for the server's context."""
-    code = f"process = ({server}).Process(target=exec, args=({child!r}, {{}})); process.start(); process.join(); sys.exit(process.exitcode)"
-    return say(f"import multiprocessing, sys; sys.path.insert(0, {str(BOUQUET)!r}); from bouquet.flower import superexec; {code}", **env)
+    code = (
+        f"process = ({server}).Process(target=exec, args=({child!r}, {{}})); process.start(); process.join();"
+        " sys.exit(process.exitcode)"
+    )
+    return say(
+        f"import multiprocessing, sys; sys.path.insert(0, {str(BOUQUET)!r}); from bouquet.flower import superexec;"
+        f" {code}",
+        **env,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +100,8 @@ def gpus() -> int:
     return say("import torch; print(torch.cuda.device_count())")[0]
 
 
-# --- the packages --------------------------------------------------------------------------------------------------------
+# --- the packages
+# --------------------------------------------------------------------------------------------------------
 
 
 def locked(text: str) -> dict[str, str]:
@@ -88,12 +112,17 @@ def locked(text: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def installed() -> dict[str, str]:
     """Every package but pip, which comes with Python, and its version."""
-    [found] = say("import importlib.metadata as m, json; print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))")
+    [found] = say(
+        "import importlib.metadata as m, json; print(json.dumps({d.metadata['Name']: d.version for d in"
+        " m.distributions()}))"
+    )
     return {canonicalize_name(name): version for name, version in found.items() if name != "pip"}
 
 
 def test_torch_is_the_cuda_build_of_the_locked_version(installed: dict[str, str]) -> None:
-    [[version, cuda]] = say("import json, torch; print(json.dumps([torch.__version__.split('+')[0], torch.version.cuda]))")
+    [[version, cuda]] = say(
+        "import json, torch; print(json.dumps([torch.__version__.split('+')[0], torch.version.cuda]))"
+    )
     assert version == locked((ROOT / "constraints.txt").read_text())["torch"] and cuda
     assert installed["torch"] == version  # PyPI's own, not one of another index (2.13.0+cu126)
 
@@ -144,7 +173,18 @@ def test_the_preflight_of_a_site_without_a_gpu_looks_at_all_that_is_here(tmp_pat
     """The base model, the photos, the memory; its hub is not there."""
     models, cache = ("/models", "/cache") if IMAGE else (str(ROOT / "models"), str(tmp_path))
     places = {"BOUQUET_MODELS": models, "BOUQUET_DATA": f"{models}/mini", "BOUQUET_CACHE": cache}
-    done = run("-m", "bouquet", "site", "check", "--fast", "--json", SITE_NAME="rose", SITE_GPU="none", CUDA_VISIBLE_DEVICES="", **places)
+    done = run(
+        "-m",
+        "bouquet",
+        "site",
+        "check",
+        "--fast",
+        "--json",
+        SITE_NAME="rose",
+        SITE_GPU="none",
+        CUDA_VISIBLE_DEVICES="",
+        **places,
+    )
     states = {line["name"]: line["state"] for line in json.loads(done.stdout)["checks"]}
     assert states["memory"] in ("pass", "warn") and states["disk"] in ("pass", "warn"), done.stdout
     assert {name: state for name, state in states.items() if name not in ("memory", "disk")} == {
@@ -153,10 +193,15 @@ def test_the_preflight_of_a_site_without_a_gpu_looks_at_all_that_is_here(tmp_pat
     }, done.stdout  # fmt: skip
 
 
-# --- the forks -----------------------------------------------------------------------------------------------------------
+# --- the forks
+# -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda state: " ".join(f"{name[0]}={value!r}" for name, value in state.items()) or "nothing set")
+@pytest.mark.parametrize(
+    "state",
+    STATES,
+    ids=lambda state: " ".join(f"{name[0]}={value!r}" for name, value in state.items()) or "nothing set",
+)
 def test_a_message_could_use_the_gpu_whatever_the_sites_environment_says(state: dict[str, str]) -> None:
     assert forked(SUPEREXECS, CHILD, **state) == [[False, ["accelerate", "diffusers", "peft"]]]
 
@@ -166,7 +211,9 @@ def test_a_message_could_use_the_gpu_where_the_libraries_see_one_while_they_are_
     """What they do with a GPU that is there must not ask CUDA either; NVIDIA's library is tests/kit/nvml_stub.c."""
     (tmp_path / "state").write_text(f"580.95.05 13000\n{A10}\n")
     driver = {"LD_LIBRARY_PATH": str(library().parent), "NVML_STATE": str(tmp_path / "state")}
-    shown = forked(SUPEREXECS, CHILD + "; from bouquet.flower import libraries; print(libraries.gpus_by_nvml())", **driver)
+    shown = forked(
+        SUPEREXECS, CHILD + "; from bouquet.flower import libraries; print(libraries.gpus_by_nvml())", **driver
+    )
     assert shown == [[False, ["accelerate", "diffusers", "peft"]], 1]
 
 
@@ -174,7 +221,9 @@ def test_a_message_could_use_the_gpu_where_the_libraries_see_one_while_they_are_
 def test_a_server_that_imports_the_same_plainly_makes_processes_that_could_not(state: dict[str, str]) -> None:
     """What the tests above would show, were it not for libraries.py."""
     names = re.search(r"^LIBRARIES = (\[.*\])$", SOURCE, re.MULTILINE)[1]
-    shown = forked(f"(fork := multiprocessing.get_context('forkserver')).set_forkserver_preload({names}) or fork", CHILD, **state)
+    shown = forked(
+        f"(fork := multiprocessing.get_context('forkserver')).set_forkserver_preload({names}) or fork", CHILD, **state
+    )
     assert shown == [[True, ["accelerate", "diffusers", "peft"]]]
 
 
@@ -188,15 +237,21 @@ def test_the_server_itself_notices_a_library_that_asked_cuda() -> None:
 def test_a_message_uses_the_gpu(gpus: int) -> None:
     if not gpus:
         pytest.skip("no NVIDIA GPU here")
-    child = "import json, torch as t; print(json.dumps([t.cuda.is_initialized(), t.ones(3, device='cuda').sum().item()]), flush=True)"
+    child = (
+        "import json, torch as t; print(json.dumps([t.cuda.is_initialized(), t.ones(3, device='cuda').sum().item()]),"
+        " flush=True)"
+    )
     assert forked(SUPEREXECS, child) == [[False, 3.0]]
 
 
-# --- a deployment ----------------------------------------------------------------------------------------------------------
+# --- a deployment
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(bool(IMAGE), reason="a deployment of processes: it runs in .venv-cuda")
-def test_a_run_of_two_sites_completes(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+def test_a_run_of_two_sites_completes(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
     """SuperLink, ServerApp and two SuperNodes of this environment; their messages on the GPU where there is one."""
     sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}

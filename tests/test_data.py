@@ -310,8 +310,11 @@ def test_every_colour_mode_becomes_the_right_rgb(name):
 
 def test_16_bit_grey_is_scaled_so_that_white_stays_white_and_every_8_bit_tone_comes_back():
     """257 · 255 = 65535; a tone between two goes to the nearer one, where the upper byte alone would be the lower one."""
-    grey = np.array([[257 * 0, 257 * 1, 257 * 127, 257 * 254, 65535], [128, 129, 0x80FF, 65407, 65406]], dtype=np.uint16)
-    want = [[0, 1, 127, 254, 255], [0, 1, 128, 255, 254]]  # 129 / 257 = 0.502, 65407 / 257 = 254.502, 65406 / 257 = 254.498
+    grey = np.array(
+        [[257 * 0, 257 * 1, 257 * 127, 257 * 254, 65535], [128, 129, 0x80FF, 65407, 65406]], dtype=np.uint16
+    )
+    # 129 / 257 = 0.502, 65407 / 257 = 254.502, 65406 / 257 = 254.498
+    want = [[0, 1, 127, 254, 255], [0, 1, 128, 255, 254]]
     assert np.asarray(rgb(encoded(Image.fromarray(grey))))[:, :, 0].tolist() == want
 
 
@@ -329,12 +332,14 @@ def with_chunks(image: Image.Image, gamma: float, *primaries: float, srgb: bool 
 P3 = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)  # a phone's and a Mac's screen
 BT709 = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # sRGB's own
 SAID = {  # name: a PNG without a profile, its colour in sRGB, worked out by hand
-    "linear": (with_chunks(flat((128, 64, 3)), 1.0), (188, 137, 28)),  # 255 · (1.055 · (128 / 255)^(1 / 2.4) − 0.055) = 187.8
+    # 255 · (1.055 · (128 / 255)^(1 / 2.4) − 0.055) = 187.8
+    "linear": (with_chunks(flat((128, 64, 3)), 1.0), (188, 137, 28)),
     "linear grey": (with_chunks(flat(128, mode="L"), 1.0), (188, 188, 188)),
     "linear 16-bit grey": (with_chunks(Image.fromarray(np.full((8, 8), 0x8080, np.uint16)), 1.0), (188, 188, 188)),
     "linear, clear": (with_chunks(flat((128, 64, 3, 0), mode="RGBA"), 1.0), (255, 255, 255)),
     "an old Mac's": (with_chunks(flat((128, 128, 128)), 1 / 1.8), (146, 146, 146)),  # (128 / 255)^1.8 = 0.2892
-    "a wide gamut": (with_chunks(flat((200, 100, 100)), 1 / 2.2, *P3), (215, 93, 97)),  # R 1.2249 · 0.5776 − 0.2247 · 0.1274 = 0.6788
+    # R 1.2249 · 0.5776 − 0.2247 · 0.1274 = 0.6788
+    "a wide gamut": (with_chunks(flat((200, 100, 100)), 1 / 2.2, *P3), (215, 93, 97)),
     "the usual, dark": (with_chunks(flat((12, 9, 3)), 1 / 2.2, *BT709), (12, 9, 3)),  # a pure power would make 4 of 12
     "the usual with sRGB's word": (with_chunks(flat((128, 64, 3)), 1.0, srgb=True), (128, 64, 3)),  # which counts more
     "none": (with_chunks(flat((128, 64, 3)), 0.0), (128, 64, 3)),
@@ -428,7 +433,10 @@ def test_a_missing_folder_and_a_file_in_its_place_are_named(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another user id")
 def test_a_folder_closed_to_the_containers_user_is_named_with_the_user_id():
     script = "import os, sys, app.site.photos.data, pathlib; os.setuid(65534)\n"
-    script += "try: app.site.photos.data.scan(pathlib.Path(sys.argv[1]))\nexcept app.site.photos.data.SiteError as error: print(error.report())"
+    script += (
+        "try: app.site.photos.data.scan(pathlib.Path(sys.argv[1]))\nexcept app.site.photos.data.SiteError as error:"
+        " print(error.report())"
+    )
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, whose parents are closed as well
         Path(folder).chmod(0o700)
         command = [sys.executable, "-c", script, folder]
@@ -496,7 +504,9 @@ def test_a_long_quarantine_is_cut_short_in_the_log(tmp_path):
 
 
 def test_importing_the_data_module_loads_neither_torch_nor_datasets_nor_pyarrow():
-    script = "import sys, app.site.photos.data; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
+    script = (
+        "import sys, app.site.photos.data; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -211,13 +211,16 @@ def alone(code: str, *arguments: object) -> list:
 def test_a_full_disk_is_named_and_nothing_is_lost_by_it(file, rows):
     if rows:
         made(file, OLD, rows)
-    [code] = alone("""
+    [code] = alone(
+        """
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     database.prepare(Path(sys.argv[1]))
 except BouquetError as error:
     print(json.dumps(error.code))
-""", file)
+""",
+        file,
+    )
     assert code == "STATE-03"
     assert names(file.parent) == (["superlink.db"] if rows else [])
     database.prepare(file)

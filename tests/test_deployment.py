@@ -199,7 +199,8 @@ def test_a_name_that_was_chosen_is_kept_unless_another_folder_has_it(host, tmp_p
     assert host.project() == "flowers"
 
 
-# --- the image of a project ----------------------------------------------------------------------------------------------------
+# --- the image of a project
+# ----------------------------------------------------------------------------------------------------
 
 
 def image(host: Host, **env: str) -> str:
@@ -220,10 +221,16 @@ def test_every_clone_has_its_own_image_and_keeps_it(host, tmp_path):
 
 @pytest.mark.parametrize(
     ("env", "expected"),
-    [({}, "bouquet:cuda"), ({"COMPOSE_PROJECT_NAME": "flowers", "TORCH": "cpu"}, "flowers:cpu"), ({"IMAGE": "r/b:1", "TORCH": "cpu"}, "r/b:1")],
+    [
+        ({}, "bouquet:cuda"),
+        ({"COMPOSE_PROJECT_NAME": "flowers", "TORCH": "cpu"}, "flowers:cpu"),
+        ({"IMAGE": "r/b:1", "TORCH": "cpu"}, "r/b:1"),
+    ],
 )
 def test_a_kit_and_compose_name_the_same_image(tmp_path, monkeypatch, env, expected):
-    """Compose's own reading of compose.yaml, where it is here; every service has it, and the operator's container hands it on."""
+    """Compose's own reading of compose.yaml, where it is here; every service has it, and the operator's container hands
+    it on.
+    """
     for name in ("COMPOSE_PROJECT_NAME", "IMAGE", "TORCH"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -232,12 +239,20 @@ def test_a_kit_and_compose_name_the_same_image(tmp_path, monkeypatch, env, expec
     assert kit.image() == expected
     if not shutil.which("docker"):
         pytest.skip("there is no docker command")
-    services = json.loads(sh("docker compose -f compose.yaml --profile '*' config --format json --no-path-resolution", ROOT).stdout)["services"]
-    assert {service["image"] for service in services.values()} == {services["operator"]["environment"]["IMAGE"]} == {expected}
+    services = json.loads(
+        sh("docker compose -f compose.yaml --profile '*' config --format json --no-path-resolution", ROOT).stdout
+    )["services"]
+    assert (
+        {service["image"] for service in services.values()}
+        == {services["operator"]["environment"]["IMAGE"]}
+        == {expected}
+    )
 
 
 def test_no_service_asks_a_proxy_for_a_neighbour_or_for_itself():
-    """Docker's config.json may give every container a proxy; what a service says of NO_PROXY counts more than that file."""
+    """Docker's config.json may give every container a proxy; what a service says of NO_PROXY counts more than that
+    file.
+    """
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     servers = {"superlink", "gateway", "127.0.0.1", "localhost", "::1"}  # serverapp answers nobody but itself
     for name, service in services.items():
@@ -245,7 +260,8 @@ def test_no_service_asks_a_proxy_for_a_neighbour_or_for_itself():
             assert servers <= set(re.split(r"[,}]", service["environment"][variable])), (name, variable)
 
 
-# --- folders as people name them ---------------------------------------------------------------------------------------------------
+# --- folders as people name them
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeypatch):
@@ -259,8 +275,12 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
     hub.start_site("garden")
     for name, value in ({"SITE_LIMITS": "min-photos=4"} | hub.site_env).items():
         monkeypatch.setenv(name, value)
-    given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))  # as bouquet/flower/supernode.py does
-    assert given["--root-certificates"] == f"{odd}/certs/ca.crt" and given["--auth-supernode-private-key"] == f"{odd}/certs/garden.key"
+    # as bouquet/flower/supernode.py does
+    given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))
+    assert (
+        given["--root-certificates"] == f"{odd}/certs/ca.crt"
+        and given["--auth-supernode-private-key"] == f"{odd}/certs/garden.key"
+    )
     assert given["--trusted-entities"] == f"{odd}/trusted.yaml"
     assert parse_config_args([given["--node-config"]]) == {
         "site-name": "garden", "data-path": str(odd), "models-path": f"{odd}/models", "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4",
@@ -268,10 +288,23 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
 
 
 def test_an_archives_folder_has_the_same_files_as_the_clone_that_it_was_made_of(tmp_path, monkeypatch):
-    """`git archive`, or a host without git: the rules of .gitignore decide, and what set-up made is no file of the project."""
+    """`git archive`, or a host without git: the rules of .gitignore decide, and what set-up made is no file of the
+    project.
+    """
     copy = copy_project(tmp_path / "bouquet")
-    names = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and ".venv" not in path.relative_to(copy).parts}
-    for made in (".env", "certs/site-1.key", "certs/admitted/a.pub", ".bouquet/kits/a.tar.gz", "models/big/unet/x.safetensors", "app/__pycache__/x.pyc"):
+    names = {
+        str(path.relative_to(copy))
+        for path in copy.rglob("*")
+        if path.is_file() and ".venv" not in path.relative_to(copy).parts
+    }
+    for made in (
+        ".env",
+        "certs/site-1.key",
+        "certs/admitted/a.pub",
+        ".bouquet/kits/a.tar.gz",
+        "models/big/unet/x.safetensors",
+        "app/__pycache__/x.pyc",
+    ):
         (copy / made).parent.mkdir(parents=True, exist_ok=True)
         (copy / made).write_text("made")
     monkeypatch.setattr(deployment, "ROOT", copy)

@@ -20,7 +20,9 @@ KEYS = ["rose", "lily", "lotus", "thistle", "poppy"]
 
 def schedule(prediction_type: str = "epsilon") -> DDPMScheduler:
     """Stable Diffusion's noise schedule."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
 
 
 def alpha_bar() -> np.ndarray:
@@ -46,7 +48,8 @@ def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- the training loss -------------------------------------------------------------------------------------------------
+# --- the training loss
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -71,7 +74,9 @@ def test_losses_are_one_number_an_image_worked_out_by_hand():
     assert diffusion.losses(Silent(), schedule(), latents, text, noise, t).tolist() == [4.0, 4.0]
     a = alpha_bar()[[0, 999]]
     by_hand = (2 * a**0.5 - (1 - a) ** 0.5) ** 2
-    assert diffusion.losses(Silent(), schedule("v_prediction"), latents, text, noise, t).tolist() == pytest.approx(by_hand.tolist(), rel=1e-4)
+    assert diffusion.losses(Silent(), schedule("v_prediction"), latents, text, noise, t).tolist() == pytest.approx(
+        by_hand.tolist(), rel=1e-4
+    )
 
 
 def test_the_unet_sees_the_image_at_the_start_and_the_noise_at_the_end_of_the_schedule():
@@ -116,13 +121,16 @@ def test_a_bf16_unet_is_asked_in_bf16_and_answers_a_float32_loss():
     assert rough.dtype == torch.float32 and rough.item() == pytest.approx(exact.item(), rel=0.02)
 
 
-# --- the validation loss -----------------------------------------------------------------------------------------------
+# --- the validation loss
+# -----------------------------------------------------------------------------------------------
 
 
 def validate(unet, keys=KEYS, pick=slice(None), batch_size=4, timesteps=3) -> float:
     latents, text = tiny.batch(len(KEYS))
     photos = Encoded.of(latents[pick], text[pick], text[0], keys[pick])
-    return diffusion.validation_loss(unet, schedule(), photos, torch.device("cpu"), timesteps=timesteps, batch_size=batch_size)
+    return diffusion.validation_loss(
+        unet, schedule(), photos, torch.device("cpu"), timesteps=timesteps, batch_size=batch_size
+    )
 
 
 def test_validation_repeats_bit_for_bit_whatever_else_drew_random_numbers():

@@ -1,4 +1,6 @@
-"""What a person does when something of the host is in the way: scripts/doctor, scripts/demo --clean; and clones made in other ways."""
+"""What a person does when something of the host is in the way: scripts/doctor, scripts/demo --clean; and clones made in
+other ways.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,15 @@ def copy(tmp_path: Path) -> Path:
 def lines(copy: Path, check: str, **env: str) -> list[tuple[str, str]]:
     """(state, text) of the doctor's lines of one check."""
     shown = sh("scripts/doctor", copy, check=False, **env).stdout
-    return [(state, text) for state, name, text in re.findall(r"^(pass|warn|fail)  (\S+) +(.*)$", shown, re.MULTILINE) if name == check]
+    return [
+        (state, text)
+        for state, name, text in re.findall(r"^(pass|warn|fail)  (\S+) +(.*)$", shown, re.MULTILINE)
+        if name == check
+    ]
 
 
-# --- the doctor --------------------------------------------------------------------------------------------------------------
+# --- the doctor
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict(copy: Path) -> None:
@@ -44,21 +51,29 @@ def test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict(co
     done = sh("scripts/doctor", copy, check=False)
     *told, verdict = done.stdout.splitlines()
     fails = [line for line in told if line.startswith("fail")]
-    assert re.match(r"(not )?ready: \d+ pass", verdict) and done.returncode == bool(fails) == verdict.startswith("not ready"), done.stdout
+    assert re.match(r"(not )?ready: \d+ pass", verdict) and done.returncode == bool(fails) == verdict.startswith(
+        "not ready"
+    ), done.stdout
     assert sorted(copy.rglob("*")) == before
 
 
 def test_the_doctors_lines_look_like_the_preflights(copy: Path) -> None:
     (copy / ".env").write_text("HUB_PROT=8443\n")
     shown = sh("scripts/doctor", copy, check=False).stdout
-    assert str(Line(".env", "warn", "nothing here asks for HUB_PROT", "a misspelt name? docs/hub.md names the settings")) in shown
+    assert (
+        str(Line(".env", "warn", "nothing here asks for HUB_PROT", "a misspelt name? docs/hub.md names the settings"))
+        in shown
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", ("pass", "0 settings, each means something")),
-        ("HUB_HOST=h\nSITE_1_LIMITS=x\nHUB_MEMORY=16g\nCOMPOSE_PROJECT_NAME=b\n", ("pass", "4 settings, each means something")),
+        (
+            "HUB_HOST=h\nSITE_1_LIMITS=x\nHUB_MEMORY=16g\nCOMPOSE_PROJECT_NAME=b\n",
+            ("pass", "4 settings, each means something"),
+        ),
         ("HUB_PROT=8443\n", ("warn", "nothing here asks for HUB_PROT")),
         ("SITE_7_DATA=/nowhere at all\n", ("warn", "SITE_7_DATA=/nowhere at all is no folder")),
         ("SITE_2_GPU=0,1\n", ("fail", "SITE_2_GPU=0,1")),
@@ -73,10 +88,16 @@ def test_the_doctor_reads_the_settings(copy: Path, text: str, expected: tuple[st
 def test_the_doctor_sees_ports_proxies_and_what_the_environment_overrides(copy: Path) -> None:
     (copy / ".env").write_text("HUB_PORT=8500\n")
     assert ("fail", "CONTROL_PORT=x is no port's number") in lines(copy, "ports", CONTROL_PORT="x")
-    assert ("warn", "HUB_PORT is 8600 in the environment, which counts, and 8500 in .env") in lines(copy, ".env", HUB_PORT="8600")
-    [(state, told)] = lines(copy, "proxies", HTTPS_PROXY="http://anna:geheim@p:1", DOCKER_CONFIG="/nowhere", NO_PROXY="")
+    assert ("warn", "HUB_PORT is 8600 in the environment, which counts, and 8500 in .env") in lines(
+        copy, ".env", HUB_PORT="8600"
+    )
+    [(state, told)] = lines(
+        copy, "proxies", HTTPS_PROXY="http://anna:geheim@p:1", DOCKER_CONFIG="/nowhere", NO_PROXY=""
+    )
     assert state == "warn" and "127.0.0.1" in told and "geheim" not in told
-    assert lines(copy, "proxies", HTTPS_PROXY="http://p:1", NO_PROXY="a, 127.0.0.1,localhost", DOCKER_CONFIG="/nowhere") == [("pass", "HTTPS_PROXY; NO_PROXY spares this host")]
+    assert lines(
+        copy, "proxies", HTTPS_PROXY="http://p:1", NO_PROXY="a, 127.0.0.1,localhost", DOCKER_CONFIG="/nowhere"
+    ) == [("pass", "HTTPS_PROXY; NO_PROXY spares this host")]
 
 
 def test_the_doctor_looks_at_the_certificates(copy: Path) -> None:
@@ -89,20 +110,31 @@ def test_the_doctor_looks_at_the_certificates(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "compose", "state", "words"),
-    [("26.1.5", "2.26.1-4", "pass", "Docker Engine 26.1.5"), ("24.0.7", "2.26.1", "fail", "start_interval"), ("26.1.5", "v2.20.0", "fail", "2.20.0"), ("26.1.5", "", "fail", "without Compose v2")],
+    [
+        ("26.1.5", "2.26.1-4", "pass", "Docker Engine 26.1.5"),
+        ("24.0.7", "2.26.1", "fail", "start_interval"),
+        ("26.1.5", "v2.20.0", "fail", "2.20.0"),
+        ("26.1.5", "", "fail", "without Compose v2"),
+    ],
 )
-def test_the_doctor_knows_which_docker_is_too_old(copy: Path, tmp_path: Path, engine: str, compose: str, state: str, words: str) -> None:
+def test_the_doctor_knows_which_docker_is_too_old(
+    copy: Path, tmp_path: Path, engine: str, compose: str, state: str, words: str
+) -> None:
     """A stand-in that says its version."""
     stand_in = tmp_path / "bin/docker"
     stand_in.parent.mkdir()
-    asks = f"case $1 in info) ;; version) echo {engine} ;; compose) {f'echo {compose}' if compose else 'exit 1'} ;; *) exit 1 ;; esac"
+    asks = (
+        f"case $1 in info) ;; version) echo {engine} ;; compose) {f'echo {compose}' if compose else 'exit 1'} ;; *)"
+        " exit 1 ;; esac"
+    )
     stand_in.write_text(f"#!/bin/sh\n{asks}\n")
     stand_in.chmod(0o755)
     [(said, told)] = lines(copy, "docker", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     assert said == state and words in told
 
 
-# --- beginning anew ----------------------------------------------------------------------------------------------------------
+# --- beginning anew
+# ----------------------------------------------------------------------------------------------------------
 
 ALONE = {"PATH": "/usr/bin:/bin", "DOCKER_HOST": "unix:///nowhere"}  # no Docker Engine answers
 
@@ -118,13 +150,22 @@ def used(copy: Path) -> Path:
 
 
 def left(copy: Path) -> set[str]:
-    return {str(path.relative_to(copy)) for path in (copy / ".bouquet").rglob("*") if path.is_file()} if (copy / ".bouquet").exists() else set()
+    return (
+        {str(path.relative_to(copy)) for path in (copy / ".bouquet").rglob("*") if path.is_file()}
+        if (copy / ".bouquet").exists()
+        else set()
+    )
 
 
 def test_nothing_is_removed_without_a_yes(copy: Path) -> None:
     before = left(used(copy))
     told = sh("scripts/demo --clean </dev/null", copy, check=False, **ALONE)
-    assert told.returncode == 1 and "HOST-17" in told.stdout and ".bouquet/adapters" in told.stdout and "certs/ (keys" in told.stdout
+    assert (
+        told.returncode == 1
+        and "HOST-17" in told.stdout
+        and ".bouquet/adapters" in told.stdout
+        and "certs/ (keys" in told.stdout
+    )
     assert left(copy) == before
 
 
@@ -153,7 +194,9 @@ def test_clean_leaves_a_sites_own_key_and_photos_that_somebody_put_there(copy: P
 def test_clean_ends_the_processes_that_a_kept_deployment_left(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # ps would cut its lines
     used(copy)
-    process = subprocess.Popen(["bash", "-c", f": {copy}/certs; read -r _"], stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", "-c", f": {copy}/certs; read -r _"], stdin=subprocess.PIPE, start_new_session=True
+    )
     reaper = threading.Thread(target=process.wait)
     reaper.start()
     try:
@@ -181,14 +224,23 @@ def test_clean_removes_the_containers_and_volumes_of_this_folder_and_no_others(d
         for project in (own, shared):
             sh(f"docker volume create {label}={project} {project}_state", copy)
         told = sh("scripts/demo --clean --yes", copy).stdout
-        assert sh(f"docker ps -a --format '{{{{.Names}}}}' --filter name={own} --filter name={shared}", copy).stdout.split() == [f"{shared}-2"]
-        assert sh(f"docker volume ls -q --filter name={own} --filter name={shared}", copy).stdout.split() == [f"{shared}_state"]
+        assert sh(
+            f"docker ps -a --format '{{{{.Names}}}}' --filter name={own} --filter name={shared}", copy
+        ).stdout.split() == [f"{shared}-2"]
+        assert sh(f"docker volume ls -q --filter name={own} --filter name={shared}", copy).stdout.split() == [
+            f"{shared}_state"
+        ]
         assert f"{shared}'s volumes, which /somewhere/else uses" in told
     finally:
-        sh(f"docker rm -f {' '.join(made)}; docker volume rm {own}_state {shared}_state; docker rmi {image}", copy, check=False)
+        sh(
+            f"docker rm -f {' '.join(made)}; docker volume rm {own}_state {shared}_state; docker rmi {image}",
+            copy,
+            check=False,
+        )
 
 
-# --- signs of life -----------------------------------------------------------------------------------------------------------
+# --- signs of life
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_without_a_terminal_says_that_it_goes_on_and_leaves_no_process(copy: Path) -> None:
@@ -196,14 +248,18 @@ def test_a_step_without_a_terminal_says_that_it_goes_on_and_leaves_no_process(co
     library = copy / "scripts/_lib.sh"
     library.write_text(library.read_text().replace("read -r -t 10 ", "read -r -t 0.1 "))
     begun = time.monotonic()
-    shown = sh("set -euo pipefail; . scripts/_lib.sh; ABOUT=([image]='one to ten minutes'); step image sleep 0.6", copy).stdout.splitlines()
+    shown = sh(
+        "set -euo pipefail; . scripts/_lib.sh; ABOUT=([image]='one to ten minutes'); step image sleep 0.6", copy
+    ).stdout.splitlines()
     assert shown[0].endswith("image, one to ten minutes") and sum(" s so far" in line for line in shown) >= 2
     assert time.monotonic() - begun < 8  # whoever reads to the end waits for no helper
     failed = sh("set -euo pipefail; . scripts/_lib.sh; step image false; echo never", copy, check=False)
     assert failed.returncode == 1 and "never" not in failed.stdout
 
 
-def test_the_demo_says_what_it_waits_for_until_it_is_heard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_says_what_it_waits_for_until_it_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(demo, "EVERY", 0.01)
     monkeypatch.setattr(demo, "TIMES", [])
     heard_of, count = [], 0
@@ -217,26 +273,44 @@ def test_the_demo_says_what_it_waits_for_until_it_is_heard(monkeypatch: pytest.M
     assert len(heard_of) <= count + 1 and [name for name, _ in demo.TIMES] == ["start"]
 
 
-# --- clones ------------------------------------------------------------------------------------------------------------------
+# --- clones
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_clone_that_git_for_windows_makes_has_the_same_bytes(copy: Path, tmp_path: Path) -> None:
     git = "git -c user.name=x -c user.email=x@example.org -c core.autocrlf=true"
-    sh(f"rm .venv && git init -q && git add -A 2>/dev/null && {git} commit -q -m all && {git} clone -q . {tmp_path}/clone", copy)
+    sh(
+        f"rm .venv && git init -q && git add -A 2>/dev/null && {git} commit -q -m all && {git} clone -q ."
+        f" {tmp_path}/clone",
+        copy,
+    )
     names = sh("git ls-files -z", copy).stdout.split("\0")[:-1]
-    assert len(names) > 200 and [name for name in names if (copy / name).read_bytes() != (tmp_path / "clone" / name).read_bytes()] == []
-    assert [name for name in names if name.endswith((".png", ".safetensors")) and "binary: set" not in sh(f"git check-attr binary -- '{name}'", copy).stdout] == []
+    assert (
+        len(names) > 200
+        and [name for name in names if (copy / name).read_bytes() != (tmp_path / "clone" / name).read_bytes()] == []
+    )
+    assert [
+        name
+        for name in names
+        if name.endswith((".png", ".safetensors"))
+        and "binary: set" not in sh(f"git check-attr binary -- '{name}'", copy).stdout
+    ] == []
 
 
 def test_set_up_makes_files_that_the_containers_user_may_read_whatever_the_umask_is(copy: Path) -> None:
     """Not the private ones."""
-    sh("umask 077; bash -c 'set -euo pipefail; . <(sed -n 2,15p scripts/setup | grep ^umask); mkdir made; touch made/file'", copy)
+    sh(
+        "umask 077; bash -c 'set -euo pipefail; . <(sed -n 2,15p scripts/setup | grep ^umask); mkdir made; touch"
+        " made/file'",
+        copy,
+    )
     assert (copy / "made").stat().st_mode & 0o777 == 0o755 and (copy / "made/file").stat().st_mode & 0o777 == 0o644
     sh("umask 022; scripts/certs", copy)
     assert {path.stat().st_mode & 0o777 for path in (copy / "certs").glob("*.key")} == {0o600}
 
 
-# --- places that cannot be written -----------------------------------------------------------------------------------------------
+# --- places that cannot be written
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_kit_that_cannot_be_written_and_pictures_that_cannot_are_named(copy: Path, tmp_path: Path) -> None:
@@ -257,7 +331,9 @@ def test_a_kit_is_never_written_through_a_link(copy: Path, tmp_path: Path) -> No
         (copy / ".bouquet/kits" / name).symlink_to(tmp_path / "file")
     (copy / ".bouquet/kits/orchard").symlink_to(tmp_path / "folder")
     sh("scripts/certs && scripts/hub invite garden --hub localhost:8443", copy)
-    assert (tmp_path / "file").read_text() == "somebody's" and (copy / ".bouquet/kits/garden/README.md").read_text().startswith("# garden joins")
+    assert (tmp_path / "file").read_text() == "somebody's" and (
+        copy / ".bouquet/kits/garden/README.md"
+    ).read_text().startswith("# garden joins")
     told = sh("scripts/hub invite orchard --hub localhost:8443", copy, check=False)
     assert told.returncode == 1 and "JOIN-14" in told.stdout and list((tmp_path / "folder").iterdir()) == []
 
@@ -265,7 +341,9 @@ def test_a_kit_is_never_written_through_a_link(copy: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("hub", ["https://localhost:8443", "localhost", "localhost:http", "lo calhost:8443", ":8443"])
 def test_an_address_that_is_none_is_named_before_a_kit_is_made(copy: Path, hub: str) -> None:
     told = sh(f"scripts/hub invite garden --hub '{hub}'", copy, check=False)
-    assert told.returncode == 1 and told.stdout.startswith(("CERT-05", "HOST-15")) and "--hub" in told.stdout, told.stdout
+    assert told.returncode == 1 and told.stdout.startswith(("CERT-05", "HOST-15")) and "--hub" in told.stdout, (
+        told.stdout
+    )
     assert not (copy / ".bouquet/kits").exists()
 
 
@@ -274,7 +352,9 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
     sh("mkdir -p certs && touch certs/trusted.yaml", copy)
     for _ in range(2):
         told = sh("scripts/hub sign", copy, check=False, BOUQUET_OPERATOR="1")
-        assert told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator scripts/hub sign" in told.stdout
+        assert (
+            told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator scripts/hub sign" in told.stdout
+        )
         assert not (copy / "certs/publisher.key").exists()
         (copy / "certs/trusted.yaml").unlink(missing_ok=True)
 
@@ -297,7 +377,13 @@ ENDED = "import sys; sys.path.insert(0, '.'); from bouquet.ended import quietly\
 def test_an_output_that_nobody_reads_ends_any_command_with_141_and_no_word(main: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", f"{ENDED}sys.exit(quietly({main}))"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{ENDED}sys.exit(quietly({main}))"],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -311,14 +397,21 @@ def test_a_connection_that_breaks_is_no_reader_that_has_gone() -> None:
 
 
 def test_every_python_command_of_scripts_ends_that_way() -> None:
-    commands = [path for path in ROOT.glob("scripts/**/*") if path.is_file() and "\n    sys.exit(main())" in path.read_text(errors="replace")]
+    commands = [
+        path
+        for path in ROOT.glob("scripts/**/*")
+        if path.is_file() and "\n    sys.exit(main())" in path.read_text(errors="replace")
+    ]
     assert {str(path.relative_to(ROOT)) for path in commands} <= {"bouquet/demo.py"}  # which has its own way
 
 
-# --- an invitation that is cut off --------------------------------------------------------------------------------------------------
+# --- an invitation that is cut off
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_while_a_kit_is_written_is_named_and_the_kit_that_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_while_a_kit_is_written_is_named_and_the_kit_that_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kit = tmp_path / "garden.tar.gz"
     kit.write_bytes(b"the one before")
 
@@ -342,4 +435,9 @@ def test_a_base_of_a_kind_that_cannot_be_trained_is_named_before_there_is_a_kit(
     index = copy / "models/mini/model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
     told = sh("scripts/certs && scripts/hub invite garden --hub localhost:8443", copy, check=False)
-    assert told.returncode == 1 and "MODEL-05" in told.stdout and "FluxPipeline" in told.stdout and not (copy / ".bouquet/kits").exists()
+    assert (
+        told.returncode == 1
+        and "MODEL-05" in told.stdout
+        and "FluxPipeline" in told.stdout
+        and not (copy / ".bouquet/kits").exists()
+    )

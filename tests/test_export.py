@@ -38,7 +38,9 @@ def stock() -> StableDiffusionPipeline:
 def drawn(pipe) -> np.ndarray:
     """float [16, 16, 3] in [0, 1]."""
     seed = torch.Generator().manual_seed(tiny.CONFIG.seed)
-    return pipe(PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=4.0, generator=[seed], output_type="np").images[0]
+    return pipe(
+        PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=4.0, generator=[seed], output_type="np"
+    ).images[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,5 +125,9 @@ def test_the_final_folder_is_read_like_a_rounds(final):
 
 def test_versions_are_those_installed():
     told = formats.versions()
-    assert (told["diffusers"], told["peft"], told["accelerate"]) == (diffusers.__version__, peft.__version__, accelerate.__version__)
+    assert (told["diffusers"], told["peft"], told["accelerate"]) == (
+        diffusers.__version__,
+        peft.__version__,
+        accelerate.__version__,
+    )
     assert torch.__version__.startswith(told["torch"].split("+")[0]) and "flwr" in told

@@ -1,6 +1,8 @@
-"""A few faults of the full set (scripts/faults) on a real deployment, and whether the harness says so when something is lost.
+"""A few faults of the full set (scripts/faults) on a real deployment, and whether the harness says so when something
+is lost.
 
-One deployment of three sites serves the first half: its output volume is a small mount where that is allowed, and site-3 may lie.
+One deployment of three sites serves the first half: its output volume is a small mount where that is allowed, and
+site-3 may lie.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def everything(home: Path) -> Iterator[Bench]:
     """A small output volume and a hostile site, in one deployment."""
     mounted = not disk.no_mount() and not disk.mount(home / "adapters", disk.SIZES["adapters"])
     try:
-        with Bench(home, site_3={"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}) as bench:
+        with Bench(
+            home, site_3={"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}
+        ) as bench:
             yield bench
     finally:
         if mounted:
@@ -58,10 +62,13 @@ def finished(bench: Bench) -> str:
     return os.readlink(bench.adapters / "latest")
 
 
-# --- faults on a real deployment --------------------------------------------------------------------------------------------------
+# --- faults on a real deployment
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_had_been(bench: Bench, reference: str) -> None:
+def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_had_been(
+    bench: Bench, reference: str
+) -> None:
     def fault(bench: Bench, run: str) -> None:
         bench.signal("site-3", signal.SIGTERM)
         bench.signal("superlink", signal.SIGKILL)
@@ -71,14 +78,23 @@ def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_h
 
 
 def test_bad_updates_are_refused_by_name_and_the_round_is_the_honest_sites_mean(bench: Bench) -> None:
-    names = ["NaN", "a wrong key", "weight 1e300", "a chunk list that repeats one chunk to 40 GB", "a replayed reply", "no GPU memory at first"]
+    names = [
+        "NaN",
+        "a wrong key",
+        "weight 1e300",
+        "a chunk list that repeats one chunk to 40 GB",
+        "a replayed reply",
+        "no GPU memory at first",
+    ]
     results = updates.one_run(bench, bench.home / "wrong.json", names)
     (bench.home / "wrong.json").unlink()
     assert [(result.case, result.problems) for result in results] == [(name, []) for name in names]
 
 
 @pytest.mark.skipif(bool(disk.no_mount()), reason=disk.no_mount())
-def test_on_a_full_output_volume_the_run_ends_declared_and_a_second_one_gives_the_undisturbed_adapter(bench: Bench, reference: str) -> None:
+def test_on_a_full_output_volume_the_run_ends_declared_and_a_second_one_gives_the_undisturbed_adapter(
+    bench: Bench, reference: str
+) -> None:
     result = play(Case("disk", "full", disk.output_full), bench, reference)
     assert (result.survived, result.how, result.lost) == (True, "resumed", 0), result
 
@@ -129,16 +145,23 @@ def two_runs(bench: Bench, reference: str) -> list[str]:
     return runs
 
 
-def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(bench: Bench, reference: str, two_runs: list[str]) -> None:
+def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(
+    bench: Bench, reference: str, two_runs: list[str]
+) -> None:
     last = finished(bench)
     assert last in two_runs
-    for run in two_runs:  # of the one that was done first the checker says nothing but that `latest` has gone on to the other
-        assert check.check(bench.evidence(run)) == ([] if run == last else [f"latest is {last}, the run's state is 'finished'"])
+    # of the one that was done first the checker says nothing but that `latest` has gone on to the other
+    for run in two_runs:
+        assert check.check(bench.evidence(run)) == (
+            [] if run == last else [f"latest is {last}, the run's state is 'finished'"]
+        )
         assert differs(bench, run, reference, same=True) == []
 
 
 def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench: Bench, two_runs: list[str]) -> None:
-    """Runs that ended well and one that failed lie behind; a message would be a megabyte, what stays of a run is its name and its log."""
+    """Runs that ended well and one that failed lie behind; a message would be a megabyte, what stays of a run is its
+    name and its log.
+    """
     bench.until(lambda: not kept(bench), 60, "no message left in the database")
     assert in_use(bench) < 1024 * 1024
 
@@ -146,13 +169,18 @@ def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench:
 def kept(bench: Bench) -> int:
     """Messages and their parts in the SuperLink's database."""
     with contextlib.closing(sqlite3.connect(bench.home / "state" / "superlink.db", timeout=30)) as database:
-        return sum(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("message_ins", "message_res", "objects"))
+        return sum(
+            database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("message_ins", "message_res", "objects")
+        )
 
 
 def in_use(bench: Bench) -> int:
     """Bytes of the SuperLink's database that are not free for what comes next."""
     with contextlib.closing(sqlite3.connect(bench.home / "state" / "superlink.db", timeout=30)) as database:
-        pages, free, size = (database.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size"))
+        pages, free, size = (
+            database.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
+        )
         return (pages - free) * size
 
 
@@ -163,7 +191,9 @@ def _add_one(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path, docker: None) -> None:
+def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been(
+    tmp_path: Path, docker: None
+) -> None:
     if why := containers.no_docker():
         pytest.skip(why)
     [case] = [case for case in containers.CASES if case.name == "SIGKILL of the SuperLink's container"]
@@ -172,7 +202,8 @@ def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_a
     assert result.survived and result.how == "", result
 
 
-# --- cases without a deployment ---------------------------------------------------------------------------------------------------
+# --- cases without a deployment
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_whose_writing_is_killed_in_every_tenth_is_never_half_written() -> None:
@@ -194,7 +225,8 @@ def test_a_folder_that_nobody_complains_about_is_found(tmp_path: Path) -> None:
     assert photos._a_folder(tmp_path, 4) == ["nobody noticed"]
 
 
-# --- the verdict on a lie ---------------------------------------------------------------------------------------------------------
+# --- the verdict on a lie
+# ---------------------------------------------------------------------------------------------------------
 
 HONEST = {"site-1": "1", "site-2": "2"}
 
@@ -210,7 +242,9 @@ HONEST = {"site-1": "1", "site-2": "2"}
         ("a replayed reply", [], HONEST | {"site-3": "3"}, "", False),
     ],
 )
-def test_a_lie_is_survived_when_its_teller_alone_is_refused(name: str, refused: list, counted: dict, log: str, well: bool) -> None:
+def test_a_lie_is_survived_when_its_teller_alone_is_refused(
+    name: str, refused: list, counted: dict, log: str, well: bool
+) -> None:
     entry = {"refused": [{"site": site, "reason": ""} for site in refused], "adapters": counted}
     assert (updates.verdict(name, entry, log) == []) is well
 
@@ -219,7 +253,8 @@ def test_a_lie_whose_round_never_came_is_not_survived() -> None:
     assert updates.verdict("NaN", None, "") == ["there was no such round"]
 
 
-# --- the relay --------------------------------------------------------------------------------------------------------------------
+# --- the relay
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Echo(threading.Thread):
@@ -309,7 +344,8 @@ def test_lost_packets_are_counted_and_afterwards_none_is_lost(relay: network.Rel
     assert f":{relay.port} " not in network.iptables("-nvxL", "INPUT")
 
 
-# --- outcomes and the table -------------------------------------------------------------------------------------------------------
+# --- outcomes and the table
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_program_fails_when_a_case_was_not_survived_and_a_skip_or_a_stock_hub_is_no_failure() -> None:
@@ -320,7 +356,11 @@ def test_the_program_fails_when_a_case_was_not_survived_and_a_skip_or_a_stock_hu
 
 
 def test_percentiles_by_hand() -> None:
-    assert outcome.percentile([5, 1, 4, 2, 3], 0.5) == 3 and outcome.percentile([5, 1, 4, 2, 3], 0.95) == 5 and outcome.percentile([7], 0.5) == 7
+    assert (
+        outcome.percentile([5, 1, 4, 2, 3], 0.5) == 3
+        and outcome.percentile([5, 1, 4, 2, 3], 0.95) == 5
+        and outcome.percentile([7], 0.5) == 7
+    )
 
 
 def test_the_table_counts_repeats_survivors_resumed_runs_and_losses(tmp_path: Path) -> None:
@@ -364,5 +404,9 @@ def test_the_command_lists_the_cases_that_a_pattern_names() -> None:
 
 def test_the_page_has_a_row_for_every_case() -> None:
     page = (tiny.ROOT / "docs" / "faults.md").read_text()
-    for case in (*faults.CASES, *map(lambda name: Case("updates", name), updates.ALL), *map(lambda name: Case("photos", name), photos.FILES)):
+    for case in (
+        *faults.CASES,
+        *map(lambda name: Case("updates", name), updates.ALL),
+        *map(lambda name: Case("photos", name), photos.FILES),
+    ):
         assert case.play or f"| {case.name} |" in page, case.name

@@ -31,7 +31,9 @@ from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_onli
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
 NODES = re.compile(r"(\x1b\[92m)?INFO")  # the SuperNode's own, about each message
-SMALL = "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 sample-steps=2 sample-prompts='a red poppy'"
+SMALL = (
+    "rounds=2 local-steps=2 batch-size=4 lora-rank=4 validation-timesteps=1 sample-steps=2 sample-prompts='a red poppy'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,13 @@ def finished(federation: Processes) -> tuple[Path, list[str]]:
 
 
 def stream(run: str) -> list[str]:
-    """Every line that a run has printed at the hub, as `flwr run --stream` passes it on; what flwr itself says is left out."""
+    """Every line that a run has printed at the hub, as `flwr run --stream` passes it on; what flwr itself says is left
+    out.
+    """
     command = [BIN / "flwr", "log", run, "remote-deployment", "--stream"]
-    done = subprocess.run(command, env=os.environ | QUIET | {"FLWR_LOG_LEVEL": "WARNING"}, stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=os.environ | QUIET | {"FLWR_LOG_LEVEL": "WARNING"}, stdout=subprocess.PIPE, text=True, timeout=120
+    )
     said = [line for line in re.split(r"[\r\n]+", done.stdout) if line]
     assert said[0].startswith("Using SuperLink: ")
     return said[1:]
@@ -98,7 +104,10 @@ def test_both_sites_take_part_in_every_round(finished: tuple[Path, list[str]]) -
 
 def test_a_person_sees_one_line_a_round(finished: tuple[Path, list[str]]) -> None:
     _, lines = finished
-    assert [line.split("  ")[0] for line in lines if " round " in f" {line}"][:2] == ["bouquet: round 1/2", "bouquet: round 2/2"]
+    assert [line.split("  ")[0] for line in lines if " round " in f" {line}"][:2] == [
+        "bouquet: round 1/2",
+        "bouquet: round 2/2",
+    ]
 
 
 def test_the_run_prints_our_lines_and_others_warnings_alone(finished: tuple[Path, list[str]]) -> None:
@@ -107,15 +116,21 @@ def test_the_run_prints_our_lines_and_others_warnings_alone(finished: tuple[Path
     assert [line for line in lines if OURS.match(line)] == finished[1]
 
 
-def test_the_sites_processes_print_our_lines_and_others_warnings_alone(federation: Processes, finished: tuple[Path, list[str]]) -> None:
+def test_the_sites_processes_print_our_lines_and_others_warnings_alone(
+    federation: Processes, finished: tuple[Path, list[str]]
+) -> None:
     for site in federation.sites:
         log = (federation.logs / f"{site}.log").read_text()
         after = re.split(r"[\r\n]+", log[log.index("bouquet: encoded ") :])
-        assert [line for line in after if line and not OURS.match(line) and not LOUD.match(line) and not NODES.match(line)] == []
+        assert [
+            line for line in after if line and not OURS.match(line) and not LOUD.match(line) and not NODES.match(line)
+        ] == []
         assert "Start `flwr-clientapp` process" not in log and "Successfully installed" not in log
 
 
-def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(federation: Processes) -> None:
+def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(
+    federation: Processes,
+) -> None:
     seen = []
     for _ in range(2):
         watch = Watch(sessions(federation))
@@ -125,7 +140,8 @@ def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_
         assert state == "finished:completed", details
         seen.append({site: set(watch.began.get(site, {})) for site in federation.sites})
     assert all(len(pids) == 1 for run in seen for pids in run.values()), seen
-    assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen  # a run's process never serves another run
+    # a run's process never serves another run
+    assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen
     end = time.monotonic() + 30
     while left := [process.pid for _, process in processes(sessions(federation)) if process.name == MESSAGE]:
         assert time.monotonic() < end, left
@@ -136,7 +152,10 @@ def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Proce
     with socket.create_connection(("127.0.0.1", federation.port), timeout=5) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert not plain.recv(64).startswith(b"HTTP")
-    with socket.create_connection(("127.0.0.1", federation.port), timeout=5) as raw, pytest.raises(ssl.SSLCertVerificationError):
+    with (
+        socket.create_connection(("127.0.0.1", federation.port), timeout=5) as raw,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
         ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
 
 
@@ -162,19 +181,30 @@ def test_an_unknown_run_config_key_is_named_and_no_run_starts(federation: Proces
 
 def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Processes) -> None:
     start = time.monotonic()
-    done = sh("""scripts/bouquet run --run-config "min-sites=3 wait-for-sites=3 sample-prompts=''\"""", ROOT, check=False)
+    done = sh(
+        """scripts/bouquet run --run-config "min-sites=3 wait-for-sites=3 sample-prompts=''\"""", ROOT, check=False
+    )
     [run] = re.findall(r"^run (\d+) has started", done.stdout)
-    assert done.returncode == 1 and re.search(rf"^run {run}  finished:failed  .*HUB-01", done.stdout, re.MULTILINE), done.stdout
+    assert done.returncode == 1 and re.search(rf"^run {run}  finished:failed  .*HUB-01", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
     assert time.monotonic() - start < 60
     lines = stream(run)
     at = next(at for at, line in enumerate(lines) if line.startswith("HUB-01  "))
-    assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["found", "fix", "help"] and LOUD.match(lines[at + 4])
+    assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["found", "fix", "help"] and LOUD.match(
+        lines[at + 4]
+    )
     assert not any("Traceback" in line or line.startswith('  File "') for line in lines)
 
 
 def test_a_person_asks_the_hub_how_the_run_ended(federation: Processes, finished: tuple[Path, list[str]]) -> None:
-    shown = sh(f"scripts/hub status {finished[0].name}", ROOT, BOUQUET_ADAPTERS=str(federation.adapters)).stdout.splitlines()
-    assert shown[:2] == [f"run       {finished[0].name}  finished", "rounds    2 of 2 done"] and shown[-1] == "next      scripts/report"
+    shown = sh(
+        f"scripts/hub status {finished[0].name}", ROOT, BOUQUET_ADAPTERS=str(federation.adapters)
+    ).stdout.splitlines()
+    assert (
+        shown[:2] == [f"run       {finished[0].name}  finished", "rounds    2 of 2 done"]
+        and shown[-1] == "next      scripts/report"
+    )
 
 
 def test_a_restarted_hub_knows_its_sites_and_runs(federation: Processes, finished: tuple[Path, list[str]]) -> None:
@@ -275,7 +305,8 @@ def test_ctrl_c_in_the_demo_stops_everything(demo_project: Path) -> None:
     env = os.environ | {"FLWR_HOME": str(demo_project.parent / "flwr"), "HUB_PORT": str(free_port())}
     command = [demo_project / "scripts/demo", "--engine", "process"]
     ours = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    demo = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **ours)  # also when the tests themselves ignore Ctrl-C
+    # also when the tests themselves ignore Ctrl-C
+    demo = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **ours)
     with demo:
         for line in demo.stdout:
             if "has started" in line:
@@ -291,10 +322,14 @@ def test_a_taken_port_is_named_before_anything_is_touched(tmp_path: Path) -> Non
     copy = copy_project(tmp_path / "bouquet")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = sh("scripts/setup --engine process", copy, check=False, HUB_PORT=str(port), FLWR_HOME=str(tmp_path / "flwr"))
+        done = sh(
+            "scripts/setup --engine process", copy, check=False, HUB_PORT=str(port), FLWR_HOME=str(tmp_path / "flwr")
+        )
     assert done.returncode == 1
     assert done.stdout.splitlines()[:2] == [
         "HOST-04  The hub's port is taken.",
         f"  found  something else listens on 127.0.0.1:{port}",
     ]
-    assert not (copy / ".env").exists() and not (copy / ".bouquet").exists() and not list((copy / "certs").glob("*.key"))
+    assert (
+        not (copy / ".env").exists() and not (copy / ".bouquet").exists() and not list((copy / "certs").glob("*.key"))
+    )

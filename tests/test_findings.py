@@ -18,7 +18,10 @@ from tests.kit.runs import REASON, a_run, compared, history
 
 def test_a_run_that_lowered_the_loss_everywhere_worked():
     # 0.6 · 0.30 + 0.4 · 0.40 = 0.34 and 0.6 · 0.15 + 0.4 · 0.25 = 0.19; 0.19 / 0.34 = 0.559
-    assert findings.outcome(a_run(history())) == "Yes: the validation loss fell from 0.3400 to 0.1900 (−44 %), and at every site."
+    assert (
+        findings.outcome(a_run(history()))
+        == "Yes: the validation loss fell from 0.3400 to 0.1900 (−44 %), and at every site."
+    )
 
 
 def test_a_site_that_gained_nothing_is_named_beside_the_yes():
@@ -27,13 +30,17 @@ def test_a_site_that_gained_nothing_is_named_beside_the_yes():
 
 
 def test_a_loss_that_rose_is_a_no_and_one_that_stayed_is_hardly():
-    assert findings.outcome(a_run(history(losses={"rose": [0.20, 0.2, 0.2, 0.22]}))).startswith("No: the validation loss rose from 0.2000 to 0.2200 (+10 %)")
+    assert findings.outcome(a_run(history(losses={"rose": [0.20, 0.2, 0.2, 0.22]}))).startswith(
+        "No: the validation loss rose from 0.2000 to 0.2200 (+10 %)"
+    )
     assert findings.outcome(a_run(history(losses={"rose": [0.20, 0.2, 0.2, 0.1995]}))).startswith("Hardly: ")
 
 
 def test_a_failed_run_is_a_no_and_a_working_one_is_not_known_yet():
     assert findings.outcome(a_run(history(2, 3, "failed"))) == "No: the run failed after 2 of 3 rounds."
-    assert findings.outcome(a_run(history(0, 3, "running"))).startswith("Not known yet: the run is working, 0 of 3 rounds are done")
+    assert findings.outcome(a_run(history(0, 3, "running"))).startswith(
+        "Not known yet: the run is working, 0 of 3 rounds are done"
+    )
 
 
 # --- what to look at --------------------------------------------------------------------------------------------------
@@ -58,7 +65,9 @@ def test_a_loss_that_turned_three_rounds_ago_is_named_although_it_is_below_the_f
 
 
 def test_an_update_far_from_the_others_is_named_and_a_near_one_is_not():
-    told = history(losses={"rose": [0.3, 0.2, 0.16, 0.15], "lily": [0.3, 0.2, 0.16, 0.15], "iris": [0.3, 0.2, 0.16, 0.15]})
+    told = history(
+        losses={"rose": [0.3, 0.2, 0.16, 0.15], "lily": [0.3, 0.2, 0.16, 0.15], "iris": [0.3, 0.2, 0.16, 0.15]}
+    )
     for number, norms in enumerate(((1.0, 1.2, 2.9), (1.0, 1.2, 4.4), (1.0, 3.0, 3.0))):
         for site, norm in zip(("rose", "lily", "iris"), norms, strict=True):
             told["rounds"][number]["sites"][site]["update-norm"] = norm
@@ -106,7 +115,9 @@ def test_a_site_that_is_held_at_the_largest_share_is_named_with_what_it_claims_a
     told["rounds"][0]["sites"]["site-3"]["weight-bound"] = "largest-share"
     told["validation"] = []
     claimed, heavy = findings.warnings(a_run(told))
-    assert claimed.startswith("site-3 says that it has 999,999,999 images and counts for 1,440, since one site may weigh")
+    assert claimed.startswith(
+        "site-3 says that it has 999,999,999 images and counts for 1,440, since one site may weigh"
+    )
     assert heavy == "site-3 weighs 80 % in the mean: the result is nearly its own."
 
 
@@ -149,7 +160,10 @@ def test_captions_that_were_cut_are_counted():
     told = history()
     told["rounds"][-1]["sites"]["rose"]["captions-cut"] = 12
     [sentence] = findings.warnings(a_run(told))
-    assert sentence == "rose has 12 photos with captions longer than the base model reads: it learned from their beginnings."
+    assert (
+        sentence
+        == "rose has 12 photos with captions longer than the base model reads: it learned from their beginnings."
+    )
 
 
 def test_the_apps_own_final_files_have_alpha_equal_to_rank(final):
@@ -164,12 +178,26 @@ def test_an_alpha_that_is_not_the_rank_is_named_in_peft_in_metadata_and_in_tenso
     settings = json.loads((final / "final" / "adapter_config.json").read_text()) | {"lora_alpha": 1}
     (tmp_path / "final" / "adapter_config.json").write_text(json.dumps(settings))
     down, up = np.zeros((4, 8), np.float32), np.zeros((8, 4), np.float32)
-    kohya = {"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": up, "lora_unet_x.alpha": np.array(8.0, np.float32)}
+    kohya = {
+        "lora_unet_x.lora_down.weight": down,
+        "lora_unet_x.lora_up.weight": up,
+        "lora_unet_x.alpha": np.array(8.0, np.float32),
+    }
     save_file(kohya, tmp_path / "final" / "kohya.safetensors")
     notes = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})}
-    save_file({"unet.x.lora_A.weight": down, "unet.x.lora_B.weight": up}, tmp_path / "final" / "z.safetensors", metadata=notes)
-    found = [(name, ratio) for s in findings.adapter_files(a_run({}, tmp_path)) for name, ratio in re.findall(r"^(\S+).*= ([\d.]+)\)", s)]
-    assert found == [("final/adapter_model.safetensors", "0.5"), ("final/kohya.safetensors", "2"), ("final/z.safetensors", "0.5")]
+    save_file(
+        {"unet.x.lora_A.weight": down, "unet.x.lora_B.weight": up}, tmp_path / "final" / "z.safetensors", metadata=notes
+    )
+    found = [
+        (name, ratio)
+        for s in findings.adapter_files(a_run({}, tmp_path))
+        for name, ratio in re.findall(r"^(\S+).*= ([\d.]+)\)", s)
+    ]
+    assert found == [
+        ("final/adapter_model.safetensors", "0.5"),
+        ("final/kohya.safetensors", "2"),
+        ("final/z.safetensors", "0.5"),
+    ]
 
 
 def test_a_final_file_that_is_cut_short_is_named(tmp_path):
@@ -192,8 +220,9 @@ def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
     # gains 0.10, 0.11, 0.12: mean 11.0 %, sd 0.01, half 4.303 · 0.01 / √3 = 2.5 %
     found = worth.verdict("rose", compared([0.200, 0.200, 0.200], [0.180, 0.178, 0.176]))
     assert (found.site, found.answer) == ("rose", "yes")
-    assert found.sentence == (
-        "Yes: on its own 20 held-out photos the federated adapter's loss is 11.0 % lower than with training alone "
+    assert (
+        found.sentence
+        == "Yes: on its own 20 held-out photos the federated adapter's loss is 11.0 % lower than with training alone "
         "(95 % interval 8.5 % to 13.5 % lower, 3 seeds)."
     )
 
@@ -201,7 +230,9 @@ def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
 def test_a_loss_larger_than_the_seeds_differ_is_a_no():
     found = worth.verdict("rose", compared([0.200, 0.200, 0.200], [0.220, 0.222, 0.224]))
     assert found.answer == "no"
-    assert found.sentence.startswith("No: on its own 20 held-out photos the federated adapter's loss is 11.0 % higher than with training alone")
+    assert found.sentence.startswith(
+        "No: on its own 20 held-out photos the federated adapter's loss is 11.0 % higher than with training alone"
+    )
     assert "(95 % interval 8.5 % to 13.5 % higher, 3 seeds)" in found.sentence
 
 
@@ -214,7 +245,11 @@ def test_a_gain_within_the_seeds_differences_is_not_shown():
 
 def test_one_seed_cannot_tell():
     found = worth.verdict("rose", compared([0.2], [0.1]))
-    assert found.answer == "cannot tell" and found.sentence.startswith("Cannot tell from one seed: ") and "(1 seed: no interval)" in found.sentence
+    assert (
+        found.answer == "cannot tell"
+        and found.sentence.startswith("Cannot tell from one seed: ")
+        and "(1 seed: no interval)" in found.sentence
+    )
 
 
 def test_where_training_alone_is_worse_than_not_training_the_base_is_the_rival():
@@ -226,7 +261,9 @@ def test_a_better_judgement_beside_a_worse_loss_is_partly_and_says_both():
     judged = {"base": [0.03], "alone": [0.60, 0.62, 0.61], "federated": [0.83, 0.84, 0.85]}
     found = worth.verdict("rose", compared([0.200] * 3, [0.220, 0.222, 0.224], judge=judged))
     assert found.answer == "partly"
-    assert "the judge sees what was asked for in 84 % of its pictures against 61 % with training alone" in found.sentence
+    assert (
+        "the judge sees what was asked for in 84 % of its pictures against 61 % with training alone" in found.sentence
+    )
     # differences 23, 22, 24 points: mean 23, sd 1, half 2.48
     assert "(95 % interval of the difference +21 to +25 points)" in found.sentence
 

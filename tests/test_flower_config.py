@@ -14,11 +14,16 @@ OURS = {"address": "127.0.0.1:8443", "root-certificates": "/ca.crt"}
 OTHERS = {  # legal spellings of an entry of the same name, and what else stands beside it
     "a table": '[superlink.remote-deployment]\naddress = "other:1"\n\n[superlink.x] # mine\naddress = "x:1"\n',
     "quoted": '[superlink."remote-deployment"]\naddress = "other:1"\n[superlink.x] # mine\naddress = "x:1"\n',
-    "spaced": "[ superlink . 'remote-deployment' ] # theirs\naddress = 'other:1'\n[superlink.x] # mine\naddress = 'x:1'\n",
+    "spaced": (
+        "[ superlink . 'remote-deployment' ] # theirs\naddress = 'other:1'\n[superlink.x] # mine\naddress = 'x:1'\n"
+    ),
     "inline": '# mine\n[superlink]\nremote-deployment = { address = "other:1" }\nx = { address = "x:1" }\n',
     "all inline": 'superlink = { remote-deployment = { address = "other:1" }, x = { address = "x:1" } }\n',
     "dotted": 'superlink.remote-deployment.address = "other:1"\nsuperlink.x.address = "x:1"\n',
-    "with a table below": '[superlink.x]\naddress = "x:1"\n[superlink.remote-deployment]\naddress = "other:1"\n[superlink.remote-deployment.options]\nnum-supernodes = 2\n',
+    "with a table below": (
+        '[superlink.x]\naddress = "x:1"\n[superlink.remote-deployment]\naddress ='
+        ' "other:1"\n[superlink.remote-deployment.options]\nnum-supernodes = 2\n'
+    ),
     "no string": '[superlink]\nremote-deployment = 3\nx = { address = "x:1" }\n',
 }
 
@@ -37,7 +42,9 @@ def connected(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("spelling", OTHERS)
-def test_another_projects_entry_however_it_is_spelled_is_replaced_and_what_was_there_is_kept(file: Path, spelling: str) -> None:
+def test_another_projects_entry_however_it_is_spelled_is_replaced_and_what_was_there_is_kept(
+    file: Path, spelling: str
+) -> None:
     file.write_text(OTHERS[spelling])
     [said] = connected(file)
     assert tomllib.loads(file.read_text()) == {"superlink": {CONNECTION: OURS, "x": {"address": "x:1"}}}
@@ -46,10 +53,13 @@ def test_another_projects_entry_however_it_is_spelled_is_replaced_and_what_was_t
 
 
 def test_the_rest_of_the_file_keeps_its_comments_and_its_order(file: Path) -> None:
-    file.write_text('# first\n[superlink]\ndefault = "x" # why\n\n[superlink.remote-deployment]\naddress = "old:1"\nroot-certificates = "/ca.crt"\n\n# last\n[superlink.x]\naddress = "x:1"\n')
+    file.write_text(
+        '# first\n[superlink]\ndefault = "x" # why\n\n[superlink.remote-deployment]\naddress ='
+        ' "old:1"\nroot-certificates = "/ca.crt"\n\n# last\n[superlink.x]\naddress = "x:1"\n'
+    )
     assert connected(file) == []  # an entry of these certificates is this clone's own
-    assert file.read_text() == (
-        '# first\n[superlink]\ndefault = "x" # why\n\n\n# last\n[superlink.x]\naddress = "x:1"\n\n'
+    assert (
+        file.read_text() == '# first\n[superlink]\ndefault = "x" # why\n\n\n# last\n[superlink.x]\naddress = "x:1"\n\n'
         '[superlink.remote-deployment]\naddress = "127.0.0.1:8443"\nroot-certificates = "/ca.crt"\n'
     )
     assert tomllib.loads(file.read_text())["superlink"] == {"default": "x", "x": {"address": "x:1"}, CONNECTION: OURS}
@@ -68,14 +78,18 @@ def test_a_second_time_changes_nothing_and_two_clones_by_turns_keep_two_copies(f
 
 
 def test_a_file_with_a_mark_of_its_byte_order_is_read_and_one_in_a_string_is_left(file: Path) -> None:
-    file.write_text('\ufeffnote = """\n[superlink.remote-deployment]\naddress = 1\n"""\n[superlink.x]\naddress = "x:1"\n')
+    file.write_text(
+        '\ufeffnote = """\n[superlink.remote-deployment]\naddress = 1\n"""\n[superlink.x]\naddress = "x:1"\n'
+    )
     connected(file)
     assert tomllib.loads(file.read_text()) == {
         "note": "[superlink.remote-deployment]\naddress = 1\n", "superlink": {"x": {"address": "x:1"}, CONNECTION: OURS},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"superlink = [\n", b"superlink = 3\n", b"\xff\xfe", b"[superlink.a]\n[superlink.a]\n"])
+@pytest.mark.parametrize(
+    "content", [b"superlink = [\n", b"superlink = 3\n", b"\xff\xfe", b"[superlink.a]\n[superlink.a]\n"]
+)
 def test_a_file_that_cannot_be_read_is_named_and_left_as_it_is(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(BouquetError, match="HOST-16") as caught:

@@ -32,7 +32,9 @@ def test_the_sheet_is_the_one_of_the_same_adapters_drawn_at_once(tmp_path):
         gallery.draw(number, adapters[f"round {number}"])
     gallery.finish()
     assert rows(tmp_path) == [0, 1, 2]
-    np.testing.assert_array_equal(pixels(tmp_path / "samples.png"), np.asarray(sample.sheet(tiny.base(), adapters, tiny.CONFIG)))
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "samples.png"), np.asarray(sample.sheet(tiny.base(), adapters, tiny.CONFIG))
+    )
 
 
 def test_the_report_knows_the_rounds_of_a_sheet_that_still_grows(tmp_path):
@@ -45,7 +47,12 @@ def test_the_report_knows_the_rounds_of_a_sheet_that_still_grows(tmp_path):
 
 def test_every_row_is_told_once_and_in_order(tmp_path):
     told = []
-    gallery = Gallery(tiny.base(), tiny.CONFIG, tmp_path, lambda number, prompts, images, file: told.append((number, len(images), file.name)))
+    gallery = Gallery(
+        tiny.base(),
+        tiny.CONFIG,
+        tmp_path,
+        lambda number, prompts, images, file: told.append((number, len(images), file.name)),
+    )
     gallery.draw(1, tiny.adapter(1))
     gallery.finish()
     gallery.tell()

@@ -33,8 +33,18 @@ def test_a_gpu_is_read_through_the_drivers_library(nvml: StandIn) -> None:
 
 def test_the_library_is_found_where_the_system_looks_for_libraries(tmp_path: Path) -> None:
     (tmp_path / "state").write_text(f"580.95.05 13000\n{A10}\n")
-    env = os.environ | {"LD_LIBRARY_PATH": str(library().parent), "NVML_STATE": str(tmp_path / "state"), "CUDA_VISIBLE_DEVICES": "0"}
-    shown = subprocess.run([sys.executable, "-c", "from app.site import gpu; print(gpu.devices()[1][0].name)"], env=env, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {
+        "LD_LIBRARY_PATH": str(library().parent),
+        "NVML_STATE": str(tmp_path / "state"),
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
+    shown = subprocess.run(
+        [sys.executable, "-c", "from app.site import gpu; print(gpu.devices()[1][0].name)"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert shown.stdout == "NVIDIA A10\n", shown.stderr
 
 
@@ -44,11 +54,14 @@ def test_without_a_driver_a_person_is_told_what_to_install(nvml: StandIn) -> Non
     assert "Driver Not Loaded" in caught.value.found and "nvidia-container-toolkit" in caught.value.fix
 
 
-# --- the pin -----------------------------------------------------------------------------------------------------------
+# --- the pin
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pin", ["1", "GPU-bbbb2222"])
-def test_of_two_gpus_the_pinned_one_is_left_when_cuda_sees_no_other(nvml: StandIn, monkeypatch: pytest.MonkeyPatch, pin: str) -> None:
+def test_of_two_gpus_the_pinned_one_is_left_when_cuda_sees_no_other(
+    nvml: StandIn, monkeypatch: pytest.MonkeyPatch, pin: str
+) -> None:
     nvml.state(A10, T4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", pin)
     assert pinned(pin, devices()[1]).name == "Tesla T4"
@@ -73,10 +86,26 @@ def test_a_wrong_uuid_is_refused_and_the_right_ones_are_shown(nvml: StandIn) -> 
 def test_a_pin_of_several_gpus_is_refused_and_says_what_to_do_instead(pin: str) -> None:
     with pytest.raises(GpuError, match="GPU-06  A site trains on one GPU.") as caught:
         check_pin(pin)
-    assert caught.value.found == f"SITE_GPU={pin}" and "scripts/add-site" in caught.value.fix and "invitation" in caught.value.fix
+    assert (
+        caught.value.found == f"SITE_GPU={pin}"
+        and "scripts/add-site" in caught.value.fix
+        and "invitation" in caught.value.fix
+    )
 
 
-@pytest.mark.parametrize("pin", ["", "0", "17", " 1 ", "all", "GPU-aaaa1111-0000-0000-0000-000000000001", "MIG-aaaa1111-0000-0000-0000-000000000001", "MIG-GPU-aaaa1111/7/0"])
+@pytest.mark.parametrize(
+    "pin",
+    [
+        "",
+        "0",
+        "17",
+        " 1 ",
+        "all",
+        "GPU-aaaa1111-0000-0000-0000-000000000001",
+        "MIG-aaaa1111-0000-0000-0000-000000000001",
+        "MIG-GPU-aaaa1111/7/0",
+    ],
+)
 def test_a_pin_of_one_gpu_is_taken(pin: str) -> None:
     check_pin(pin)
 
@@ -91,14 +120,24 @@ def test_a_pin_that_is_none_is_refused_though_one_gpu_is_visible(nvml: StandIn, 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(None, [0, 1, 2]), ("1", [1]), ("2,0", [2, 0]), ("GPU-b", [1]), ("", []), ("-1", []), ("1,9,0", [1]), ("GPU-x,0", [])],
+    [
+        (None, [0, 1, 2]),
+        ("1", [1]),
+        ("2,0", [2, 0]),
+        ("GPU-b", [1]),
+        ("", []),
+        ("-1", []),
+        ("1,9,0", [1]),
+        ("GPU-x,0", []),
+    ],
 )
 def test_cuda_visible_devices_narrows_nvmls_list_as_cuda_does(value: str | None, expected: list[int]) -> None:
     env = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
     assert visible(["GPU-a", "GPU-b", "GPU-c"], env) == expected
 
 
-# --- the driver --------------------------------------------------------------------------------------------------------
+# --- the driver
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_driver_for_an_older_major_version_of_cuda_is_too_old() -> None:
@@ -107,7 +146,9 @@ def test_a_driver_for_an_older_major_version_of_cuda_is_too_old() -> None:
     assert caught.value.found == "driver 535.183.01 runs CUDA up to 12.2; this torch is built for CUDA 13.0"
 
 
-@pytest.mark.parametrize(("cuda", "remark"), [((12, 8), ""), ((12, 10), ""), ((13, 0), ""), ((12, 4), "CUDA 12.8 on a driver for 12.4")])
+@pytest.mark.parametrize(
+    ("cuda", "remark"), [((12, 8), ""), ((12, 10), ""), ((13, 0), ""), ((12, 4), "CUDA 12.8 on a driver for 12.4")]
+)
 def test_within_a_major_version_an_older_driver_works_with_a_remark(cuda: tuple[int, int], remark: str) -> None:
     assert check_driver(Driver("x", cuda), "12.8") == remark
 
@@ -117,7 +158,8 @@ def test_a_torch_made_for_the_cpu_is_named_where_a_gpu_is_pinned() -> None:
         check_driver(Driver("x", (13, 0)), None)
 
 
-# --- the meter ---------------------------------------------------------------------------------------------------------
+# --- the meter
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_joules_are_the_difference_of_the_millijoule_counter(nvml: StandIn) -> None:
@@ -189,11 +231,14 @@ def wait(until) -> None:
         time.sleep(0.005)
 
 
-# --- a round's numbers -------------------------------------------------------------------------------------------------
+# --- a round's numbers
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
-def test_a_rounds_gpu_and_its_numbers_reach_the_hubs_history(nvml: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool) -> None:
+def test_a_rounds_gpu_and_its_numbers_reach_the_hubs_history(
+    nvml: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
     if has_gpu:
         nvml.state(gpu(busy=50, energy=9000, total=1000, free=250))
     federation = Federation(tmp_path, rounds=1, sample_prompts="")

@@ -329,7 +329,8 @@ def test_a_caption_that_no_encoding_holds_is_encoded_all_the_same(tmp_path):
 def test_a_caption_is_cut_where_no_text_encoder_reads_on(tmp_path):
     folder = folder_of_two(tmp_path / "site")
     pq.write_table(pa.table({"image": TWO, "text": ["rose " * 10**5, "x" * 10**6]}), folder / "train.parquet")
-    assert sorted(len(photo.caption) for photo in scan(folder).photos) == [9_999, 10_000]  # "rose " less its last space
+    # "rose " less its last space
+    assert sorted(len(photo.caption) for photo in scan(folder).photos) == [9_999, 10_000]
 
 
 def test_a_caption_made_from_a_template_is_cut_before_the_tokenizer_too(tmp_path, monkeypatch):
@@ -357,7 +358,10 @@ def test_a_pipe_by_any_name_is_not_waited_for(tmp_path, name):
     folder_of_two(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    script = "import sys, app.site.photos.data, pathlib\ntry: print(app.site.photos.data.scan(pathlib.Path(sys.argv[1])).counts)\n"
+    script = (
+        "import sys, app.site.photos.data, pathlib\ntry:"
+        " print(app.site.photos.data.scan(pathlib.Path(sys.argv[1])).counts)\n"
+    )
     script += "except app.site.photos.data.SiteError as error: print(error.code)"
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
@@ -492,18 +496,20 @@ def test_what_only_looks_heavy_is_read(data):
 
 
 ODD = {
-    "a text chunk of 90 MB": png()[:33]
-    + b"".join(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(900_000))) for _ in range(100))
-    + png()[33:],
+    "a text chunk of 90 MB": (
+        png()[:33] + b"".join(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(900_000))) for _ in range(100)) + png()[33:]
+    ),
     "a profile of 100 MB": png()[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000))) + png()[33:],
-    "EXIF that points everywhere": jpeg()[:2]
-    + b"\xff\xe1"
-    + struct.pack(">H", 60_008)
-    + b"Exif\0\0II*\0\x08\0\0\0"
-    + struct.pack("<H", 4000)
-    + b"".join(struct.pack("<HHLL", tag, 7, 50_000, 0) for tag in range(4000))
-    + bytes(60_000 - 10 - 48_000)
-    + jpeg()[2:],
+    "EXIF that points everywhere": (
+        jpeg()[:2]
+        + b"\xff\xe1"
+        + struct.pack(">H", 60_008)
+        + b"Exif\0\0II*\0\x08\0\0\0"
+        + struct.pack("<H", 4000)
+        + b"".join(struct.pack("<HHLL", tag, 7, 50_000, 0) for tag in range(4000))
+        + bytes(60_000 - 10 - 48_000)
+        + jpeg()[2:]
+    ),
     "a header alone": b"\xff\xd8\xff",
     "a JPEG that never ends": b"\xff\xd8\xff" * 100_000,
     "a length of nothing": b"\xff\xd8\xff\xe0\x00\x00" * 100,
@@ -531,8 +537,21 @@ def test_a_picture_of_196_megapixels_in_many_scans_or_as_png_is_set_aside_unread
             images.check(data)
 
 
-@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.txt", "list.jsonl", "0.txt", "1.caption", "sub/caption.txt"])
-@pytest.mark.parametrize("text", [b"\0" * 100, b"\xff\xfe", b"\xff" * 50, b'"' * 100_001, b"," * 200_000, b"1.png," + b"x" * 1_100_000, DEEP.encode()])
+@pytest.mark.parametrize(
+    "name", ["list.csv", "list.tsv", "list.txt", "list.jsonl", "0.txt", "1.caption", "sub/caption.txt"]
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\0" * 100,
+        b"\xff\xfe",
+        b"\xff" * 50,
+        b'"' * 100_001,
+        b"," * 200_000,
+        b"1.png," + b"x" * 1_100_000,
+        DEEP.encode(),
+    ],
+)
 def test_whatever_a_text_in_the_folder_holds_it_is_counted_or_refused_by_name(tmp_path, name, text):
     folder = folder_of_two(tmp_path)
     (folder / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
-"""A site's text at every place where it may surface: after it went through the real hub, and as an older version wrote it.
+"""A site's text at every place where it may surface: after it went through the real hub, and as an older version wrote
+it.
 
 What a terminal obeys, what looks like a line of ours, what turns the direction of writing, and what a page would run.
 """
@@ -196,7 +197,11 @@ def sites_table(run: Told) -> str:
         patch.setattr(roster, "registered", lambda: [roster.site_of(node)])
         for as_json in (False, True):
             admission.sites(as_json)
-        return out.getvalue() + "\n".join(texts(roster.deeds(adapters.histories()))) + "\n".join(site.name for site in roster.registered())
+        return (
+            out.getvalue()
+            + "\n".join(texts(roster.deeds(adapters.histories())))
+            + "\n".join(site.name for site in roster.registered())
+        )
 
 
 def tracked(run: Told) -> str:
@@ -243,7 +248,9 @@ WRITTEN: dict[str, Callable[[Told], str]] = {  # by the hub under test alone
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch) -> None:
     """What Flower says of the run, and it is a site's text too: the end of a run that failed."""
-    told = SimpleNamespace(run_id=1, status=SimpleNamespace(status="finished", sub_status="failed", details=FIELD), finished_at="now")
+    told = SimpleNamespace(
+        run_id=1, status=SimpleNamespace(status="finished", sub_status="failed", details=FIELD), finished_at="now"
+    )
     monkeypatch.setattr(control, "run", lambda run: control.told(told))
 
 

@@ -19,7 +19,8 @@ from app.hub import exchange, guard, server_app, spool, volume
 from tests.kit import tiny
 from tests.kit.memory import FakeTime, Federation, spoil_from
 
-# --- a site that fails -------------------------------------------------------------------------------------------------
+# --- a site that fails
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation, monkeypatch):
@@ -29,7 +30,9 @@ def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation
     (entry,) = federation.history()["rounds"]
     assert entry["refused"] == [{"site": "site-2", "reason": "HUB-05  The reply's metrics are missing or impossible."}]
     assert list(entry["sites"]) == ["site-1"]
-    assert tiny.equal(store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
+    assert tiny.equal(
+        store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"]
+    )
 
 
 def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_path, monkeypatch):
@@ -41,7 +44,9 @@ def test_too_few_valid_replies_end_the_run_with_the_last_good_round_kept(tmp_pat
     assert (history["state"], len(history["rounds"])) == ("failed", 1) and history["error"] == str(error)
     kept = store.read_adapter(federation.adapters / "7" / "round-0001")
     assert model.adapter_hash(kept) == history["rounds"][0]["adapter"]
-    assert not (federation.adapters / "7" / "round-0002").exists() and not (federation.adapters / "7" / "final").exists()
+    assert (
+        not (federation.adapters / "7" / "round-0002").exists() and not (federation.adapters / "7" / "final").exists()
+    )
 
 
 def test_a_failed_run_leaves_latest_where_it_was(federation, monkeypatch):
@@ -117,7 +122,9 @@ def test_a_message_that_the_superlink_did_not_take_is_a_site_missing(federation,
     push = federation.grid.push_messages
     federation.grid.push_messages = lambda messages: push(messages[:1]) + [""]
     federation.go(monkeypatch)
-    assert federation.history()["rounds"][0]["refused"] == [{"site": "site-2", "reason": "HUB-03  The SuperLink did not take its message."}]
+    assert federation.history()["rounds"][0]["refused"] == [
+        {"site": "site-2", "reason": "HUB-03  The SuperLink did not take its message."}
+    ]
 
 
 def test_two_sites_of_one_name_are_told_to_the_operator(federation, monkeypatch):
@@ -143,7 +150,8 @@ def test_a_site_with_another_base_model_is_refused_by_itself_and_named_in_public
     assert str(tiny.models()) not in str(error)
 
 
-# --- a run that cannot begin ---------------------------------------------------------------------------------------------
+# --- a run that cannot begin
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_run_config_ends_the_run_before_anything_is_sent_or_written(federation, monkeypatch, capsys):
@@ -170,7 +178,8 @@ def test_a_hub_without_its_folders_says_which_one(name, value, federation, monke
         server_app.app(federation.grid, Context(7, 1, {}, RecordDict(), federation.run_config))
 
 
-# --- another try, and how long it is waited for -------------------------------------------------------------------------------
+# --- another try, and how long it is waited for
+# -------------------------------------------------------------------------------
 
 
 def fail_once(site: str, number: str):
@@ -186,7 +195,9 @@ def fail_once(site: str, number: str):
     return tamper
 
 
-def test_a_round_with_too_few_valid_replies_is_tried_again_and_ends_as_if_nothing_had_been(tmp_path, monkeypatch, finished):
+def test_a_round_with_too_few_valid_replies_is_tried_again_and_ends_as_if_nothing_had_been(
+    tmp_path, monkeypatch, finished
+):
     again = Federation(tmp_path, round_retries=1, sample_prompts="")
     again.grid.tamper = fail_once("site-2", "1")
     folder = again.go(monkeypatch)
@@ -208,7 +219,10 @@ def stretch(factor: float):
     def tamper(who, when, reply):
         if who == "site-2" and "arrays" in reply.content:
             start = tiny.fresh()
-            new = {key: start[key] + factor * (value - start[key]) for key, value in wire.unpack(reply.content["arrays"]).items()}
+            new = {
+                key: start[key] + factor * (value - start[key])
+                for key, value in wire.unpack(reply.content["arrays"]).items()
+            }
             reply.content["arrays"] = wire.pack(new)
         return reply
 
@@ -221,7 +235,9 @@ def test_an_update_a_million_times_too_long_is_refused_and_the_result_is_the_hon
     folder = federation.go(monkeypatch)
     (entry,) = federation.history()["rounds"]
     assert [(r["site"], r["reason"].split("  ")[0]) for r in entry["refused"]] == [("site-2", "ADAPTER-04")]
-    assert tiny.equal(store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"])
+    assert tiny.equal(
+        store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"]
+    )
 
 
 def test_a_rounds_patience_comes_from_the_rounds_before_and_never_exceeds_the_ceiling(federation):
@@ -234,7 +250,9 @@ def test_a_rounds_patience_comes_from_the_rounds_before_and_never_exceeds_the_ce
     assert talk.deadline() == 60  # always a minute
     talk.took = [900.0]
     assert talk.deadline() == 1000
-    assert exchange.Exchange(federation.grid, federation.config(round_patience=0.0), "", federation.root).deadline() == 10
+    assert (
+        exchange.Exchange(federation.grid, federation.config(round_patience=0.0), "", federation.root).deadline() == 10
+    )
 
 
 def test_while_the_hub_waits_it_says_who_is_missing_and_until_when(federation, monkeypatch):
@@ -261,7 +279,9 @@ def waits(capsys) -> list[str]:
 
 
 def test_a_long_wait_is_told_ever_less_often_with_how_long_each_site_took_the_last_time(tmp_path, monkeypatch, capsys):
-    federation = Federation(tmp_path, rounds=2, local_steps=1, sample_prompts="", round_patience=0.0, round_timeout=1000)
+    federation = Federation(
+        tmp_path, rounds=2, local_steps=1, sample_prompts="", round_patience=0.0, round_timeout=1000
+    )
     clock, asked, replies, noted, answer = FakeTime(), {}, {}, [], federation.grid.answer
     seconds = {"1": {"site-1": 15, "site-2": 30}, "2": {"site-1": 170, "site-2": 170}, "3": {"site-2": 25}}
 
@@ -282,18 +302,25 @@ def test_a_long_wait_is_told_ever_less_often_with_how_long_each_site_took_the_la
     assert waits(capsys) == [
         "bouquet: round 1 waits  20 s so far  replied 1  not yet site-2",
         *(
-            f"bouquet: round 2 waits  {so_far} s so far  replied 0  not yet site-1 (15 s the last time), site-2 (30 s the last time)"
+            f"bouquet: round 2 waits  {so_far} s so far  replied 0  not yet site-1 (15 s the last time), site-2 (30 s"
+            " the last time)"
             for so_far in (20, 40, 80, 160)
         ),
         "bouquet: last evaluation waits  20 s so far  replied 1  not yet site-2 (170 s the last time)",
     ]
     told = [(status["round"], status["missing"], status["took"]) for status in noted]
     assert told[0] == (1, ["site-1", "site-2"], {})
-    assert (2, ["site-1", "site-2"], {"site-1": 15.0, "site-2": 30.0}) in told and (3, ["site-2"], {"site-2": 170.0}) in told
+    assert (2, ["site-1", "site-2"], {"site-1": 15.0, "site-2": 30.0}) in told and (
+        3,
+        ["site-2"],
+        {"site-2": 170.0},
+    ) in told
 
 
 @pytest.mark.parametrize(("timeout", "told"), [(15, []), (1000, [20, 40, 80, 160, 320, 640, 960])])
-def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_minutes(federation, monkeypatch, capsys, timeout, told):
+def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_minutes(
+    federation, monkeypatch, capsys, timeout, told
+):
     tiny.be_the_hub(monkeypatch, 7)
     federation.grid.pull_messages = lambda ids: []
     monkeypatch.setattr(exchange, "time", FakeTime())
@@ -301,7 +328,9 @@ def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_m
     federation.root.joinpath("7").mkdir()
     talk = exchange.Exchange(federation.grid, federation.config(round_timeout=timeout), "", federation.root / "7")
     talk.send("train", 1, tiny.fresh())
-    assert waits(capsys) == [f"bouquet: round 1 waits  {so_far} s so far  replied 0  not yet site-1, site-2" for so_far in told]
+    assert waits(capsys) == [
+        f"bouquet: round 1 waits  {so_far} s so far  replied 0  not yet site-1, site-2" for so_far in told
+    ]
 
 
 def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monkeypatch):
@@ -312,7 +341,9 @@ def test_accepted_replies_wait_on_the_volume_and_not_in_memory(federation, monke
         if any(reply.adapter is None for reply in replies):  # the last evaluation's
             return weigh(replies, *how)
         seen.extend(sorted(replies, key=lambda reply: reply.site))
-        assert sorted(file.name for file in (federation.adapters / "7" / ".replies").iterdir()) == sorted(f"{r.adapter.file.name}" for r in seen)
+        assert sorted(file.name for file in (federation.adapters / "7" / ".replies").iterdir()) == sorted(
+            f"{r.adapter.file.name}" for r in seen
+        )
         sent = federation.grid.adapters("1", federation.grid.came)
         assert all(tiny.equal(dict(reply.adapter), sent[reply.site]) for reply in seen)
         return weigh(replies, *how)
@@ -331,12 +362,21 @@ def test_a_reply_for_which_the_volume_has_no_room_ends_the_run_and_blames_no_sit
     assert federation.history()["error"].startswith("HUB-09") and not (federation.adapters / "7" / ".replies").exists()
 
 
-# --- going on ------------------------------------------------------------------------------------------------------------------
+# --- going on
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("fedavg", "fp32"), ("fedavgm", "fp32"), ("fedavgm", "fp16")])
-def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(strategy, precision, tmp_path, monkeypatch):
-    settings = {"rounds": 3, "strategy": strategy, "wire_precision": precision, "server_learning_rate": 0.5, "sample_prompts": ""}
+def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
+    strategy, precision, tmp_path, monkeypatch
+):
+    settings = {
+        "rounds": 3,
+        "strategy": strategy,
+        "wire_precision": precision,
+        "server_learning_rate": 0.5,
+        "sample_prompts": "",
+    }
     whole = Federation(tmp_path / "whole", **settings).go(monkeypatch)
     cut = Federation(tmp_path / "cut", **settings)
     cut.grid.tamper = spoil_from("2")
@@ -377,16 +417,24 @@ def test_a_run_cannot_go_on_with_another_rank_or_another_base(federation, monkey
 
 def test_a_volume_without_room_ends_the_run_with_the_last_round_whole(tmp_path, monkeypatch):
     federation = Federation(tmp_path, rounds=2, sample_prompts="")
-    monkeypatch.setattr(volume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0 if federation.grid.came else 2**40}))
+    monkeypatch.setattr(
+        volume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0 if federation.grid.came else 2**40})
+    )
     federation.fails(monkeypatch, "HUB-09")
     history = federation.history()
     assert history["state"] == "failed" and history["error"].startswith("HUB-09")
-    assert model.adapter_hash(store.read_adapter(federation.adapters / "7" / "round-0001")) == history["rounds"][0]["adapter"]
+    assert (
+        model.adapter_hash(store.read_adapter(federation.adapters / "7" / "round-0001"))
+        == history["rounds"][0]["adapter"]
+    )
 
 
 def test_only_the_newest_rounds_are_kept_when_the_run_says_so(tmp_path, monkeypatch):
     folder = Federation(tmp_path, rounds=3, keep_rounds=2, local_steps=1, sample_prompts="").go(monkeypatch)
-    assert volume.written_rounds(folder) == [2, 3] and len(json.loads((folder / "history.json").read_text())["rounds"]) == 3
+    assert (
+        volume.written_rounds(folder) == [2, 3]
+        and len(json.loads((folder / "history.json").read_text())["rounds"]) == 3
+    )
 
 
 def test_the_hubs_operator_bounds_what_a_site_weighs(federation, monkeypatch, tmp_path):
@@ -417,7 +465,9 @@ def test_a_site_that_claims_a_billion_images_decides_no_more_than_its_share_and_
     assert claim == [999_999_999, 4 * honest, "largest-share"]
     for entry in told["validation"]:  # (1 · own + 4 · 1e6) / 5
         assert entry["weighted"] == pytest.approx(0.2 * entry["sites"]["site-1"] + 0.8e6)
-    sentence = f"site-2 says that it has 999,999,999 images and counts for {4 * honest}, since one site may weigh no more"
+    sentence = (
+        f"site-2 says that it has 999,999,999 images and counts for {4 * honest}, since one site may weigh no more"
+    )
     assert out.count(f"bouquet: bounded  {sentence}") == 1 and "scripts/hub admit NAME KEY.pub --images N" in out
     provenance = json.loads((federation.adapters / "7/final/provenance.json").read_text())
     assert provenance["sites"]["site-2"] == {"images": 999_999_999, "counted": 4 * honest}

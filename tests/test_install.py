@@ -1,4 +1,6 @@
-"""docker/install asks pip for the right one of torch's two builds; with a real pip, small wheels in a folder, and no network."""
+"""docker/install asks pip for the right one of torch's two builds; with a real pip, small wheels in a folder, and no
+network.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,13 @@ import pytest
 from bouquet import ROOT
 
 CPU, CUDA = "2.13.0+cpu", "2.13.0"
-LOCK = "packaging==25.0\nnvidia-ml-py==13.615.71\ntorch==2.13.0\n\n# CUDA: what that build brings besides\ntriton==3.7.1\n"
-PYPROJECT = '[project]\ndependencies = ["torch==2.13.0", "nvidia-ml-py==13.615.71"]\n[project.optional-dependencies]\ntest = []\n'
+LOCK = (
+    "packaging==25.0\nnvidia-ml-py==13.615.71\ntorch==2.13.0\n\n# CUDA: what that build brings besides\ntriton==3.7.1\n"
+)
+PYPROJECT = (
+    '[project]\ndependencies = ["torch==2.13.0", "nvidia-ml-py==13.615.71"]\n[project.optional-dependencies]\ntest ='
+    " []\n"
+)
 
 
 def wheel(folder: Path, name: str, version: str, requires: str = "", source: str = "") -> None:
@@ -25,7 +32,9 @@ def wheel(folder: Path, name: str, version: str, requires: str = "", source: str
         archive.writestr(f"{name}.py", source)
         needs = f"Requires-Dist: {requires}\n" if requires else ""
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -43,7 +52,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Host:
-    """A project with docker/install, a fresh environment, and the folder in which pip looks; both builds of torch lie there."""
+    """A project with docker/install, a fresh environment, and the folder in which pip looks; both builds of torch lie
+    there.
+    """
 
     def __init__(self, folder: Path, bare: Path) -> None:
         self.folder, self.venv, self.wheels = folder, folder / "venv", folder / "found"
@@ -61,13 +72,21 @@ class Host:
     def install(self, build: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
         env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
-        return subprocess.run(["./install", "venv", build, "test"], cwd=self.folder, env=env, capture_output=True, text=True)
+        return subprocess.run(
+            ["./install", "venv", build, "test"], cwd=self.folder, env=env, capture_output=True, text=True
+        )
 
     def packages(self) -> dict[str, str]:
         """What is installed now, without what Python brings."""
-        code = "import importlib.metadata as m; print(*(d.metadata['Name'] + '=' + d.version for d in m.distributions()))"
-        words = subprocess.run([self.venv / "bin/python", "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        return {name: version for name, version in (word.split("=") for word in words) if name not in ("pip", "setuptools")}
+        code = (
+            "import importlib.metadata as m; print(*(d.metadata['Name'] + '=' + d.version for d in m.distributions()))"
+        )
+        words = subprocess.run(
+            [self.venv / "bin/python", "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        return {
+            name: version for name, version in (word.split("=") for word in words) if name not in ("pip", "setuptools")
+        }
 
 
 @pytest.fixture
@@ -89,7 +108,9 @@ def test_the_build_that_was_asked_for_is_installed_though_the_other_lies_beside_
 
 
 @pytest.mark.parametrize(("before", "after"), [("cpu", "cuda"), ("cuda", "cpu")])
-def test_an_environment_with_the_other_build_is_changed_and_keeps_nothing_of_it(host: Host, before: str, after: str) -> None:
+def test_an_environment_with_the_other_build_is_changed_and_keeps_nothing_of_it(
+    host: Host, before: str, after: str
+) -> None:
     host.install(before)
     assert host.packages() == HAS[before]
     done = host.install(after)
@@ -123,7 +144,12 @@ def test_a_package_that_was_cut_off_while_it_was_copied_is_copied_again(host: Ho
     (info / "RECORD").unlink()
     module = info.with_name("nvidia_ml_py.py")
     module.unlink()
-    assert host.install("cpu").returncode == 0 and module.exists() and (info / "RECORD").exists() and host.packages() == HAS["cpu"]
+    assert (
+        host.install("cpu").returncode == 0
+        and module.exists()
+        and (info / "RECORD").exists()
+        and host.packages() == HAS["cpu"]
+    )
 
 
 def test_without_a_cuda_build_nothing_is_installed_and_a_person_is_told(host: Host) -> None:
@@ -138,7 +164,10 @@ def test_a_build_of_that_version_without_cuda_is_refused(host: Host) -> None:
     torch(host.wheels, CUDA, None)
     done = host.install("cuda")
     assert done.returncode == 1
-    assert "HOST-13  torch is not the build that was asked for.\n  found  cpu 2.13.0, where CUDA was asked for" in done.stderr
+    assert (
+        "HOST-13  torch is not the build that was asked for.\n  found  cpu 2.13.0, where CUDA was asked for"
+        in done.stderr
+    )
 
 
 def test_without_a_cpu_build_the_default_one_serves_and_it_is_said(host: Host) -> None:
@@ -154,7 +183,9 @@ def test_a_build_that_does_not_exist_is_refused(host: Host) -> None:
     assert done.returncode == 1 and "HOST-13" in done.stderr and "TORCH=cpu or TORCH=cuda" in done.stderr
 
 
-def test_what_the_roles_import_is_compiled_whatever_the_environment_says(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_roles_import_is_compiled_whatever_the_environment_says(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     host.install("cpu")
     assert list(host.venv.glob("lib/python3*/site-packages/__pycache__/torch.*.pyc"))

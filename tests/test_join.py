@@ -1,6 +1,7 @@
 """Joining as its two operators do it: a kit from the hub, a key made at the site, admission, revocation, a new key.
 
-The hub and the sites are processes on loopback, with TLS and node authentication. The containers are test_join_compose.py's.
+The hub and the sites are processes on loopback, with TLS and node authentication. The containers are
+test_join_compose.py's.
 """
 
 from __future__ import annotations
@@ -93,7 +94,11 @@ def invited(root: Path, name: str, to: Path) -> SiteHost:
     """`scripts/hub invite`, and the kit unpacked on the site's machine."""
     sh(f"scripts/hub invite {name}", root)
     to.mkdir(parents=True, exist_ok=True)
-    sh(f"scripts/partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn && mv {to}/drawn/site-1 {to}/photos", root)
+    sh(
+        f"scripts/partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn && mv {to}/drawn/site-1"
+        f" {to}/photos",
+        root,
+    )
     sh(f"tar -xzf {root}/.bouquet/kits/{name}.tar.gz", to)
     return SiteHost(to / name, root)
 
@@ -127,9 +132,13 @@ def wait_for(root: Path, name: str, state: str, timeout: float = 60) -> None:
 def heartbeat(site: SiteHost, hub: Processes, node: int) -> int:
     """The HTTP status of a heartbeat that is signed with the site's key, as its SuperNode sends them."""
     key = load_ssh_private_key((site.kit / "site.key").read_bytes(), password=None)
-    client = FleetHttpClient.from_server_address(hub.address, False, str(hub.certs / "ca.crt"), [NodeAuthHttpInterceptor(key, key.public_key())])
+    client = FleetHttpClient.from_server_address(
+        hub.address, False, str(hub.certs / "ca.crt"), [NodeAuthHttpInterceptor(key, key.public_key())]
+    )
     try:
-        assert client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30.0)).success
+        assert client.SendNodeHeartbeat(
+            SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30.0)
+        ).success
         return 200
     except httpx.HTTPStatusError as error:
         return error.response.status_code
@@ -172,7 +181,11 @@ def test_no_secret_is_in_the_kit(root: Path, tmp_path: Path) -> None:
     secrets = [path.read_bytes().strip() for path in (root / "certs").iterdir() if path.suffix in {".key", ".secret"}]
     assert len(secrets) == 6  # the CA's, the SuperLink's, two sites', the publisher's and the SuperExec's
     files = contents(kit)
-    assert [name for name, content in files.items() if b"PRIVATE KEY-----" in content or any(secret in content for secret in secrets)] == []
+    assert [
+        name
+        for name, content in files.items()
+        if b"PRIVATE KEY-----" in content or any(secret in content for secret in secrets)
+    ] == []
 
 
 def test_the_same_kit_has_the_same_sum_which_invite_says(root: Path) -> None:
@@ -197,7 +210,9 @@ def test_a_hub_without_an_address_is_named(root: Path, tmp_path: Path) -> None:
     copy = copy_project(tmp_path / "bouquet")
     sh("scripts/certs", copy)
     wrong = sh("scripts/hub invite studio", copy, check=False)
-    assert wrong.returncode == 1 and wrong.stdout.startswith("JOIN-01  The hub has no address for sites.\n  found  no HUB_HOST\n")
+    assert wrong.returncode == 1 and wrong.stdout.startswith(
+        "JOIN-01  The hub has no address for sites.\n  found  no HUB_HOST\n"
+    )
     sh("scripts/hub invite studio --hub localhost:8443", copy)
 
 
@@ -251,16 +266,22 @@ def test_an_admitted_site_is_online_by_name(root: Path, garden: SiteHost) -> Non
     [row] = [line for line in shown if line.startswith("garden ")]
     assert re.fullmatch(r"garden +online +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC +- +- +0", row)
     assert not re.search(r"\d{17,}", "\n".join(shown))  # names, never node ids
-    assert (root / "certs/admitted/garden.pub").read_text().split()[:2] == (garden.kit / "garden.pub").read_text().split()[:2]
+    assert (root / "certs/admitted/garden.pub").read_text().split()[:2] == (
+        garden.kit / "garden.pub"
+    ).read_text().split()[:2]
 
 
 def test_admitting_the_same_key_under_the_same_name_again_changes_nothing(root: Path, garden: SiteHost) -> None:
     before = sites(root)
     sh(f"scripts/hub admit garden {garden.kit}/garden.pub", root)
-    assert {name: site["state"] for name, site in sites(root).items()} == {name: site["state"] for name, site in before.items()}
+    assert {name: site["state"] for name, site in sites(root).items()} == {
+        name: site["state"] for name, site in before.items()
+    }
 
 
-def test_admit_refuses_another_key_under_a_name_that_is_taken_and_another_name_for_a_key(root: Path, garden: SiteHost, tmp_path: Path) -> None:
+def test_admit_refuses_another_key_under_a_name_that_is_taken_and_another_name_for_a_key(
+    root: Path, garden: SiteHost, tmp_path: Path
+) -> None:
     for name, key in (("garden", new_public_key(tmp_path)), ("meadow", garden.kit / "garden.pub")):
         refused = sh(f"scripts/hub admit {name} {key}", root, check=False)
         assert refused.returncode == 1 and "JOIN-04" in refused.stdout and "scripts/hub revoke garden" in refused.stdout
@@ -288,7 +309,9 @@ def test_a_name_that_is_none_is_refused(root: Path, name: str) -> None:
     assert refused.returncode == 1 and refused.stdout.startswith("CERT-04")
 
 
-def test_a_site_that_is_ready_passes_its_check_and_one_that_is_not_admitted_fails_it(root: Path, garden: SiteHost, tmp_path: Path) -> None:
+def test_a_site_that_is_ready_passes_its_check_and_one_that_is_not_admitted_fails_it(
+    root: Path, garden: SiteHost, tmp_path: Path
+) -> None:
     ready = sh("./site check --fast", garden.kit).stdout
     assert "fail" not in ready and re.search(r"^pass  key ", ready, re.MULTILINE), ready
     stranger = invited(root, "studio", tmp_path)
@@ -300,16 +323,25 @@ def test_a_site_that_is_ready_passes_its_check_and_one_that_is_not_admitted_fail
 def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path, garden: SiteHost) -> None:
     before = sites(root)["garden"]["rounds"]
     sh("scripts/hub sign", root)
-    sh(f"scripts/hub admit garden {garden.kit}/garden.pub --images 5", root)  # known already; from now on it weighs no more
+    # known already; from now on it weighs no more
+    sh(f"scripts/hub admit garden {garden.kit}/garden.pub --images 5", root)
     shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL}" --format json', root).stdout
     state = follow(json.loads(shown[shown.index("{") :])["run-id"], lambda line: None, timeout=300)
     assert state[0] == "finished:completed", state
     row = sites(root)["garden"]
     assert row["rounds"] == before + 1 and 20 <= row["images"] <= 24  # of 24 drawn photos some are held out
-    [history] = [json.loads(file.read_text()) for file in (root / ".bouquet/adapters").glob("*/history.json") if not file.parent.is_symlink()]
+    [history] = [
+        json.loads(file.read_text())
+        for file in (root / ".bouquet/adapters").glob("*/history.json")
+        if not file.parent.is_symlink()
+    ]
     assert history["rounds"][0]["sites"]["garden"]["weight"] == 5
     told = sh("./site status", garden.kit).stdout.splitlines()  # at the site: what it did
-    assert told[0].startswith(f"run {history['run']}  trained in 1 rounds, ") and told[1].startswith("  round 1  ") and told[-1].startswith("in the last seven days: 1 runs, ")
+    assert (
+        told[0].startswith(f"run {history['run']}  trained in 1 rounds, ")
+        and told[1].startswith("  round 1  ")
+        and told[-1].startswith("in the last seven days: 1 runs, ")
+    )
 
 
 def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteHost) -> None:
@@ -329,19 +361,24 @@ def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteH
 def test_sites_shows_who_was_invited_and_who_waits_for_the_next_up(root: Path, garden: SiteHost) -> None:
     sh("scripts/hub invite studio", root)
     assert sites(root)["studio"]["state"] == "invited"
-    assert sites(root)["site-1"]["state"] == "waiting"  # its key lies in certs/admitted; this hub has not registered it yet
+    # its key lies in certs/admitted; this hub has not registered it yet
+    assert sites(root)["site-1"]["state"] == "waiting"
 
 
 # --- revocation: last, because it ends what the tests above share ---------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:`verify=<str>` is deprecated:DeprecationWarning")  # flwr 1.41 with httpx 0.28
-def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else_notices(hub: Processes, root: Path, garden: SiteHost, tmp_path: Path) -> None:
+def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else_notices(
+    hub: Processes, root: Path, garden: SiteHost, tmp_path: Path
+) -> None:
     other = invited(root, "orchard", tmp_path)
     before, superlink = contents(root / "certs"), hub.running["superlink"].pid
     other.init()
     sh(f"scripts/hub admit orchard {other.kit}/orchard.pub", root)
-    assert contents(root / "certs").items() - before.items() == {("admitted/orchard.pub", (root / "certs/admitted/orchard.pub").read_bytes())}
+    assert contents(root / "certs").items() - before.items() == {
+        ("admitted/orchard.pub", (root / "certs/admitted/orchard.pub").read_bytes())
+    }
     other.start()
     try:
         wait_for(root, "orchard", "online")
@@ -361,7 +398,9 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         garden.process.wait(timeout=60)
         assert sites(root)["garden"]["state"] == "revoked"
         refused = sh(f"scripts/hub admit garden {garden.kit}/garden.pub", root, check=False)
-        assert refused.returncode == 1 and "JOIN-05" in refused.stdout and "rm site.key && ./site init" in refused.stdout
+        assert (
+            refused.returncode == 1 and "JOIN-05" in refused.stdout and "rm site.key && ./site init" in refused.stdout
+        )
 
         old = garden.init()
         sh("rm site.key", garden.kit)
@@ -370,9 +409,13 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         sh(f"scripts/hub admit garden {garden.kit}/garden.pub --fingerprint {new}", root)
         garden.start()
         wait_for(root, "garden", "online")
-        assert sites(root)["orchard"]["state"] == "online" and other.process.pid == online and other.process.poll() is None
+        assert (
+            sites(root)["orchard"]["state"] == "online" and other.process.pid == online and other.process.poll() is None
+        )
         assert hub.running["superlink"].pid == superlink and hub.running["superlink"].poll() is None
-        assert {k: v for k, v in contents(root / "certs").items() if k not in theirs} == {k: v for k, v in with_orchard.items() if k not in theirs}
+        assert {k: v for k, v in contents(root / "certs").items() if k not in theirs} == {
+            k: v for k, v in with_orchard.items() if k not in theirs
+        }
     finally:
         other.stop()
 
@@ -389,7 +432,10 @@ def test_a_site_that_only_waits_can_be_revoked_before_it_was_ever_registered(roo
 
 def test_without_a_hub_the_operator_is_told_so(root: Path, tmp_path: Path) -> None:
     connect_home = {"FLWR_HOME": str(tmp_path)}
-    (tmp_path / "config.toml").write_text(f'[superlink.remote-deployment]\naddress = "127.0.0.1:{free_port()}"\nroot-certificates = "{root}/certs/ca.crt"\n')
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.remote-deployment]\naddress = "127.0.0.1:{free_port()}"\nroot-certificates ='
+        f' "{root}/certs/ca.crt"\n'
+    )
     told = sh("scripts/hub sites", root, check=False, **connect_home)
     assert told.returncode == 1 and told.stdout.startswith("HOST-08  The hub does not answer."), told.stdout
 
@@ -410,13 +456,23 @@ def test_the_kits_supernode_may_nothing_and_listens_on_nothing(docker: None, roo
     config = composed(root, tmp_path)
     [(name, service)] = config["services"].items()
     assert name == "supernode" and "ports" not in service and "privileged" not in service
-    assert (service["read_only"], service["cap_drop"], service["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
+    assert (service["read_only"], service["cap_drop"], service["security_opt"]) == (
+        True,
+        ["ALL"],
+        ["no-new-privileges:true"],
+    )
     assert (service["init"], service["restart"], service["user"]) == (True, "unless-stopped", "10001:10001")
     assert service["pids_limit"] and service["mem_limit"] == service["memswap_limit"]
-    assert service["secrets"] == [{"source": "site.key", "target": "/run/secrets/site.key"}] or [s["source"] for s in service["secrets"]] == ["site.key"]
+    assert service["secrets"] == [{"source": "site.key", "target": "/run/secrets/site.key"}] or [
+        s["source"] for s in service["secrets"]
+    ] == ["site.key"]
     assert config["secrets"].keys() == {"site.key"}
     mounts = {volume["target"]: volume for volume in service["volumes"]}
-    assert {target: mount.get("read_only", False) for target, mount in mounts.items()} == {"/data": True, "/site/models": True, "/cache": False}
+    assert {target: mount.get("read_only", False) for target, mount in mounts.items()} == {
+        "/data": True,
+        "/site/models": True,
+        "/cache": False,
+    }
     assert mounts["/cache"]["type"] == "volume" and not mounts["/data"]["bind"].get("create_host_path")
 
 

@@ -1,7 +1,8 @@
 """docs/hub.md and docs/site.md, block by block, as two operators follow them: a hub and a site that joins from its kit.
 
-Two Compose projects in two folders on two networks; what connects them is the hub's published port. Every block of the two
-pages is executed here as it is printed, but for the names in `here` (and "Without Docker": tests/test_join.py's `./site`).
+Two Compose projects in two folders on two networks; what connects them is the hub's published port. Every block of the
+two pages is executed here as it is printed, but for the names in `here` (and "Without Docker": tests/test_join.py's
+`./site`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Operator:
 def blocks(page: str) -> dict[str, list[str]]:
     """The sh blocks of a page, by heading."""
     parts = re.split(r"^## (.+)$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)[1:]
-    return {heading: re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
+    return {
+        heading: re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for heading, text in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """The hub's operator after "Install"; its port is open to this host's Docker networks."""
     folder = copy_project(tmp_path_factory.mktemp("hub") / "bouquet")
     ports = f"HUB_PORT={free_port()}\nCONTROL_PORT={free_port()}\n"
-    (folder / ".env").write_text(f"COMPOSE_PROJECT_NAME=bouquet-hub-{os.getpid()}\nTORCH=cpu\nIMAGE=bouquet:cpu\n{ports}")
+    (folder / ".env").write_text(
+        f"COMPOSE_PROJECT_NAME=bouquet-hub-{os.getpid()}\nTORCH=cpu\nIMAGE=bouquet:cpu\n{ports}"
+    )
     address = sh("docker network inspect bridge --format '{{(index .IPAM.Config 0).Gateway}}'", folder).stdout.strip()
     here = {
         "hub.example.org": address, "0.0.0.0": address, "scripts/setup": "scripts/setup --engine docker", "bouquet:cuda": "bouquet:cpu",
@@ -78,7 +84,11 @@ def site(hub: Operator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Op
     """The site's operator after "Join", with a kit, an image file and photos, and nothing of the hub's folder."""
     folder = tmp_path_factory.mktemp("site")
     hub.follow("Invite a site")
-    sh(f"cp {hub.folder}/.bouquet/kits/garden.tar.gz . && mv {hub.folder}/bouquet-image.tar . && cp -r {hub.folder}/.bouquet/data/site-1 photos", folder)
+    sh(
+        f"cp {hub.folder}/.bouquet/kits/garden.tar.gz . && mv {hub.folder}/bouquet-image.tar . && cp -r"
+        f" {hub.folder}/.bouquet/data/site-1 photos",
+        folder,
+    )
     sh("chmod -R a+rX photos", folder)
     operator = Operator("site.md", folder, {"/srv/photos": str(folder / "photos"), "--gpu 0": "--gpu none"})
     operator.follow("Unpack the kit")
@@ -134,11 +144,15 @@ def reaches(site: Operator, host: str, port: int | str) -> bool:
     return sh(check, site.folder, check=False).returncode == 0
 
 
-def test_the_site_joins_through_the_published_port_and_reaches_nothing_else_of_the_hub(hub: Operator, site: Operator) -> None:
+def test_the_site_joins_through_the_published_port_and_reaches_nothing_else_of_the_hub(
+    hub: Operator, site: Operator
+) -> None:
     assert state(hub) == "online"
     settings = dict(line.split("=", 1) for line in (hub.folder / ".env").read_text().splitlines() if "=" in line)
     address = settings["HUB_HOST"]
-    assert not networks(site, "supernode").keys() & (networks(hub, "gateway").keys() | networks(hub, "superlink").keys())
+    assert not networks(site, "supernode").keys() & (
+        networks(hub, "gateway").keys() | networks(hub, "superlink").keys()
+    )
     assert reaches(site, address, settings["HUB_PORT"])
     assert not reaches(site, address, settings["CONTROL_PORT"])
     assert not reaches(site, "superlink", 8000)
@@ -150,14 +164,20 @@ def test_the_sites_container_may_nothing_and_holds_its_own_key_alone(site: Opera
     host = found["HostConfig"]
     assert found["Config"]["User"] not in {"", "0", "root"} and not found["Config"]["User"].startswith("0:")
     assert (host["ReadonlyRootfs"], host["CapDrop"], host["CapAdd"], host["Privileged"]) == (True, ["ALL"], None, False)
-    assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] == host["MemorySwap"] > 0
+    assert (
+        "no-new-privileges:true" in host["SecurityOpt"]
+        and host["PidsLimit"] > 0
+        and host["Memory"] == host["MemorySwap"] > 0
+    )
     assert not host["PortBindings"] and not any(found["NetworkSettings"]["Ports"].values())
     assert {mount["Destination"]: mount["RW"] for mount in found["Mounts"]} == {
         "/data": False, "/site/models": False, "/cache": True, "/ca.crt": False, "/trusted.yaml": False, "/run/secrets/site.key": False,
     }  # fmt: skip
 
 
-def test_a_run_over_the_joined_site_leaves_its_adapter_and_the_hub_shows_its_part(hub: Operator, site: Operator) -> None:
+def test_a_run_over_the_joined_site_leaves_its_adapter_and_the_hub_shows_its_part(
+    hub: Operator, site: Operator
+) -> None:
     hub.follow("First run")
     assert [run["status"] for run in runs(hub)] == ["finished:completed"]
     assert list((hub.folder / "adapters").glob("*/final/pytorch_lora_weights.safetensors"))
@@ -166,11 +186,17 @@ def test_a_run_over_the_joined_site_leaves_its_adapter_and_the_hub_shows_its_par
 
 
 def test_a_gpu_that_docker_cannot_give_to_a_container_is_named(site: Operator, tmp_path: Path) -> None:
-    sh(f"cp -r {site.folder} {tmp_path}/garden && cd garden && sed -i \"s/^SITE_GPU=.*/SITE_GPU='GPU-of-nobody'/\" .env", tmp_path)
+    sh(
+        f"cp -r {site.folder} {tmp_path}/garden && cd garden && sed -i \"s/^SITE_GPU=.*/SITE_GPU='GPU-of-nobody'/\""
+        " .env",
+        tmp_path,
+    )
     told = sh("./site check", tmp_path / "garden", check=False)
     if "GPU-01" in told.stdout:
         pytest.skip("Docker's nvidia driver here is a stand-in that grants every device")
-    assert told.returncode == 1 and told.stdout.startswith("JOIN-12  Docker cannot give the GPU to a container.\n  found  GPU GPU-of-nobody: "), told.stdout
+    assert told.returncode == 1 and told.stdout.startswith(
+        "JOIN-12  Docker cannot give the GPU to a container.\n  found  GPU GPU-of-nobody: "
+    ), told.stdout
 
 
 def test_a_renewed_certificate_changes_nothing_for_the_site(hub: Operator, site: Operator) -> None:
@@ -185,7 +211,10 @@ def test_a_hub_that_was_lost_comes_back_from_its_backup_and_so_does_the_site(hub
     assert rounds
     hub.follow("Backup")
     settings, sites = (hub.folder / ".env").read_text(), sorted((hub.folder / "certs").iterdir())
-    sh("docker compose down --volumes --timeout 5 && rm -r certs/*.crt certs/*.key certs/*.secret certs/admitted .env", hub.folder)
+    sh(
+        "docker compose down --volumes --timeout 5 && rm -r certs/*.crt certs/*.key certs/*.secret certs/admitted .env",
+        hub.folder,
+    )
     hub.follow("Restore")
     assert (hub.folder / ".env").read_text() == settings and sorted((hub.folder / "certs").iterdir()) == sites
     assert [run["run-id"] for run in runs(hub)] == [run["run-id"] for run in ran]
@@ -207,5 +236,11 @@ def test_a_revoked_site_is_refused_and_leaves(hub: Operator, site: Operator) -> 
 
 def test_every_block_of_the_two_pages_was_executed(hub: Operator, site: Operator) -> None:
     """Last: all but the one without Docker, which tests/test_join.py executes."""
-    left = {(page, heading) for page in ("hub.md", "site.md") for heading, found in blocks(page).items() for block in found if (page, block) not in DONE}
+    left = {
+        (page, heading)
+        for page in ("hub.md", "site.md")
+        for heading, found in blocks(page).items()
+        for block in found
+        if (page, block) not in DONE
+    }
     assert left == {("site.md", "Without Docker")}

@@ -1,4 +1,6 @@
-"""What a site keeps from a round to the next where one process takes all messages of a run: everything that costs, nothing that was learned."""
+"""What a site keeps from a round to the next where one process takes all messages of a run: everything that costs,
+nothing that was learned.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,24 @@ def keep(monkeypatch):
 def own(tmp_path) -> dict[str, str]:
     """A site's node config."""
     folder = tiny.site(tmp_path / "data", count=8)
-    return {"site-name": "site-1", "data-path": str(folder), "models-path": str(tiny.models()), "cache-path": str(tmp_path / "cache")}
+    return {
+        "site-name": "site-1",
+        "data-path": str(folder),
+        "models-path": str(tiny.models()),
+        "cache-path": str(tmp_path / "cache"),
+    }
 
 
-def send(own: dict[str, str], number: int, adapter: model.Adapter, kind: str = "train", run: int = 7, **config) -> Message:
+def send(
+    own: dict[str, str], number: int, adapter: model.Adapter, kind: str = "train", run: int = 7, **config
+) -> Message:
     """The site's reply to one message of the hub."""
-    order = RecordDict({"arrays": wire.pack(adapter), "config": ConfigRecord({"round": number, "base-fingerprint": model.fingerprint(tiny.base())["base"]})})
+    order = RecordDict(
+        {
+            "arrays": wire.pack(adapter),
+            "config": ConfigRecord({"round": number, "base-fingerprint": model.fingerprint(tiny.base())["base"]}),
+        }
+    )
     message = Message(order, dst_node_id=101, message_type=kind, group_id=str(number))
     message.metadata.__dict__["_message_id"] = f"message {number}"
     return client_app.app(message, Context(run, 101, own, RecordDict(), tiny.RUN | ROUND | config))
@@ -65,7 +79,13 @@ def costs(monkeypatch) -> list[str]:
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: seen.append(name) or real(*args, **kwargs))
 
-    for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDPMScheduler, transformers.CLIPTextModel, transformers.CLIPTokenizer):
+    for kind in (
+        diffusers.UNet2DConditionModel,
+        diffusers.AutoencoderKL,
+        diffusers.DDPMScheduler,
+        transformers.CLIPTextModel,
+        transformers.CLIPTokenizer,
+    ):
         watch(kind, "from_pretrained")
     for owner, name in ((data, "scan"), (subprocess, "Popen"), (os, "fork"), (os, "posix_spawn"), (Path, "read_bytes")):
         watch(owner, name)
@@ -79,7 +99,9 @@ def test_a_second_message_of_a_run_loads_nothing_starts_no_process_and_imports_n
     modules = set(sys.modules)
     second = send(own, 2, adapter_in(first))
     assert costs == [] and set(sys.modules) == modules
-    assert not second.has_error() and second.content["metrics"]["num-examples"] == first.content["metrics"]["num-examples"]
+    assert (
+        not second.has_error() and second.content["metrics"]["num-examples"] == first.content["metrics"]["num-examples"]
+    )
 
 
 def test_a_round_in_a_kept_process_is_bit_for_bit_the_round_of_a_fresh_one(keep, own, monkeypatch):
@@ -172,11 +194,14 @@ def test_a_site_whose_wish_cannot_be_read_takes_no_part(own, monkeypatch):
     assert send(own, 1, tiny.fresh()).error.reason.startswith("CHECK-09")
 
 
-# --- out of memory -----------------------------------------------------------------------------------------------------
+# --- out of memory
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_what_filled_the_memory_is_gone_when_the_step_is_tried_again_with_half_the_images(own, monkeypatch):
-    """An error holds the frames that it came through, and those hold what was computed: on a GPU the second try would fail of the first one's memory."""
+    """An error holds the frames that it came through, and those hold what was computed: on a GPU the second try would
+    fail of the first one's memory.
+    """
     held, alive, loss = [], [], diffusion.noise_loss
 
     def noise_loss(unet, scheduler, latents, *rest, **named):
@@ -198,5 +223,3 @@ def test_what_filled_the_memory_is_gone_when_the_step_is_tried_again_with_half_t
     assert alive and not any(alive)
     site.fit(2)
     assert len(held) == 1  # the next round begins with what fits
-
-

@@ -22,7 +22,8 @@ def refusal(code: str, limits: Limits, check: str, *args, **named) -> SiteError:
     return refused.value
 
 
-# --- what the site wrote -----------------------------------------------------------------------------------------------
+# --- what the site wrote
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,9 @@ def test_a_limit_with_a_slip_stops_every_run_rather_than_limiting_nothing(limits
         Limits.read(limits)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("max-local-step=500", "max-local-steps"), ("min-heldout=4", "min-held-out")])
+@pytest.mark.parametrize(
+    ("written", "meant"), [("max-local-step=500", "max-local-steps"), ("min-heldout=4", "min-held-out")]
+)
 def test_the_limit_that_was_meant_is_named(written, meant):
     with pytest.raises(SiteError) as refused:
         Limits.read(written)
@@ -84,7 +87,8 @@ def test_a_switch_has_no_most():
         Limits.read("max-gradient-checkpointing=0")
 
 
-# --- floors --------------------------------------------------------------------------------------------------------------
+# --- floors
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_without_private_photos_nothing_but_what_the_site_wrote_holds():
@@ -116,13 +120,18 @@ def test_a_round_must_see_as_many_photos_as_the_floor_says():
     """4 steps of 4 images are 16, of 3 are 12."""
     rules = Limits.read("min-photos=16 min-step-images=1").private()
     rules.check_photos(replace(RUN, batch_size=4, local_steps=4), trained=20, held_out=8)
-    refused = refusal("TRUST-03", rules, "check_photos", replace(RUN, batch_size=3, local_steps=4), trained=20, held_out=8)
+    refused = refusal(
+        "TRUST-03", rules, "check_photos", replace(RUN, batch_size=3, local_steps=4), trained=20, held_out=8
+    )
     assert "4, which sees 12 photos" in refused.report()
 
 
 @pytest.mark.parametrize(("trained", "held_out"), [(7, 8), (8, 7), (15, 1)])
 def test_a_folder_with_fewer_private_photos_than_the_floors_takes_no_run(trained, held_out):
-    assert "SITE_LIMITS='min-photos=4 min-held-out=4'" in refusal("SITE-02", RULES, "check_photos", RUN, trained=trained, held_out=held_out).fix
+    assert (
+        "SITE_LIMITS='min-photos=4 min-held-out=4'"
+        in refusal("SITE-02", RULES, "check_photos", RUN, trained=trained, held_out=held_out).fix
+    )
 
 
 def test_a_site_sets_its_own_floors_higher_or_lower_than_the_usual_ones():
@@ -134,10 +143,15 @@ def test_a_site_sets_its_own_floors_higher_or_lower_than_the_usual_ones():
 
 def test_the_sites_page_has_every_floor_and_budget_with_its_value():
     page = (ROOT / "docs" / "site.md").read_text()
-    assert [f"| `{name}` | {value} | {about} |" for name, (value, about) in PRIVATE.items() if f"| `{name}` | {value} | {about} |\n" not in page] == []
+    assert [
+        f"| `{name}` | {value} | {about} |"
+        for name, (value, about) in PRIVATE.items()
+        if f"| `{name}` | {value} | {about} |\n" not in page
+    ] == []
 
 
-# --- the budget of a week --------------------------------------------------------------------------------------------------
+# --- the budget of a week
+# --------------------------------------------------------------------------------------------------
 
 
 def answered(runs: dict[str, int], ago: float = 60.0) -> list[dict]:
@@ -171,7 +185,8 @@ def test_a_journal_line_without_a_time_or_a_run_spoils_nothing():
     RULES.check_budget(RUN, "new", [{}, {"run": None, "time": WEEK}], now=WEEK)
 
 
-# --- what is not the run's -------------------------------------------------------------------------------------------------
+# --- what is not the run's
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_models_that_a_site_lends_are_names():

@@ -35,10 +35,16 @@ def site(name: str, state: str = "online", seen: str | None = "2026-11-28T05:00:
     return roster.Site(name, state, seen, roster.Key("ecdsa x"), 1)
 
 
-KNOWN = Known((site("rose"), site("lily", "offline"), site("garden", "admitted", None), site("old", "revoked")), "", 1_700_000_000.0)
+KNOWN = Known(
+    (site("rose"), site("lily", "offline"), site("garden", "admitted", None), site("old", "revoked")),
+    "",
+    1_700_000_000.0,
+)
 
 
-def run(root: Path, name: str, rounds: int = 3, state: str = "finished", sheet: bool = False, status: dict | None = None) -> Path:
+def run(
+    root: Path, name: str, rounds: int = 3, state: str = "finished", sheet: bool = False, status: dict | None = None
+) -> Path:
     """A run's folder; status is what status.json says."""
     told = history(rounds=rounds, state=state, wanted=3)
     told["run"] = name
@@ -75,12 +81,19 @@ def text(html: str) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", html).split())
 
 
-# --- what it shows ---------------------------------------------------------------------------------------------------------
+# --- what it shows
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_run_that_works_is_told_with_who_has_replied_and_who_has_not(tmp_path):
     run(tmp_path, "6", state="failed")
-    run(tmp_path, "7", rounds=1, state="running", status={"round": 2, "replied": ["rose"], "missing": ["lily"], "state": "waiting", "deadline": time.time() + 60})
+    run(
+        tmp_path,
+        "7",
+        rounds=1,
+        state="running",
+        status={"round": 2, "replied": ["rose"], "missing": ["lily"], "state": "waiting", "deadline": time.time() + 60},
+    )
     shown = text(page(tmp_path).get("/").text)
     assert "What is it doing?" in shown and "Run 7: round 2 of 3, waiting." in shown
     assert "Replied: rose." in shown and re.search(r"Not yet: lily, until \d\d:\d\d:\d\d UTC", shown)
@@ -105,22 +118,34 @@ def test_a_site_that_is_missed_and_offline_is_told_from_one_at_work(tmp_path):
 
 def test_a_site_at_work_is_told_with_since_when_and_how_long_it_took_the_last_time(tmp_path):
     since = time.time() - 80
-    waits = {"state": "waiting", "replied": [], "missing": ["rose", "lily"], "since": since, "took": {"rose": 48.3, "lily": 3}}
+    waits = {
+        "state": "waiting",
+        "replied": [],
+        "missing": ["rose", "lily"],
+        "since": since,
+        "took": {"rose": 48.3, "lily": 3},
+    }
     run(tmp_path, "7", rounds=1, state="running", status=waits)
     client = page(tmp_path)
     assert f"rose online at work since {view.clock(since)}, 48 s the last time" in text(client.get("/now").text)
     assert "05:00 UTC missing 40" in text(client.get("/now").text)  # lily is offline
-    assert client.get("/now", headers={"If-None-Match": client.get("/now").headers["etag"]}).status_code == 304  # time goes on, the page stays
+    # time goes on, the page stays
+    assert client.get("/now", headers={"If-None-Match": client.get("/now").headers["etag"]}).status_code == 304
 
 
 def test_without_a_run_it_says_how_to_start_one(tmp_path):
     shown = text(page(tmp_path, Known()).get("/").text)
-    assert "No run yet." in shown and "flwr run . remote-deployment --stream" in shown and "asking for its sites" in shown
+    assert (
+        "No run yet." in shown and "flwr run . remote-deployment --stream" in shown and "asking for its sites" in shown
+    )
 
 
 def test_a_hub_that_does_not_answer_is_said_and_what_was_known_stays(tmp_path):
     shown = text(page(tmp_path, Known(KNOWN.sites, "The hub does not answer.", KNOWN.at)).get("/").text)
-    assert "The hub does not answer. The sites below are as they were at 2023-11-14 22:13 UTC." in shown and "rose online" in shown
+    assert (
+        "The hub does not answer. The sites below are as they were at 2023-11-14 22:13 UTC." in shown
+        and "rose online" in shown
+    )
 
 
 def test_a_run_that_cannot_be_read_is_left_out_and_the_others_are_shown(tmp_path):
@@ -158,7 +183,8 @@ def test_what_a_site_says_is_text(tmp_path):
     assert HOSTILE not in shown and shown.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
 
 
-# --- what it answers, and to whom ------------------------------------------------------------------------------------------
+# --- what it answers, and to whom
+# ------------------------------------------------------------------------------------------
 
 
 def test_what_has_not_changed_is_not_sent_again(tmp_path):
@@ -185,12 +211,22 @@ def test_a_runs_files_are_fetched_whole_and_no_others(tmp_path):
     (folder / "worth.json").write_text("{}")
     client = page(tmp_path)
     answer = client.get("/runs/7/kohya.safetensors")
-    assert answer.content == b"\x01" * 70_000 and 'filename="7-kohya.safetensors"' in answer.headers["content-disposition"]
-    for path in ("/runs/7/worth.json", "/runs/7/status.json", "/runs/7/adapter_model.safetensors", "/runs/8/history.json", "/part/view.py"):
+    assert (
+        answer.content == b"\x01" * 70_000 and 'filename="7-kohya.safetensors"' in answer.headers["content-disposition"]
+    )
+    for path in (
+        "/runs/7/worth.json",
+        "/runs/7/status.json",
+        "/runs/7/adapter_model.safetensors",
+        "/runs/8/history.json",
+        "/part/view.py",
+    ):
         assert client.get(path).status_code == 404, path
 
 
-@pytest.mark.parametrize("path", ["/runs/%2e%2e", "/runs/latest", "/runs/7%2f..%2f..", "/runs/٧", "/runs/" + "7" * 50, "/runs/link", "/x"])
+@pytest.mark.parametrize(
+    "path", ["/runs/%2e%2e", "/runs/latest", "/runs/7%2f..%2f..", "/runs/٧", "/runs/" + "7" * 50, "/runs/link", "/x"]
+)
 def test_a_path_leads_nowhere_else(tmp_path, path):
     run(tmp_path / "runs", "7")
     (tmp_path / "runs" / "latest").symlink_to("7")
@@ -225,7 +261,8 @@ def test_every_answer_forbids_frames_sniffing_and_other_scripts(tmp_path):
     assert "script-src 'self'" in client.get("/").headers["content-security-policy"]
 
 
-# --- the hub's list --------------------------------------------------------------------------------------------------------
+# --- the hub's list
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monkeypatch):
@@ -246,7 +283,8 @@ def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monke
         assert [one.name for one in sites.now().sites] == ["rose"] and "The hub does not answer." in sites.now().trouble
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command
+# -----------------------------------------------------------------------------------------------------------
 
 
 def command(*args: str, **env: str) -> subprocess.Popen:
@@ -282,7 +320,8 @@ def test_a_port_that_is_taken_and_a_folder_that_is_absent_are_named(tmp_path):
     assert absent.returncode == 1 and said.startswith("LIVE-01  There is no folder of runs here.")
 
 
-# --- in a real browser -----------------------------------------------------------------------------------------------------
+# --- in a real browser
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,7 +331,9 @@ def served(tmp_path) -> Iterator[tuple[Path, str, uvicorn.Server]]:
     run(root, "6", sheet=True)
     told = history(rounds=1, state="running", losses={HOSTILE: [0.30, 0.20], "lily": [0.40, 0.30]})
     written(root / "7", told, sheet=True)
-    (root / "7" / "status.json").write_text(json.dumps({"round": 2, "replied": ["lily"], "missing": [HOSTILE], "state": "waiting"}))
+    (root / "7" / "status.json").write_text(
+        json.dumps({"round": 2, "replied": ["lily"], "missing": [HOSTILE], "state": "waiting"})
+    )
     door = socket.socket()
     door.bind(("127.0.0.1", 0))
     door.listen()
@@ -318,8 +359,13 @@ def test_the_page_shows_itself_and_renews_itself_without_a_complaint(browser, se
     browser.look(1100)
     browser.visit(address)
     assert browser.js("document.querySelector('.outcome').textContent").startswith("Run 7: round 2 of 3")
-    assert browser.js("[...document.images].length") == 4 and browser.js("[...document.images].every(i => i.naturalWidth > 0)")
-    assert HOSTILE in browser.js("document.querySelector('#run').textContent") and browser.js("document.scripts.length") == 1
+    assert browser.js("[...document.images].length") == 4 and browser.js(
+        "[...document.images].every(i => i.naturalWidth > 0)"
+    )
+    assert (
+        HOSTILE in browser.js("document.querySelector('#run').textContent")
+        and browser.js("document.scripts.length") == 1
+    )
     told = history(rounds=2, state="running", losses={HOSTILE: [0.30, 0.20, 0.19], "lily": [0.40, 0.30, 0.29]})
     (root / "7" / "history.json").write_text(json.dumps(told))
     assert until(browser, "document.querySelector('.outcome').textContent.startsWith('Run 7: round 3 of 3')")

@@ -1,4 +1,6 @@
-"""scripts/measure: numbers about pictures worked out by hand, what is asked for before anything is drawn, and what leaves a site."""
+"""scripts/measure: numbers about pictures worked out by hand, what is asked for before anything is drawn, and what
+leaves a site.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +40,33 @@ def run(tmp_path):
     """A finished run of the tiny base as scripts/report and scripts/measure find one."""
     folder = run_of(tmp_path, 5)
     told = json.loads((folder / "history.json").read_text())
-    (folder / "history.json").write_text(json.dumps(told | {"run": "5", "rounds": [], "validation": [], "versions": {}}))
+    (folder / "history.json").write_text(
+        json.dumps(told | {"run": "5", "rounds": [], "validation": [], "versions": {}})
+    )
     return folder
 
 
 def column(samples: list[float], held_out: list[float], **more) -> dict:
-    return {"site": "rose", "adapter": "a", "space": memorised.SPACE, "photos": 12, "samples": samples, "held_out": held_out} | more
+    return {
+        "site": "rose",
+        "adapter": "a",
+        "space": memorised.SPACE,
+        "photos": 12,
+        "samples": samples,
+        "held_out": held_out,
+    } | more
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------------
+# --- memory
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_number_is_the_nearest_distance_over_the_mean_of_the_next():
     photos = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 8.0]])
     # from (1, 0): 1, 3 and √65; from a photo itself: 0
-    assert memorised.numbers(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), photos) == pytest.approx([1 / ((3 + math.sqrt(65)) / 2), 0.0])
+    assert memorised.numbers(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), photos) == pytest.approx(
+        [1 / ((3 + math.sqrt(65)) / 2), 0.0]
+    )
     assert memorised.numbers(torch.tensor([[1.0, 0.0]]), photos, neighbours=1) == pytest.approx([1 / 3])
 
 
@@ -73,11 +87,16 @@ def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path)
     here = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "cache", "")
     photos = here.photos
     images = [Image.open(site / photo.name) for photo in photos]
-    torch.testing.assert_close(memorised.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3)  # the cache holds float16
+    # the cache holds float16
+    torch.testing.assert_close(
+        memorised.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3
+    )
     assert isinstance(here.train, cache.Encoded) and model.locate("tiny", tiny.models())
 
 
-@pytest.mark.parametrize(("count", "chance"), [(0, 1.0), (1, 4 / 10), (2, 4 * 3 / (10 * 9)), (4, 4 * 3 * 2 / (10 * 9 * 8 * 7))])
+@pytest.mark.parametrize(
+    ("count", "chance"), [(0, 1.0), (1, 4 / 10), (2, 4 * 3 / (10 * 9)), (4, 4 * 3 * 2 / (10 * 9 * 8 * 7))]
+)
 def test_the_chance_that_the_smallest_of_all_are_samples(count, chance):
     """4 samples and 6 held-out photos in any order."""
     assert memorisation.chance(4, 6, count) == pytest.approx(chance)
@@ -96,16 +115,29 @@ def test_what_a_site_reads():
     luck = memorisation.found("rose", column([0.5, 0.9], [0.6, 0.8]))
     grave = memorisation.found("rose", column([0.1] * 5 + [0.9], [0.6] * 20))
     assert (none.suspicious, none.rare) == (0, False) and none.sentence.startswith("None of 2 samples")
-    assert (luck.suspicious, luck.chance, luck.rare) == (1, 0.5, False) and luck.sentence.endswith("That is not unusual.")
-    assert grave.rare and "5 of 6 samples are nearer" in grave.sentence and grave.sentence.endswith("before the adapter goes out.")
+    assert (luck.suspicious, luck.chance, luck.rare) == (1, 0.5, False) and luck.sentence.endswith(
+        "That is not unusual."
+    )
+    assert (
+        grave.rare
+        and "5 of 6 samples are nearer" in grave.sentence
+        and grave.sentence.endswith("before the adapter goes out.")
+    )
 
 
 def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_them(run, site, tmp_path):
-    command = f"scripts/measure memory rose --data {site} {run} --models {tiny.models()} --count 4 --out {tmp_path}/rose.memory.json"
+    command = (
+        f"scripts/measure memory rose --data {site} {run} --models {tiny.models()} --count 4 --out"
+        f" {tmp_path}/rose.memory.json"
+    )
     sh(command, tiny.ROOT)
     told = json.loads((tmp_path / "rose.memory.json").read_text())
     assert set(told) == {"site", "run", "adapter", "space", "seed", "photos", "held_out", "samples"}
-    assert len(told["samples"]) == 4 and told["samples"] == sorted(told["samples"]) and told["held_out"] == sorted(told["held_out"])
+    assert (
+        len(told["samples"]) == 4
+        and told["samples"] == sorted(told["samples"])
+        and told["held_out"] == sorted(told["held_out"])
+    )
     assert told["photos"] + len(told["held_out"]) == 16 and (told["run"], told["seed"]) == ("run-5", 5)
     shown = sh(f"scripts/measure collect {run} {tmp_path}/rose.memory.json", tiny.ROOT).stdout
     assert shown.startswith("rose  ") and read(run).memory["sites"]["rose"]["samples"] == told["samples"]
@@ -124,7 +156,9 @@ def test_the_report_warns_of_a_site_whose_photos_come_back(run):
     assert "Not measured. <code>scripts/measure memory</code>" in page(read(run))
 
 
-@pytest.mark.parametrize("spoil", [{"samples": []}, {"samples": [float("nan")]}, {"held_out": [-1]}, {"held_out": "x"}, {"photos": "<b>"}])
+@pytest.mark.parametrize(
+    "spoil", [{"samples": []}, {"samples": [float("nan")]}, {"held_out": [-1]}, {"held_out": "x"}, {"photos": "<b>"}]
+)
 def test_distances_of_another_shape_are_refused_by_name(spoil):
     with pytest.raises(BouquetError, match="MEASURE-02"):
         memorisation.check({"sites": {"rose": column([0.5], [0.5]) | spoil}})
@@ -137,7 +171,8 @@ def test_columns_of_two_adapters_are_refused(run, tmp_path):
         measure.collect(run, [tmp_path / "rose.json", tmp_path / "lily.json"])
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------------
+# --- pictures
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_diversity_is_the_mean_distance_of_two_pictures_of_a_prompt(pipe, monkeypatch):
@@ -168,9 +203,15 @@ def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [("--photos {data}", "torch_fidelity"), ("--photos {data} --kid judge", "torchmetrics"), ("--clip {data}", "torchmetrics")],
+    [
+        ("--photos {data}", "torch_fidelity"),
+        ("--photos {data} --kid judge", "torchmetrics"),
+        ("--clip {data}", "torchmetrics"),
+    ],
 )
-def test_a_measure_that_cannot_be_taken_is_named_before_anything_is_drawn(run, site, monkeypatch, capsys, options, words):
+def test_a_measure_that_cannot_be_taken_is_named_before_anything_is_drawn(
+    run, site, monkeypatch, capsys, options, words
+):
     found = pictures.find_spec
     monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == words else found("json"))
     monkeypatch.setattr(sample, "pipeline", lambda *_: pytest.fail("something was drawn"))
@@ -194,7 +235,10 @@ def test_kid_is_small_for_the_same_flowers_and_large_for_others():
     pytest.importorskip("torchmetrics", reason="KID is torchmetrics', which is not installed")
     from models.mini import draw
 
-    poppies, more, lilies = ([image for image, _ in draw.photos((name,), 24, seed)] for name, seed in (("poppy", 1), ("poppy", 2), ("lily", 1)))
+    poppies, more, lilies = (
+        [image for image, _ in draw.photos((name,), 24, seed)]
+        for name, seed in (("poppy", 1), ("poppy", 2), ("lily", 1))
+    )
     same, other = (pictures.kid(drawn, poppies, "judge", seed=0) for drawn in (more, lilies))
     assert abs(same["mean"]) < other["mean"] / 10 and same["subset"] == 24
     assert pictures.kid(more, poppies, "judge", seed=0) == same
@@ -206,14 +250,29 @@ def test_clip_score_is_a_hundred_times_the_cosine_of_picture_and_prompt(tmp_path
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(tiny.ROOT / "models" / "mini" / "tokenizer")
-    words = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     words |= {"max_position_embeddings": tokenizer.model_max_length, "eos_token_id": tokenizer.eos_token_id}
-    sees = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    sees = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         net = CLIPModel(CLIPConfig(text_config=words, vision_config=sees, projection_dim=8)).eval()
     net.save_pretrained(tmp_path)
-    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer)
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    )
     processor.save_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     prompt = "a red poppy, meadow background"

@@ -1,4 +1,6 @@
-"""The estimate of a round's memory against what was measured on a GPU, against real steps on the CPU, and against torch's own autocast."""
+"""The estimate of a round's memory against what was measured on a GPU, against real steps on the CPU, and against
+torch's own autocast.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def config(**changes) -> RunConfig:
     return RunConfig.read({name.replace("_", "-"): value for name, value in changes.items()})
 
 
-# --- what is alive -----------------------------------------------------------------------------------------------------
+# --- what is alive
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -60,10 +63,15 @@ def test_the_step_without_contents_holds_what_torchs_profiler_sees_a_real_step_h
     for parameter in unet.train().parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     inputs = torch.randn(8, 4, 16, 16), torch.zeros(8), torch.randn(8, 24, 128)
-    kept, most = estimate.step_of(estimate._unet(MINI, run, half=False), *estimate._inputs(8, 4, 16, 24, 128), half=False)
-    assert estimate.step_of(unet, *inputs, half=False) == pytest.approx((kept, most), rel=0.003)  # the same count on real tensors
+    kept, most = estimate.step_of(
+        estimate._unet(MINI, run, half=False), *estimate._inputs(8, 4, 16, 24, 128), half=False
+    )
+    # the same count on real tensors
+    assert estimate.step_of(unet, *inputs, half=False) == pytest.approx((kept, most), rel=0.003)
     # 3 %: of the CPU's kernels some have a scratch of their own for each thread, half a megabyte here
-    assert peak_by_profiler(lambda: F.mse_loss(unet(*inputs).sample, inputs[0]).backward()) == pytest.approx(most, rel=0.03)
+    assert peak_by_profiler(lambda: F.mse_loss(unet(*inputs).sample, inputs[0]).backward()) == pytest.approx(
+        most, rel=0.03
+    )
     assert kept < most
 
 
@@ -76,7 +84,9 @@ def peak_by_profiler(work) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     now = most = 0
-    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         now += event.nbytes()
         most = max(most, now)
     return most
@@ -101,7 +111,8 @@ def test_floor_and_need_bracket_what_a_real_step_takes_on_the_cpu(checkpointing:
     assert real == pytest.approx(guess.peak, rel=0.15)
 
 
-# --- autocast's types --------------------------------------------------------------------------------------------------
+# --- autocast's types
+# --------------------------------------------------------------------------------------------------
 
 
 def header(name: str) -> set[str]:
@@ -110,11 +121,15 @@ def header(name: str) -> set[str]:
     return set(re.findall(r"_\((\w+)", text.split(f"#define {name}(_)")[1].split("\n\n")[0]))
 
 
-PYTHON = {"__matmul__": "matmul", "__pow__": "pow", "interpolate": "upsample_nearest2d", "norm": "linalg_vector_norm"}  # of some names
+# of some names
+PYTHON = {"__matmul__": "matmul", "__pow__": "pow", "interpolate": "upsample_nearest2d", "norm": "linalg_vector_norm"}
 
 
 def test_every_function_is_cast_as_torchs_lists_for_cuda_say() -> None:
-    lower, whole = header("AT_FORALL_LOWER_PRECISION_FP"), header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE")
+    lower, whole = (
+        header("AT_FORALL_LOWER_PRECISION_FP"),
+        header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE"),
+    )
     assert {PYTHON.get(name, name) for name in estimate.LOWER} <= lower
     assert {PYTHON.get(name, name) for name in estimate.WHOLE} <= whole
 
@@ -156,7 +171,9 @@ def test_a_forward_pass_leaves_as_much_alive_as_under_torchs_own_autocast(base) 
         for module in unet.modules():
             for name, value in list(module._parameters.items()):
                 if value is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cuda"), value.requires_grad)
+                    module._parameters[name] = torch.nn.Parameter(
+                        torch.empty(value.shape, dtype=value.dtype, device="cuda"), value.requires_grad
+                    )
         latents, t, text = (torch.empty(shape, device="cuda") for shape in shapes)
         try:
             torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -164,13 +181,15 @@ def test_a_forward_pass_leaves_as_much_alive_as_under_torchs_own_autocast(base) 
             with estimate.Alive([*unet.parameters(), latents, text]) as alive:
                 predicted = unet(latents.to(unet.dtype), t, text.to(unet.dtype)).sample
                 loss = F.mse_loss(predicted.float(), torch.empty_like(latents))
-                assert alive.now == pytest.approx(kept, rel=0.01)  # the flash attention of a GPU keeps its random state, too
+                # the flash attention of a GPU keeps its random state, too
+                assert alive.now == pytest.approx(kept, rel=0.01)
                 del loss
         finally:
             torch.set_autocast_enabled("cuda", False)
 
 
-# --- Stable Diffusion 1.5, measured on a GPU ---------------------------------------------------------------------------
+# --- Stable Diffusion 1.5, measured on a GPU
+# ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,35 +211,47 @@ def sd15_run(batch_size: int, **changes) -> RunConfig:
 
 @functools.cache
 def guess(base: Path, batch_size: int, checkpointing: bool = False, **more: int) -> estimate.Estimate:
-    return estimate.estimate(base, sd15_run(batch_size, gradient_checkpointing=checkpointing), tokens=77, half=True, on_gpu=True, **more)
+    return estimate.estimate(
+        base, sd15_run(batch_size, gradient_checkpointing=checkpointing), tokens=77, half=True, on_gpu=True, **more
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "measured"), [(8, 10.4), (64, 71.0)])
 def test_the_peak_is_the_one_measured_on_an_h200(sd15: Path, batch_size: int, measured: float) -> None:
-    """torch.cuda.max_memory_allocated of train.fit: UNet and autocast in bf16, AdamW, 64² latents, text of 77 x 768, no checkpointing."""
+    """torch.cuda.max_memory_allocated of train.fit: UNet and autocast in bf16, AdamW, 64² latents, text of 77 x 768, no
+    checkpointing.
+    """
     said = guess(sd15, batch_size)
     assert said.peak / GIB == pytest.approx(measured, rel=0.03)  # 0.2 is what is promised
     assert said.floor < said.peak < said.need < 1.2 * measured * GIB
 
 
 def test_what_does_not_depend_on_the_batch_is_the_models_own_numbers(sd15: Path) -> None:
-    """The line through 8 and 64 images, at none: bf16 numbers, and the adapter's in float32 with gradients and two moments."""
+    """The line through 8 and 64 images, at none: bf16 numbers, and the adapter's in float32 with gradients and two
+    moments.
+    """
     eight, many = guess(sd15, 8).floor, guess(sd15, 64).floor
     assert eight - 8 * (many - eight) / 56 == pytest.approx(2 * 859_520_964 + 16 * 1_594_368, rel=0.01)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks_and_computes_one_at_a_time_again(sd15: Path) -> None:
-    """By hand, an image of 64² latents, in (channels, side): what enters each resnet, in bf16; of each transformer what enters its
-    first norm, which autocast has in float32, its two convolutions and its block, in bf16."""
+    """By hand, an image of 64² latents, in (channels, side): what enters each resnet, in bf16; of each transformer
+    what enters its first norm, which autocast has in float32, its two convolutions and its block, in bf16.
+    """
     down = [(320, 64)] * 2 + [(320, 32), (640, 32), (640, 16), (1280, 16)] + [(1280, 8)] * 2
-    up = [(2560, 8)] * 3 + [(2560, 16)] * 2 + [(1920, 16), (1920, 32), (1280, 32), (960, 32), (960, 64), (640, 64), (640, 64)]
+    up = (
+        [(2560, 8)] * 3
+        + [(2560, 16)] * 2
+        + [(1920, 16), (1920, 32), (1280, 32), (960, 32), (960, 64), (640, 64), (640, 64)]
+    )
     transformers = [(320, 64)] * 5 + [(640, 32)] * 5 + [(1280, 16)] * 5 + [(1280, 8)]
     resnets = down + [(1280, 8)] * 2 + up
     assert len(resnets) == 8 + 2 + 12
     by_hand = sum(2 * c * side**2 for c, side in resnets) + sum((4 + 3 * 2) * c * side**2 for c, side in transformers)
     eight, again = guess(sd15, 8), guess(sd15, 8, True)
     own = 2 * 859_520_964 + 16 * 1_594_368
-    assert 8 * by_hand < again.floor - own < 8 * 1.2 * by_hand  # beside it: the last norm, what enters the samplers, text and time
+    # beside it: the last norm, what enters the samplers, text and time
+    assert 8 * by_hand < again.floor - own < 8 * 1.2 * by_hand
     assert again.floor - own < 0.2 * (eight.floor - own) and again.peak - own < 0.3 * (eight.peak - own)
     geglu = 4096 * 2 * 4 * 320 * 2  # bytes of the widest row inside a transformer of 64²
     assert again.peak > again.floor + 8 * 2 * geglu  # with its gradient
@@ -228,7 +259,9 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_and_computes_one_at_a_time
 
 def test_evaluation_and_encoding_count_where_they_take_more_than_a_step(sd15: Path) -> None:
     step = guess(sd15, 8, True).peak
-    assert guess(sd15, 8, True, evaluated=64, encoded=1).peak > step < guess(sd15, 8, True, evaluated=1, encoded=16).peak
+    assert (
+        guess(sd15, 8, True, evaluated=64, encoded=1).peak > step < guess(sd15, 8, True, evaluated=1, encoded=16).peak
+    )
     assert guess(sd15, 8, evaluated=32).peak == guess(sd15, 8).peak  # without checkpointing the step is the larger
 
 
@@ -237,8 +270,12 @@ def test_the_sum_of_the_parts_is_the_estimate() -> None:
     unet = tiny.unet()
     adapter = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in unet.parameters()) - adapter
-    kept, step = estimate.step_of(estimate._unet(tiny.base(), run, False), *estimate._inputs(4, 4, 8, 24, 16), half=False)
-    on_gpu, on_cpu = (estimate.estimate(tiny.base(), run, **parts, on_gpu=on_gpu, photos=10) for on_gpu in (True, False))
+    kept, step = estimate.step_of(
+        estimate._unet(tiny.base(), run, False), *estimate._inputs(4, 4, 8, 24, 16), half=False
+    )
+    on_gpu, on_cpu = (
+        estimate.estimate(tiny.base(), run, **parts, on_gpu=on_gpu, photos=10) for on_gpu in (True, False)
+    )
     photos = 10 * (4 * 4 * 8 * 8 + 2 * 24 * 16)  # float32 latents of 16² pixels, half a caption of 24 tokens
     assert on_gpu.floor == 4 * frozen + 16 * adapter + kept
     assert on_cpu.floor == on_gpu.floor + photos and on_cpu.peak == on_gpu.peak + photos
@@ -256,21 +293,30 @@ def test_attention_may_be_called_by_keyword() -> None:
     assert alive.now < 2 * 4 * 256 * 256  # never the whole matrix
     real = {name: torch.randn(2, 4, 16, 8) for name in rows}
     with estimate.OnGpu(half=False):
-        assert torch.equal(F.scaled_dot_product_attention(**real, scale=0.5), F.scaled_dot_product_attention(*real.values(), scale=0.5))
+        assert torch.equal(
+            F.scaled_dot_product_attention(**real, scale=0.5), F.scaled_dot_product_attention(*real.values(), scale=0.5)
+        )
 
 
-# --- the tokens of a caption -------------------------------------------------------------------------------------------
+# --- the tokens of a caption
+# -------------------------------------------------------------------------------------------
 
 
 def folder(to: Path, encoder: dict, **tokenizer) -> Path:
     for part, settings in (("text_encoder", encoder), ("tokenizer", tokenizer)):
         (to / part).mkdir(parents=True)
-        (to / part / ("config.json" if part == "text_encoder" else "tokenizer_config.json")).write_text(json.dumps(settings))
+        (to / part / ("config.json" if part == "text_encoder" else "tokenizer_config.json")).write_text(
+            json.dumps(settings)
+        )
     return to
 
 
-@pytest.mark.parametrize("unset", [1e30, 10**30, 1000000000000000019884624838656, "77", None, True, -1, 0, float("nan"), float("inf"), [77]])
-def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text_encoder_has_positions(tmp_path: Path, unset) -> None:
+@pytest.mark.parametrize(
+    "unset", [1e30, 10**30, 1000000000000000019884624838656, "77", None, True, -1, 0, float("nan"), float("inf"), [77]]
+)
+def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text_encoder_has_positions(
+    tmp_path: Path, unset
+) -> None:
     assert family.tokens(folder(tmp_path, {"max_position_embeddings": 24}, model_max_length=unset)) == 24
 
 
@@ -284,7 +330,9 @@ def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text
         ({"text_config": {"max_position_embeddings": 32}}, {}, 32),
     ],
 )
-def test_a_caption_has_the_fewer_of_both_parts_tokens(tmp_path: Path, encoder: dict, tokenizer: dict, tokens: int) -> None:
+def test_a_caption_has_the_fewer_of_both_parts_tokens(
+    tmp_path: Path, encoder: dict, tokenizer: dict, tokens: int
+) -> None:
     assert family.tokens(folder(tmp_path, encoder, **tokenizer)) == tokens
 
 
@@ -299,7 +347,9 @@ def unset(tmp_path: Path) -> Path:
 
 def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
     captions = ["", *tiny.CAPTIONS, "rose " * 99]
-    (as_set, cut), (as_unset, too) = (cache._encode_captions(captions, base, torch.device("cpu")) for base in (tiny.base(), unset))
+    (as_set, cut), (as_unset, too) = (
+        cache._encode_captions(captions, base, torch.device("cpu")) for base in (tiny.base(), unset)
+    )
     assert cut == too == {cache._digest(captions[-1]): "cut"}
     assert as_set.keys() == as_unset.keys() and len(as_set) == 5
     for key, row in as_set.items():
@@ -307,5 +357,8 @@ def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unse
 
 
 def test_the_estimate_is_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
-    one, other = (estimate.estimate(base, tiny.CONFIG, tokens=family.tokens(base), half=True, on_gpu=True) for base in (tiny.base(), unset))
+    one, other = (
+        estimate.estimate(base, tiny.CONFIG, tokens=family.tokens(base), half=True, on_gpu=True)
+        for base in (tiny.base(), unset)
+    )
     assert one == other

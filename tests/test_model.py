@@ -85,7 +85,11 @@ def test_a_parts_fingerprint_is_the_sha256_of_its_names_and_file_hashes():
 
 @pytest.mark.parametrize(
     ("part", "file"),
-    [("unet", "diffusion_pytorch_model.safetensors"), ("scheduler", "scheduler_config.json"), ("tokenizer", "tokenizer.json")],
+    [
+        ("unet", "diffusion_pytorch_model.safetensors"),
+        ("scheduler", "scheduler_config.json"),
+        ("tokenizer", "tokenizer.json"),
+    ],
 )
 def test_one_changed_byte_changes_its_part_and_the_whole_and_no_other_part(tmp_path, part, file):
     folder = copy(tmp_path)
@@ -320,8 +324,12 @@ def test_training_on_a_bf16_base_gives_finite_float32_gradients_to_the_adapter_a
     unet = tiny.unet(dtype=torch.bfloat16)
     latents, text = tiny.batch(2)
     unet(latents.bfloat16(), torch.tensor([10, 500]), text.bfloat16()).sample.float().square().mean().backward()
-    assert {name for name, p in unet.named_parameters() if p.grad is not None} == {name for name, p in unet.named_parameters() if "lora" in name}
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
+    assert {name for name, p in unet.named_parameters() if p.grad is not None} == {
+        name for name, p in unet.named_parameters() if "lora" in name
+    }
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None
+    )
 
 
 def test_attention_has_four_layers_an_attention_block_and_two_matrices_a_layer():
@@ -356,7 +364,9 @@ def test_the_seed_alone_decides_the_first_adapter():
     again = model.new_adapter(tiny.base(), tiny.CONFIG)
     assert tiny.equal(again, tiny.fresh())
     other = model.new_adapter(tiny.base(), tiny.config(seed=43))
-    assert not torch.equal(other["mid_block.resnets.0.conv1.lora_A.weight"], again["mid_block.resnets.0.conv1.lora_A.weight"])
+    assert not torch.equal(
+        other["mid_block.resnets.0.conv1.lora_A.weight"], again["mid_block.resnets.0.conv1.lora_A.weight"]
+    )
 
 
 def test_adding_an_adapter_leaves_the_processes_random_numbers_alone():
@@ -410,7 +420,9 @@ def test_an_extra_key_is_refused_by_name():
     assert found == "0 keys missing, 1 extra, 0 of another shape or type; first: conv_in.lora_A.weight"
 
 
-@pytest.mark.parametrize("spoil", [lambda v: v.T, lambda v: v[:1], lambda v: torch.ones(1), lambda v: v.double(), lambda v: v.half()])
+@pytest.mark.parametrize(
+    "spoil", [lambda v: v.T, lambda v: v[:1], lambda v: torch.ones(1), lambda v: v.double(), lambda v: v.half()]
+)
 def test_another_shape_or_type_is_refused_by_name_even_where_it_would_broadcast(spoil):
     adapter = tiny.adapter(1)
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"

@@ -1,4 +1,6 @@
-"""Every file of a final folder draws the same picture, on small models and on Stable Diffusion 1.5's architecture; a changed one is found."""
+"""Every file of a final folder draws the same picture, on small models and on Stable Diffusion 1.5's architecture; a
+changed one is found.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.kit import tiny
 
 FIXTURES = tiny.ROOT.parent / "shared" / "data" / "sd15-fixtures"
 LORA = FIXTURES / "diffusers_sd_pokemon_lora.safetensors"
-PATHS = [(path, precision) for precision in ("fp32", "fp16") for path in ("PEFT", "diffusers", "kohya")] + [("merged", "fp32")]
+PATHS = [(path, precision) for precision in ("fp32", "fp16") for path in ("PEFT", "diffusers", "kohya")] + [
+    ("merged", "fp32")
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,10 @@ def trained(base: Path, config: RunConfig, scale: float) -> model.Adapter:
     """An adapter as training leaves one: A as it began, every B moved."""
     draw = torch.Generator().manual_seed(1)
     fresh = model.new_adapter(base, config)
-    return {key: torch.randn(value.shape, generator=draw) * scale if ".lora_B." in key else value for key, value in fresh.items()}
+    return {
+        key: torch.randn(value.shape, generator=draw) * scale if ".lora_B." in key else value
+        for key, value in fresh.items()
+    }
 
 
 def rewrite(file: Path, change, notes: dict[str, str] | None = None) -> None:
@@ -51,7 +58,8 @@ def rewrite(file: Path, change, notes: dict[str, str] | None = None) -> None:
     save_file(tensors, file, metadata=known | (notes or {}))
 
 
-# --- the same picture ------------------------------------------------------------------------------------------------------
+# --- the same picture
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_path_draws_the_picture_that_training_meant(final):
@@ -75,11 +83,15 @@ def test_a_share_is_the_mean_difference_over_the_adapters_effect(final, monkeypa
     assert [row.difference for row in rows] == pytest.approx([0.1] * len(PATHS)) and not any(row.same for row in rows)
 
 
-# --- a file that was changed -----------------------------------------------------------------------------------------------
+# --- a file that was changed
+# -----------------------------------------------------------------------------------------------
 
 
 def alpha_in_kohyas_tensors(folder: Path) -> None:
-    rewrite(folder / "kohya.safetensors", lambda t: t.update({key: value * 2 for key, value in t.items() if key.endswith(".alpha")}))
+    rewrite(
+        folder / "kohya.safetensors",
+        lambda t: t.update({key: value * 2 for key, value in t.items() if key.endswith(".alpha")}),
+    )
 
 
 def alpha_in_diffusers_metadata(folder: Path) -> None:
@@ -96,7 +108,10 @@ def alpha_in_pefts_settings(folder: Path) -> None:
 
 def a_layer_is_missing(folder: Path) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    rewrite(folder / "kohya.safetensors", lambda t: [t.pop(f"{name}.{part}") for part in ("lora_down.weight", "lora_up.weight", "alpha")])
+    rewrite(
+        folder / "kohya.safetensors",
+        lambda t: [t.pop(f"{name}.{part}") for part in ("lora_down.weight", "lora_up.weight", "alpha")],
+    )
 
 
 def another_adapter(folder: Path) -> None:
@@ -127,14 +142,25 @@ def test_an_adapter_that_changes_nothing_proves_nothing(tmp_path):
         parity.check(final, tiny.base(), tiny.CONFIG)
 
 
-# --- Stable Diffusion 1.5 ------------------------------------------------------------------------------------------------------
+# --- Stable Diffusion 1.5
+# ------------------------------------------------------------------------------------------------------
 
-SD15 = RunConfig.read({"base-model": "sd15", "resolution": 64, "lora-rank": 4, "lora-targets": "attention", "sample-prompts": "a red poppy"})
+SD15 = RunConfig.read(
+    {
+        "base-model": "sd15",
+        "resolution": 64,
+        "lora-rank": 4,
+        "lora-targets": "attention",
+        "sample-prompts": "a red poppy",
+    }
+)
 
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory) -> Path:
-    """A pipeline of Stable Diffusion 1.5's UNet, autoencoder and text width with random weights; 2 GB in half precision."""
+    """A pipeline of Stable Diffusion 1.5's UNet, autoencoder and text width with random weights; 2 GB in half
+    precision.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -159,14 +185,28 @@ def sd15(tmp_path_factory) -> Path:
         latent_channels=4,
         sample_size=512,
     )
-    words = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, num_attention_heads=12, max_position_embeddings=77, **ends)
+    words = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        **ends,
+    )
     folder = tmp_path_factory.mktemp("models") / "sd15"
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(words),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -190,7 +230,11 @@ def test_a_published_stable_diffusion_lora_draws_the_same_through_our_files_as_t
     model.check_adapter(lora.adapter, model.new_adapter(sd15, SD15))  # as a starting adapter is checked
     final = formats.write_final(tmp_path, lora.adapter, SD15, {})
     config, pictures = replace(SD15, sample_steps=2), []
-    for load in (lambda pipe: pipe.load_lora_weights(LORA), lambda pipe: parity.with_kohya(pipe, final), lambda pipe: None):
+    for load in (
+        lambda pipe: pipe.load_lora_weights(LORA),
+        lambda pipe: parity.with_kohya(pipe, final),
+        lambda pipe: None,
+    ):
         pipe = parity.stock(sd15)
         load(pipe)
         pictures.append(parity.drawn(pipe, config))

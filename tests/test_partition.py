@@ -58,7 +58,9 @@ def jpeg_or_png(number: int) -> bytes:
 
 
 def data_set(folder: Path, pictures: list[bytes], **columns) -> Path:
-    """A data set as Hugging Face stores it: parquet under data/, image struct, ClassLabel names in the schema's metadata."""
+    """A data set as Hugging Face stores it: parquet under data/, image struct, ClassLabel names in the schema's
+    metadata.
+    """
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": data, "path": None} for data in pictures], struct)
     features = {"image": {"_type": "Image"}}
@@ -222,7 +224,9 @@ ODD = (  # rows beside four good ones: a picture, a caption, and what a site mak
 
 
 def test_what_is_written_is_what_a_site_reads_of_the_same_rows(tmp_path):
-    pictures, texts, said = zip(*((jpeg_or_png(number), f"flower {number}", f"flower {number}") for number in range(0, 8, 2)), *ODD, strict=True)
+    pictures, texts, said = zip(
+        *((jpeg_or_png(number), f"flower {number}", f"flower {number}") for number in range(0, 8, 2)), *ODD, strict=True
+    )
     folder = data_set(tmp_path / "set", list(pictures), text=list(texts))
     out = partition("--dataset", folder, "--sites", 1, "--out", tmp_path / "out", "--public")
     direct, written = scan(folder), scan(tmp_path / "out" / "site-1")
@@ -236,11 +240,21 @@ def test_what_is_written_is_what_a_site_reads_of_the_same_rows(tmp_path):
 
 def test_labels_without_names_are_no_captions_here_either(tmp_path):
     pictures = [jpeg_or_png(number) for number in range(4)]
-    table = pa.table({"image": [{"bytes": data, "path": None} for data in pictures], "text": [["one", "two"], ["three"], [], None], "label": [0, 1, 2, 3]})
+    table = pa.table(
+        {
+            "image": [{"bytes": data, "path": None} for data in pictures],
+            "text": [["one", "two"], ["three"], [], None],
+            "label": [0, 1, 2, 3],
+        }
+    )
     (tmp_path / "set").mkdir()
     pq.write_table(table, tmp_path / "set" / "t.parquet")
     partition("--dataset", tmp_path / "set", "--sites", 1, "--out", tmp_path / "out")
-    assert sorted(listed(tmp_path / "out" / "site-1").values()) == sorted(p.caption for p in scan(tmp_path / "set").photos) == ["one", "three"]
+    assert (
+        sorted(listed(tmp_path / "out" / "site-1").values())
+        == sorted(p.caption for p in scan(tmp_path / "set").photos)
+        == ["one", "three"]
+    )
 
 
 def test_a_column_of_paths_and_addresses_is_counted_and_nothing_is_fetched(tmp_path):
@@ -250,7 +264,9 @@ def test_a_column_of_paths_and_addresses_is_counted_and_nothing_is_fetched(tmp_p
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"image": images, "text": list("abcd")}), tmp_path / "set" / "t.parquet")
     out = partition("--dataset", tmp_path / "set", "--sites", 1, "--out", tmp_path / "out")
-    assert sorted(listed(tmp_path / "out" / "site-1").values()) == ["a", "b"] and "1 absent" in out and "1 address" in out
+    assert (
+        sorted(listed(tmp_path / "out" / "site-1").values()) == ["a", "b"] and "1 absent" in out and "1 address" in out
+    )
 
 
 # --- mistakes with a name --------------------------------------------------------------------------------------------

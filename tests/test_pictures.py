@@ -79,7 +79,8 @@ def lab(colours: np.ndarray) -> np.ndarray:
 SCENE = np.stack(np.meshgrid(*[np.arange(20, 240, 18)] * 3, indexing="ij"), -1).reshape(13 * 13, 13, 3)
 FORMATS = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
 
-# --- colours -----------------------------------------------------------------------------------------------------------
+# --- colours
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", ["Adobe RGB", "Display P3"])
@@ -151,7 +152,8 @@ def test_a_16_bit_grey_that_is_named_transparent_becomes_white():
     ]
 
 
-# --- what a PNG carries along ----------------------------------------------------------------------------------------------
+# --- what a PNG carries along
+# ----------------------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -202,7 +204,8 @@ def test_the_texts_that_turn_a_png_upright_still_do():
     assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (255, 0, 0)
 
 
-# --- large photos --------------------------------------------------------------------------------------------------------
+# --- large photos
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(9504, 6336), (11648, 8736), (16320, 12240)], ids=["61", "102", "200"])

@@ -1,4 +1,6 @@
-"""Promises about the repository itself, kept by a machine: layers, contents of the bundle, settings told twice, no pickles."""
+"""Promises about the repository itself, kept by a machine: layers, contents of the bundle, settings told twice, no
+pickles.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def own(path: Path) -> set[str]:
 def outside(paths: list[Path], *packages: str) -> dict[str, set[str]]:
     """Which of these modules import from those packages, and what."""
     wanted = tuple(f"{package}." for package in packages)
-    found = {str(path.relative_to(ROOT)): {name for name in imports(path) if f"{name}.".startswith(wanted)} for path in paths}
+    found = {
+        str(path.relative_to(ROOT)): {name for name in imports(path) if f"{name}.".startswith(wanted)} for path in paths
+    }
     return {path: names for path, names in found.items() if names}
 
 
@@ -79,7 +83,8 @@ def below(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------
+# --- layers
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_module_of_the_app_has_its_layer():
@@ -102,18 +107,26 @@ SOON = (  # what only reads settings and folders
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [path for name in SOON for path in sorted(ROOT.glob(f"{name}.py"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for name in SOON for path in sorted(ROOT.glob(f"{name}.py"))], ids=lambda path: path.stem
+)
 def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(path):
     names = imports(path, everywhere=False)
     assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}
 
 
-# --- the house -----------------------------------------------------------------------------------------------------------
+# --- the house
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_sites_half_never_imports_the_hubs_nor_the_hubs_a_sites():
     assert outside(below("app/site"), "app.hub", "bouquet.hub") == {}
-    assert outside(below("app/hub") + below("app/adapter") + sorted((ROOT / "app").glob("*.py")), "app.site", "bouquet.site") == {}
+    assert (
+        outside(
+            below("app/hub") + below("app/adapter") + sorted((ROOT / "app").glob("*.py")), "app.site", "bouquet.site"
+        )
+        == {}
+    )
     assert outside(below("bouquet/site"), "app.hub", "bouquet.hub") == {}
 
 
@@ -128,11 +141,17 @@ def test_what_a_run_is_started_from_has_no_app_of_its_own_which_would_run_instea
     """The bundle's `app` is imported in these processes; one that is imported already would stay."""
     started = ["superexec", "serverapp", "supernode", "libraries"]
     code = "import sys; " + "; ".join(f"import bouquet.flower.{name}" for name in started)
-    done = subprocess.run([sys.executable, "-c", f"{code}; print(sorted(name for name in sys.modules if name.split('.')[0] == 'app'))"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(sorted(name for name in sys.modules if name.split('.')[0] == 'app'))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-# --- the bundle --------------------------------------------------------------------------------------------------------
+# --- the bundle
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
@@ -141,7 +160,15 @@ def test_the_bundle_holds_the_apps_code_and_nothing_of_a_sites_or_the_hubs(tmp_p
         path = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(path, tmp_path / name, ignore=ignored) if path.is_dir() else shutil.copy(path, tmp_path / name)
-    for name in ("metadata.jsonl", "app/metadata.jsonl", "data/site-1/metadata.jsonl", "app/site-1/captions.json", "notes.md", ".env", "site-1.yaml"):
+    for name in (
+        "metadata.jsonl",
+        "app/metadata.jsonl",
+        "data/site-1/metadata.jsonl",
+        "app/site-1/captions.json",
+        "notes.md",
+        ".env",
+        "site-1.yaml",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"file_name": "anna.png", "text": "private"}\n')
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))) as bundle:
@@ -151,7 +178,8 @@ def test_the_bundle_holds_the_apps_code_and_nothing_of_a_sites_or_the_hubs(tmp_p
     assert b"anna.png" not in everything
 
 
-# --- settings that stand in two places -----------------------------------------------------------------------------------
+# --- settings that stand in two places
+# -----------------------------------------------------------------------------------
 
 
 def test_pyprojects_run_config_is_the_apps_defaults():
@@ -162,7 +190,9 @@ def test_pyprojects_run_config_is_the_apps_defaults():
 
 
 def test_the_table_of_run_config_keys_is_the_apps():
-    between = re.search(r"<!-- run-config -->\n(.*?)\n<!-- /run-config -->", (ROOT / "docs/run-config.md").read_text(), re.DOTALL)
+    between = re.search(
+        r"<!-- run-config -->\n(.*?)\n<!-- /run-config -->", (ROOT / "docs/run-config.md").read_text(), re.DOTALL
+    )
     assert between.group(1).strip() == table()
 
 
@@ -187,7 +217,12 @@ def test_every_direct_dependency_has_the_same_pin_in_the_constraints():
 
 def codes() -> set[str]:
     """Error codes that the code names."""
-    sources = [path for folder in ("app", "bouquet", "benchmarks", "scripts", "docker") for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in {"", ".py", ".sh"}]
+    sources = [
+        path
+        for folder in ("app", "bouquet", "benchmarks", "scripts", "docker")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix in {"", ".py", ".sh"}
+    ]
     return {code for path in sources for code in re.findall(r"\b[A-Z]{3,}-\d\d\b", path.read_text())}
 
 
@@ -198,7 +233,8 @@ def test_every_error_code_has_a_heading_in_troubleshooting_and_no_heading_is_lef
     assert sorted(set(headings) - codes()) == [], "these headings are of no code"
 
 
-# --- what is not in the repository -----------------------------------------------------------------------------------------
+# --- what is not in the repository
+# -----------------------------------------------------------------------------------------
 
 
 def forbidden(tree: ast.AST) -> set[str]:
@@ -207,25 +243,49 @@ def forbidden(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found |= {name for name in names if name.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}}
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in {("torch", "load"), ("torch", "save")}:
+            found |= {
+                name
+                for name in names
+                if name.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+            }
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and (node.value.id, node.attr) in {("torch", "load"), ("torch", "save")}
+        ):
             found.add(f"torch.{node.attr}")
-        if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"} and not (isinstance(node.value, ast.Constant) and node.value.value is False):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in {"trust_remote_code", "allow_pickle"}
+            and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+        ):
             found.add(node.arg)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
             found.add(node.func.id)
     return found
 
 
-@pytest.mark.parametrize("line", ["import pickle", "from pickle import loads", "torch.load(x)", "f(x, trust_remote_code=True)", "np.load(x, allow_pickle=True)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(x)",
+        "f(x, trust_remote_code=True)",
+        "np.load(x, allow_pickle=True)",
+    ],
+)
 def test_the_check_for_pickles_finds_them(line):
     assert forbidden(ast.parse(line))
 
 
 def test_no_python_file_opens_a_pickle_or_runs_a_models_code():
-    sources = [path for path in files() if is_python(path) and path.relative_to(ROOT).parts[0] != "tests"]  # the tests make hostile files
+    # the tests make hostile files
+    sources = [path for path in files() if is_python(path) and path.relative_to(ROOT).parts[0] != "tests"]
     assert len(sources) > len(APP)
-    assert {str(path.relative_to(ROOT)): found for path in sources if (found := forbidden(ast.parse(path.read_text())))} == {}
+    assert {
+        str(path.relative_to(ROOT)): found for path in sources if (found := forbidden(ast.parse(path.read_text())))
+    } == {}
 
 
 def text_files() -> dict[str, str]:
@@ -234,18 +294,23 @@ def text_files() -> dict[str, str]:
 
 
 def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
-    places = re.compile(r"(?<![\w.~}$*])/(?:root(?!/\.cache)|home/\w+|opt/wheels|work/\w)")  # /root/.cache: pip's, in an image
+    # /root/.cache: pip's, in an image
+    places = re.compile(r"(?<![\w.~}$*])/(?:root(?!/\.cache)|home/\w+|opt/wheels|work/\w)")
     assert {name: found for name, text in text_files().items() if (found := places.findall(text))} == {}
 
 
 def test_the_development_data_are_named_by_tests_and_ci_alone():
     name = "/".join(("shared", "data"))
-    assert [path for path, text in text_files().items() if name in text and not path.startswith(("tests/", ".ci/"))] == []
+    assert [
+        path for path, text in text_files().items() if name in text and not path.startswith(("tests/", ".ci/"))
+    ] == []
 
 
 def test_no_private_key_is_in_the_repository():
     begin = re.compile(r"^-----BEGIN [A-Z ]*PRIVATE KEY-----$", re.MULTILINE)
-    assert [name for name, text in text_files().items() if begin.search(text) or name.endswith((".key", ".secret"))] == []
+    assert [
+        name for name, text in text_files().items() if begin.search(text) or name.endswith((".key", ".secret"))
+    ] == []
 
 
 def test_weights_are_safetensors_and_at_most_20_megabytes():

@@ -41,7 +41,8 @@ DAY = datetime.timedelta(days=1)
 RUN = 'base-model="tiny" resolution=16 batch-size=4 lora-rank=2 precision="fp32"'
 
 
-# --- TLS ---------------------------------------------------------------------------------------------------------------
+# --- TLS
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Authority:
@@ -51,23 +52,31 @@ class Authority:
         self.folder, self.key = folder, ec.generate_private_key(ec.SECP256R1())
         self.subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         self.ca = folder / f"{name}.crt"
-        made = self._make(self.subject, self.key.public_key(), -DAY, 3650 * DAY).add_extension(x509.BasicConstraints(True, None), True)
+        made = self._make(self.subject, self.key.public_key(), -DAY, 3650 * DAY).add_extension(
+            x509.BasicConstraints(True, None), True
+        )
         self.ca.write_bytes(made.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
     def _make(self, subject, public_key, start, end) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
-        return x509.CertificateBuilder(self.subject, subject, public_key, x509.random_serial_number(), now + start, now + end)
+        return x509.CertificateBuilder(
+            self.subject, subject, public_key, x509.random_serial_number(), now + start, now + end
+        )
 
     def server(self, names=("localhost", "127.0.0.1"), start=-DAY, end=90 * DAY) -> ssl.SSLContext:
         """TLS of a server whose certificate is for `names`, valid from `start` to `end` from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         alternatives = [x509.IPAddress(ipaddress.ip_address(n)) if n[0].isdigit() else x509.DNSName(n) for n in names]
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hub")])
-        made = self._make(subject, key.public_key(), start, end).add_extension(x509.SubjectAlternativeName(alternatives), False)
+        made = self._make(subject, key.public_key(), start, end).add_extension(
+            x509.SubjectAlternativeName(alternatives), False
+        )
         both = self.folder / f"server-{made._serial_number}.pem"
         both.write_bytes(
             made.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-            + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            + key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(both)
@@ -137,7 +146,9 @@ def test_a_certificate_for_another_name_is_told_from_other_mistakes(authority: A
 
 
 @pytest.mark.parametrize(("start", "end", "found"), [(-2 * DAY, -DAY, "expired"), (DAY, 2 * DAY, "not yet valid")])
-def test_a_certificate_that_is_not_valid_now_is_told_from_other_mistakes(authority: Authority, start, end, found: str) -> None:
+def test_a_certificate_that_is_not_valid_now_is_told_from_other_mistakes(
+    authority: Authority, start, end, found: str
+) -> None:
     with Hub(authority.server(start=start, end=end)) as hub:
         assert found in refused("CHECK-04", reach.certificate, hub, authority.ca)
 
@@ -173,7 +184,8 @@ def test_a_clock_that_flower_would_refuse_fails(authority: Authority, ahead: int
     assert f" s {said} the hub's" in found and int(found.split()[0]) == pytest.approx(abs(ahead), abs=1)
 
 
-# --- the key, at a real SuperLink ----------------------------------------------------------------------------------------
+# --- the key, at a real SuperLink
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +237,11 @@ def test_a_key_that_the_hub_does_not_know_fails_with_its_fingerprint(federation:
 
 
 def test_a_key_of_a_kind_that_flower_does_not_take_is_refused_before_the_hub_is_asked(tmp_path: Path) -> None:
-    sh("ssh-keygen -q -t ed25519 -N '' -f ed; ssh-keygen -q -t ecdsa -N secret -f locked; openssl ecparam -name prime256v1 -genkey -out pem", tmp_path)
+    sh(
+        "ssh-keygen -q -t ed25519 -N '' -f ed; ssh-keygen -q -t ecdsa -N secret -f locked; openssl ecparam -name"
+        " prime256v1 -genkey -out pem",
+        tmp_path,
+    )
     arguments = ("localhost:1", tmp_path / "ca.crt")
     assert "of another kind" in refused("CHECK-07", reach.admitted, *arguments, tmp_path / "ed")
     assert "without a password" in refused("CHECK-07", reach.admitted, *arguments, tmp_path / "locked")
@@ -233,14 +249,19 @@ def test_a_key_of_a_kind_that_flower_does_not_take_is_refused_before_the_hub_is_
     assert "No such file" in refused("CHECK-07", reach.admitted, *arguments, tmp_path / "absent")
 
 
-def test_a_signature_that_the_hub_takes_for_stale_is_told_from_an_unknown_key(federation: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signature_that_the_hub_takes_for_stale_is_told_from_an_unknown_key(
+    federation: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=400)
     monkeypatch.setattr("flwr.supernode.node_auth_http_interceptor.now", lambda: late)
-    found = refused("CHECK-06", reach.admitted, federation.address, federation.certs / "ca.crt", federation.certs / "site-1.key")
+    found = refused(
+        "CHECK-06", reach.admitted, federation.address, federation.certs / "ca.crt", federation.certs / "site-1.key"
+    )
     assert found.endswith("refuses the signature")
 
 
-# --- all of it -----------------------------------------------------------------------------------------------------------
+# --- all of it
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,9 +289,17 @@ def lines(site: dict[str, str], *names: str, **changes: str) -> dict[str, prefli
 
 
 def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
-    federation: Processes, site: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+    federation: Processes,
+    site: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    for name, value in {"HUB": federation.address, "CA": federation.certs / "ca.crt", "SITE_KEY": federation.certs / "site-1.key"}.items():
+    for name, value in {
+        "HUB": federation.address,
+        "CA": federation.certs / "ca.crt",
+        "SITE_KEY": federation.certs / "site-1.key",
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert cli.main(["site", "check"]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("bouquet: encoded")]
@@ -283,7 +312,9 @@ def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
     assert not [left for left in (tmp_path / "cache").iterdir() if not left.name.startswith(("sum-", "seen."))]
 
 
-def test_the_fast_part_leaves_out_the_decoding_and_the_step_and_prints_json_when_asked(site: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_the_fast_part_leaves_out_the_decoding_and_the_step_and_prints_json_when_asked(
+    site: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
     assert cli.main(["site", "check", "--fast", "--json"]) == 1  # there is no hub
     report = json.loads(capsys.readouterr().out)
     states = {check["name"]: check["state"] for check in report["checks"]}
@@ -302,7 +333,9 @@ def test_what_a_failed_check_makes_pointless_is_skipped_and_said_so(site: dict[s
     assert shown["step"].text == "not checked: memory, decode must pass first"
 
 
-def test_an_unknown_run_config_key_ends_the_preflight_with_its_name(site: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_run_config_key_ends_the_preflight_with_its_name(
+    site: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
     assert cli.main(["site", "check", "--run-config", "batch=4"]) == 1
     assert "CONFIG-01" in capsys.readouterr().out
 
@@ -325,14 +358,26 @@ def test_damaged_hostile_and_foreign_files_are_set_aside_by_name(site: dict[str,
     line = lines(site, "decode")["decode"]
     assert line.state == "warn"
     assert "8 usable" in line.text
-    for said in ("bomb.png: more than 50 million", "cut.png: the header or the pixels", "link.png: a link", "old.gif: not PNG"):
+    for said in (
+        "bomb.png: more than 50 million",
+        "cut.png: the header or the pixels",
+        "link.png: a link",
+        "old.gif: not PNG",
+    ):
         assert said in line.text
 
 
-def test_a_site_learns_before_it_joins_that_private_photos_need_more_than_a_few(site: dict[str, str], tmp_path: Path) -> None:
+def test_a_site_learns_before_it_joins_that_private_photos_need_more_than_a_few(
+    site: dict[str, str], tmp_path: Path
+) -> None:
     few, enough = (str(tiny.site(tmp_path / f"private-{count}", count, public=False)) for count in (12, 16))
     line = lines(site, "data", BOUQUET_DATA=few)["data"]
-    assert line.state == "fail" and line.text.startswith("SITE-02") and "12 usable" in line.text and "16 are needed" in line.text
+    assert (
+        line.state == "fail"
+        and line.text.startswith("SITE-02")
+        and "12 usable" in line.text
+        and "16 are needed" in line.text
+    )
     assert lines(site, "decode", BOUQUET_DATA=enough)["decode"].text == "all 16 pictures can be read; they are private"
     assert lines(site, "decode", BOUQUET_DATA=few, SITE_LIMITS="min-photos=4 min-held-out=4")["decode"].state == "pass"
 
@@ -341,18 +386,28 @@ def test_a_computers_own_files_are_counted_and_no_cause_for_a_warning(site: dict
     (tmp_path / "photos" / ".DS_Store").touch()
     (tmp_path / "photos" / "@eaDir").mkdir()
     line = lines(site, "decode")["decode"]
-    assert (line.state, line.text) == ("pass", "all 8 pictures can be read; they are public, and 2 files are a computer's own")
+    assert (line.state, line.text) == (
+        "pass",
+        "all 8 pictures can be read; they are public, and 2 files are a computer's own",
+    )
 
 
-def test_every_other_file_that_is_not_used_is_a_warning_and_not_counted_as_a_picture(site: dict[str, str], tmp_path: Path) -> None:
+def test_every_other_file_that_is_not_used_is_a_warning_and_not_counted_as_a_picture(
+    site: dict[str, str], tmp_path: Path
+) -> None:
     for name in ("photos.zip", "0000.txt", "gone.txt"):
         (tmp_path / "photos" / name).write_text("a flower")
     found = lines(site, "data", "decode")
     assert found["data"].text.startswith("8 pictures in") and found["decode"].state == "warn"
-    assert "set aside: 1 not-a-picture, 2 unused-caption" in found["decode"].text and "photos.zip: neither" in found["decode"].text
+    assert (
+        "set aside: 1 not-a-picture, 2 unused-caption" in found["decode"].text
+        and "photos.zip: neither" in found["decode"].text
+    )
 
 
-def test_captions_that_the_base_model_does_not_read_to_their_end_are_counted(site: dict[str, str], tmp_path: Path) -> None:
+def test_captions_that_the_base_model_does_not_read_to_their_end_are_counted(
+    site: dict[str, str], tmp_path: Path
+) -> None:
     photos = tmp_path / "photos"
     rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
     rows[0]["text"], rows[1]["text"] = "rose " * 22, "rose " * 23  # 24 and 25 tokens, of 24
@@ -371,7 +426,9 @@ def test_a_cache_that_cannot_be_written_fails(site: dict[str, str], tmp_path: Pa
     assert lines(site, "disk", BOUQUET_CACHE=str(tmp_path / "absent"))["disk"].text.startswith("CHECK-08")
 
 
-def test_a_key_that_others_may_read_is_admitted_with_a_warning(federation: Processes, site: dict[str, str], tmp_path: Path) -> None:
+def test_a_key_that_others_may_read_is_admitted_with_a_warning(
+    federation: Processes, site: dict[str, str], tmp_path: Path
+) -> None:
     key = tmp_path / "open.key"
     key.write_bytes((federation.certs / "site-1.key").read_bytes())
     key.chmod(0o644)
@@ -379,13 +436,18 @@ def test_a_key_that_others_may_read_is_admitted_with_a_warning(federation: Proce
     assert line.state == "warn" and line.fix == f"chmod 600 {key}"
 
 
-def test_an_estimate_that_fails_warns_and_leaves_the_answer_to_the_step(site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_that_fails_warns_and_leaves_the_answer_to_the_step(
+    site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise IndexError("tuple index out of range")
 
     monkeypatch.setattr("bouquet.site.estimate.estimate", fail)
     shown = lines(site, "step")
-    assert shown["memory"].state == "warn" and "cannot be estimated (IndexError: tuple index out of range)" in shown["memory"].text
+    assert (
+        shown["memory"].state == "warn"
+        and "cannot be estimated (IndexError: tuple index out of range)" in shown["memory"].text
+    )
     assert "GiB of RAM free" in shown["memory"].text and "training step" in shown["memory"].fix
     assert shown["step"].state == "pass"
 
@@ -404,14 +466,22 @@ def test_a_tokenizer_without_a_length_passes_the_estimate_and_the_step(site: dic
     assert (shown["memory"].state, shown["step"].state) == ("pass", "pass")
 
 
-# --- gradient checkpointing ----------------------------------------------------------------------------------------------
+# --- gradient checkpointing
+# ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("True", True), ("", False), ("0", False), ("false", False), (None, False)])
-def test_a_site_may_force_gradient_checkpointing_and_never_forbids_it(site: dict[str, str], value: str | None, on: bool) -> None:
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("1", True), ("true", True), ("True", True), ("", False), ("0", False), ("false", False), (None, False)],
+)
+def test_a_site_may_force_gradient_checkpointing_and_never_forbids_it(
+    site: dict[str, str], value: str | None, on: bool
+) -> None:
     env = site | ({} if value is None else {"SITE_CHECKPOINTING": value})
     assert Settings.read(env).config.gradient_checkpointing is on
-    assert Settings.read(env | {"RUN_CONFIG": f"{RUN} gradient-checkpointing=true"}).config.gradient_checkpointing is True
+    assert (
+        Settings.read(env | {"RUN_CONFIG": f"{RUN} gradient-checkpointing=true"}).config.gradient_checkpointing is True
+    )
 
 
 def test_a_switch_that_is_neither_on_nor_off_ends_the_preflight_with_its_name(
@@ -423,9 +493,13 @@ def test_a_switch_that_is_neither_on_nor_off_ends_the_preflight_with_its_name(
     assert "CHECK-09" in shown and "SITE_CHECKPOINTING=yes" in shown
 
 
-def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_step(site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_step(
+    site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpointed, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda unet, *rest: checkpointed.append(unet.is_gradient_checkpointing) or fit(unet, *rest))
+    monkeypatch.setattr(
+        train, "fit", lambda unet, *rest: checkpointed.append(unet.is_gradient_checkpointing) or fit(unet, *rest)
+    )
     both = [Preflight(Settings.read(site | {"SITE_CHECKPOINTING": value})) for value in ("", "1")]
     for checks in both:
         checks.check_model(), checks.check_data()
@@ -434,7 +508,8 @@ def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_
     assert lines(site, "step", SITE_CHECKPOINTING="1")["step"].state == "pass" and set(checkpointed) == {True}
 
 
-# --- the GPU -------------------------------------------------------------------------------------------------------------
+# --- the GPU
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -452,7 +527,13 @@ def test_the_pinned_gpu_alone_passes_and_a_second_visible_one_fails(nvml: StandI
 def test_a_wrong_uuid_stops_what_would_use_the_gpu_and_nothing_else(nvml: StandIn, site: dict[str, str]) -> None:
     nvml.state(A10)
     shown = lines(site, "step", "others", SITE_GPU="GPU-cccc3333")
-    assert {name for name, line in shown.items() if line.state in ("fail", "skip")} == {"gpu", "driver", "others", "memory", "step"}
+    assert {name for name, line in shown.items() if line.state in ("fail", "skip")} == {
+        "gpu",
+        "driver",
+        "others",
+        "memory",
+        "step",
+    }
     assert shown["gpu"].text.startswith("GPU-02")
 
 
@@ -468,7 +549,9 @@ def test_dockers_pin_counts_where_the_site_gives_none(nvml: StandIn, site: dict[
     assert lines(site, "gpu", NVIDIA_VISIBLE_DEVICES="GPU-cccc3333")["gpu"].text.startswith("GPU-02")
 
 
-def test_a_driver_older_than_the_images_cuda_fails(nvml: StandIn, site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_older_than_the_images_cuda_fails(
+    nvml: StandIn, site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     nvml.state(A10, driver="535.183.01 12020")
     assert lines(site, "driver", SITE_GPU="0")["driver"].text.startswith("GPU-04")
@@ -488,7 +571,9 @@ def test_a_gpu_with_little_left_warns_that_it_is_tight(nvml: StandIn, site: dict
     assert line.state == "warn" and "0.5 GiB free" in line.text
 
 
-def test_another_process_on_the_gpu_warns_and_so_does_one_that_cannot_be_seen(nvml: StandIn, site: dict[str, str]) -> None:
+def test_another_process_on_the_gpu_warns_and_so_does_one_that_cannot_be_seen(
+    nvml: StandIn, site: dict[str, str]
+) -> None:
     nvml.state(gpu(total=24576, free=20000, processes="4711:4000"))
     assert "process 4711 4000 MiB" in lines(site, "others", SITE_GPU="0")["others"].text
     nvml.state(gpu(total=24576, free=20000))
@@ -497,10 +582,16 @@ def test_another_process_on_the_gpu_warns_and_so_does_one_that_cannot_be_seen(nv
     assert lines(site, "others", SITE_GPU="0")["others"].state == "pass"
 
 
-def test_a_step_that_runs_out_of_gpu_memory_says_what_to_ask_for(site: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_runs_out_of_gpu_memory_says_what_to_ask_for(
+    site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("app.site.train.fit", full)
     line = lines(site, "step")["step"]
-    assert line.text.startswith("GPU-05") and "Tried to allocate 2.00 GiB" in line.text and "smaller batch-size" in line.fix
+    assert (
+        line.text.startswith("GPU-05")
+        and "Tried to allocate 2.00 GiB" in line.text
+        and "smaller batch-size" in line.fix
+    )

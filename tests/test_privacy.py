@@ -1,4 +1,6 @@
-"""What a hub can find out about one photo from the numbers that it asks for: the attacks that worked, and what stands against them."""
+"""What a hub can find out about one photo from the numbers that it asks for: the attacks that worked, and what stands
+against them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,15 @@ def photos(count: int, start: int = 0) -> tuple[Photo, ...]:
 
 def site(folder: Path, limits: Limits = Limits(), secret: Secret = Secret.MADE, **changes) -> train.Site:
     """A site with private photos, as a message of a run finds it; its cache is `cache` beside its folder."""
-    return train.Site(tiny.config(**{"local_steps": 4, **changes}), tiny.models(), folder, folder.parent / "cache", "", limits=limits, secret=secret)
+    return train.Site(
+        tiny.config(**{"local_steps": 4, **changes}),
+        tiny.models(),
+        folder,
+        folder.parent / "cache",
+        "",
+        limits=limits,
+        secret=secret,
+    )
 
 
 @pytest.fixture
@@ -41,16 +51,25 @@ def folder(tmp_path) -> Path:
     return tiny.site(tmp_path / "data", 24, public=False)
 
 
-# --- a photo is confirmed by the held-out loss -------------------------------------------------------------------------
+# --- a photo is confirmed by the held-out loss
+# -------------------------------------------------------------------------
 
 
 def guesses(base_site: train.Site) -> list[float]:
     """For every photo, were it the only one held out: the loss that the hub computes for it from what everybody knows."""
     losses = []
-    for number, known in [(number, known) for known in (base_site.train, base_site.held_out) for number in range(len(known.keys))]:
+    for number, known in [
+        (number, known) for known in (base_site.train, base_site.held_out) for number in range(len(known.keys))
+    ]:
         one = torch.tensor([number])
-        alone = type(known)(known.latents_NChw[one], known.texts_MTD, known.text_N[one], known.blank_TD, [known.keys[number]])
-        losses.append(diffusion.validation_loss(base_site.unet, base_site.scheduler, alone, torch.device("cpu"), timesteps=2, batch_size=4))
+        alone = type(known)(
+            known.latents_NChw[one], known.texts_MTD, known.text_N[one], known.blank_TD, [known.keys[number]]
+        )
+        losses.append(
+            diffusion.validation_loss(
+                base_site.unet, base_site.scheduler, alone, torch.device("cpu"), timesteps=2, batch_size=4
+            )
+        )
     return losses
 
 
@@ -83,20 +102,25 @@ def test_a_run_cannot_choose_who_is_held_out():
 
 def test_two_fractions_differ_by_whole_groups_of_photos_or_by_none():
     """Of 100 photos in groups of 8: 1 % and 5 % are one group, 13 % is two (13/8 is nearer to 2), 50 % is six."""
-    held = {fraction: set(PRIVATE.split(photos(100), fraction, 0, group=8)[1]) for fraction in (0.01, 0.05, 0.13, 0.3, 0.5)}
+    held = {
+        fraction: set(PRIVATE.split(photos(100), fraction, 0, group=8)[1]) for fraction in (0.01, 0.05, 0.13, 0.3, 0.5)
+    }
     assert [len(held[fraction]) for fraction in (0.01, 0.05, 0.13, 0.3, 0.5)] == [8, 8, 16, 32, 48]
     assert held[0.01] == held[0.05] < held[0.13] < held[0.3] < held[0.5]
 
 
 def test_nobody_without_the_secret_knows_who_is_held_out():
-    """Of 8 in 100 chosen by two secrets, or by a secret and by what everybody knows, fewer than half are the same by far."""
+    """Of 8 in 100 chosen by two secrets, or by a secret and by what everybody knows, fewer than half are the same by
+    far.
+    """
     some = photos(100)
     mine, another, known = (Privacy(bytes([n]) * 32).split(some, 0.1, 0, group=8)[1] for n in (1, 2, 0))
     assert mine != another and mine != known and len(set(mine) & set(another)) < 4
     assert mine == Privacy(bytes([1]) * 32).split(some[::-1], 0.1, 7, group=8)[1][::-1]
 
 
-# --- a photo is confirmed by recomputing the reply ---------------------------------------------------------------------
+# --- a photo is confirmed by recomputing the reply
+# ---------------------------------------------------------------------
 
 
 def test_a_run_of_one_photo_a_step_is_refused_before_anything_is_trained(folder):
@@ -105,7 +129,9 @@ def test_a_run_of_one_photo_a_step_is_refused_before_anything_is_trained(folder)
 
 
 def test_a_reply_cannot_be_computed_again_by_who_knows_the_run_the_photos_and_the_code(folder, tmp_path):
-    """The hub has every photo of the site, and knows whom it holds out; what it trains from them is another adapter all the same."""
+    """The hub has every photo of the site, and knows whom it holds out; what it trains from them is another adapter all
+    the same.
+    """
     config = {"batch_size": 1, "local_steps": 1, "caption_dropout": 1.0}
     here = site(folder, NO_FLOORS, **config)
     here.fit(here.privacy.seed(42, "site-1", 1))
@@ -122,7 +148,8 @@ def test_a_reply_cannot_be_computed_again_by_who_knows_the_run_the_photos_and_th
     assert sum(different) / len(different) > 0.3
 
 
-# --- whose secret, and where it is -----------------------------------------------------------------------------------------
+# --- whose secret, and where it is
+# -----------------------------------------------------------------------------------------
 
 
 def test_the_secret_is_made_once_for_the_site_alone_and_kept(folder, tmp_path):
@@ -135,7 +162,11 @@ def test_the_secret_is_made_once_for_the_site_alone_and_kept(folder, tmp_path):
 
 
 def test_the_secret_is_in_no_text_of_it():
-    assert SECRET.hex() not in f"{PRIVATE} {PRIVATE!r}" and repr(SECRET) not in f"{PRIVATE} {PRIVATE!r}" and str(PRIVATE) == "private"
+    assert (
+        SECRET.hex() not in f"{PRIVATE} {PRIVATE!r}"
+        and repr(SECRET) not in f"{PRIVATE} {PRIVATE!r}"
+        and str(PRIVATE) == "private"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "not hexadecimal", "00" * 31, "00" * 33])
@@ -160,7 +191,8 @@ def test_in_a_simulation_nothing_is_secret(folder, tmp_path):
     assert not (tmp_path / "cache" / privacy.FILE).exists()
 
 
-# --- public photos -----------------------------------------------------------------------------------------------------------
+# --- public photos
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_photos_are_public_only_as_long_as_the_folder_lists_every_one_of_them(tmp_path):
@@ -222,12 +254,31 @@ def test_a_public_digest_is_sha256_and_a_private_one_hmac():
     assert jefe.hex() == "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------------
+# --- numbers
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_leave_to_three_digits_and_counts_to_two():
-    told = {"loss": 0.205649, "seconds": 1234.6, "small": 1.23456e-7, "none": 0.0, "photos": 1999, "few": 99, "hundred": 109, "no": 0}
-    assert PRIVATE.told(told) == {"loss": 0.206, "seconds": 1230.0, "small": 1.23e-7, "none": 0.0, "photos": 1900, "few": 99, "hundred": 100, "no": 0}
+    told = {
+        "loss": 0.205649,
+        "seconds": 1234.6,
+        "small": 1.23456e-7,
+        "none": 0.0,
+        "photos": 1999,
+        "few": 99,
+        "hundred": 109,
+        "no": 0,
+    }
+    assert PRIVATE.told(told) == {
+        "loss": 0.206,
+        "seconds": 1230.0,
+        "small": 1.23e-7,
+        "none": 0.0,
+        "photos": 1900,
+        "few": 99,
+        "hundred": 100,
+        "no": 0,
+    }
     assert PUBLIC.told(told) == told
 
 
@@ -237,7 +288,9 @@ def rounded(value: float) -> bool:
 
 @pytest.fixture
 def private_run(tmp_path, monkeypatch) -> tuple[Federation, Path]:
-    federation = Federation(tmp_path, public=False, counts={"site-1": 24, "site-2": 173}, local_steps=4, sample_prompts="")
+    federation = Federation(
+        tmp_path, public=False, counts={"site-1": 24, "site-2": 173}, local_steps=4, sample_prompts=""
+    )
     return federation, federation.go(monkeypatch)
 
 
@@ -247,7 +300,8 @@ def test_a_run_over_private_photos_goes_well_and_hears_rounded_numbers_alone(pri
     replies = [reply.content["metrics"] for _, _, reply in federation.grid.came]
     assert len(replies) == 6 and all(rounded(value) for numbers in replies for value in numbers.values())
     sites = federation.history()["rounds"][0]["sites"]
-    assert (sites["site-1"]["num-examples"], sites["site-2"]["num-examples"]) == (16, 130)  # of 173: 40 held out, 133 told as 130
+    # of 173: 40 held out, 133 told as 130
+    assert (sites["site-1"]["num-examples"], sites["site-2"]["num-examples"]) == (16, 130)
 
 
 def test_what_leaves_and_what_is_logged_has_nothing_of_the_secret(private_run, capfd):
@@ -284,7 +338,9 @@ def test_a_site_that_has_answered_enough_this_week_refuses_the_next_run_by_name(
 
 
 def test_a_site_with_too_few_private_photos_says_so_to_the_hub_and_the_rest_to_its_log(tmp_path, monkeypatch, capfd):
-    federation = Federation(tmp_path, public=False, counts={"site-1": 12, "site-2": 14}, local_steps=4, sample_prompts="")
+    federation = Federation(
+        tmp_path, public=False, counts={"site-1": 12, "site-2": 14}, local_steps=4, sample_prompts=""
+    )
     assert "SITE-02 Too few training images." in str(federation.fails(monkeypatch, "HUB-02"))
     assert "holds 12 usable .png, .jpg or .webp images; 16 are needed" in capfd.readouterr().out
 

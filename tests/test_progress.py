@@ -10,7 +10,9 @@ from tests.kit.runs import a_run, history, written
 
 
 def test_a_sparkline_goes_from_the_lowest_bar_to_the_highest():
-    assert progress.sparkline([8, 1, 4.5]) == "█▁▅" and progress.sparkline([2, 2]) == "▁▁" and progress.sparkline([]) == ""
+    assert (
+        progress.sparkline([8, 1, 4.5]) == "█▁▅" and progress.sparkline([2, 2]) == "▁▁" and progress.sparkline([]) == ""
+    )
 
 
 def test_the_progress_line_says_round_losses_sites_and_time_left():

@@ -1,4 +1,5 @@
-"""Hosts behind a proxy: a site's preflight goes the way its SuperNode goes, and nobody asks a proxy for this host's own loopback.
+"""Hosts behind a proxy: a site's preflight goes the way its SuperNode goes, and nobody asks a proxy for this host's
+own loopback.
 
 A real proxy on loopback, which knows a name that no DNS does; a real TLS server as the hub.
 """
@@ -124,7 +125,9 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
-def test_a_hub_that_only_a_proxy_reaches_passes_the_preflight(authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_hub_that_only_a_proxy_reaches_passes_the_preflight(
+    authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     with running(Proxy()) as proxy:
         monkeypatch.setenv(name, f"http://{proxy.address}")
         assert reach.certificate(f"{FAR}:{hub}", authority.ca) == pytest.approx(90, abs=0.01)
@@ -132,7 +135,9 @@ def test_a_hub_that_only_a_proxy_reaches_passes_the_preflight(authority: Authori
     assert proxy.asked == [f"{FAR}:{hub}"] * 2
 
 
-def test_the_supernodes_own_client_takes_the_same_way(authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supernodes_own_client_takes_the_same_way(
+    authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -144,40 +149,54 @@ def test_the_supernodes_own_client_takes_the_same_way(authority: Authority, hub:
     assert set(proxy.asked) == {f"{FAR}:{hub}"}
 
 
-def test_a_host_that_no_proxy_spares_is_asked_directly(authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_no_proxy_spares_is_asked_directly(
+    authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(Proxy()) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
         monkeypatch.setenv("NO_PROXY", "example.org,localhost")
         reach.certificate(f"localhost:{hub}", authority.ca)
-        assert "no address is known for hub.invalid" not in refused("CHECK-01", reach.certificate, f"{FAR}:1", authority.ca)
+        assert "no address is known for hub.invalid" not in refused(
+            "CHECK-01", reach.certificate, f"{FAR}:1", authority.ca
+        )
     assert proxy.asked == [f"{FAR}:1"]
 
 
 @pytest.mark.parametrize("status", [403, 407, 502])
-def test_a_proxy_that_refuses_is_named_without_its_password(authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_proxy_that_refuses_is_named_without_its_password(
+    authority: Authority, hub: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     with running(Proxy(status)) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://anna:geheim@{proxy.address}")
         found = refused("CHECK-01", reach.certificate, f"{FAR}:{hub}", authority.ca)
     assert found == f"the proxy {proxy.address} does not connect to {FAR}:{hub}: {status} so"
 
 
-def test_a_proxy_that_is_down_or_of_a_kind_that_cannot_be_used_is_named(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_is_down_or_of_a_kind_that_cannot_be_used_is_named(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     down = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("HTTPS_PROXY", f"http://anna:geheim@{down}")
-    assert refused("CHECK-01", reach.certificate, f"{FAR}:8443", authority.ca) == f"{FAR}:8443 through the proxy {down}: Connection refused"
+    assert (
+        refused("CHECK-01", reach.certificate, f"{FAR}:8443", authority.ca)
+        == f"{FAR}:8443 through the proxy {down}: Connection refused"
+    )
     for strange in ("socks5://127.0.0.1:1", "ftp://127.0.0.1:1"):
         monkeypatch.setenv("HTTPS_PROXY", strange)
         assert "the proxy 127.0.0.1:1" in refused("CHECK-01", reach.certificate, f"{FAR}:8443", authority.ca)
 
 
-def test_the_wrong_certificate_behind_a_proxy_is_still_the_wrong_one(authority: Authority, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrong_certificate_behind_a_proxy_is_still_the_wrong_one(
+    authority: Authority, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(Proxy()) as proxy, Hub(Authority(tmp_path, "theirs").server(names=(FAR,))) as other:
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
         found = refused("CHECK-02", reach.certificate, f"{FAR}:{other.rpartition(':')[2]}", authority.ca)
     assert f"through the proxy {proxy.address}" in found and "issuer" in found
 
 
-# --- the hub's own host ----------------------------------------------------------------------------------------------------
+# --- the hub's own host
+# ----------------------------------------------------------------------------------------------------
 
 SPARED = "127.0.0.1,localhost,::1"
 
@@ -197,24 +216,40 @@ def test_loopback_is_added_to_what_no_proxy_is_asked_for(env: dict[str, str], ex
     assert spared(env) == ({} if expected is None else {"no_proxy": expected, "NO_PROXY": expected})
 
 
-def test_the_scripts_and_all_that_they_start_ask_no_proxy_for_this_host(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scripts_and_all_that_they_start_ask_no_proxy_for_this_host(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     shown = sh('. scripts/_lib.sh; bash -c "echo \\$NO_PROXY \\$no_proxy"', ROOT).stdout.split()
     assert shown == [SPARED, SPARED]
     with Hub(authority.server()) as hub:
         for host in (hub, hub.replace("localhost", "127.0.0.1")):
             ask = f"import ssl, urllib.request, httpx\ntls = ssl.create_default_context(cafile={str(authority.ca)!r})\n"
-            look = f"assert httpx.get('https://{host}/', verify=tls).status_code == 404\ntry: urllib.request.urlopen('https://{host}/', context=tls)\nexcept urllib.error.HTTPError as e: print(e.code)"
-            done = subprocess.run([sys.executable, "-c", f"import bouquet.hub.runs, urllib.error\n{ask}{look}"], cwd=ROOT, capture_output=True, text=True)
+            look = (
+                f"assert httpx.get('https://{host}/', verify=tls).status_code == 404\ntry:"
+                f" urllib.request.urlopen('https://{host}/', context=tls)\nexcept urllib.error.HTTPError as e:"
+                " print(e.code)"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", f"import bouquet.hub.runs, urllib.error\n{ask}{look}"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
             assert done.stdout == "404\n", done.stderr
 
 
-# --- a whole site ------------------------------------------------------------------------------------------------------------
+# --- a whole site
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_site_whose_way_leads_through_a_proxy_is_checked_and_joins_from_a_hub_whose_host_has_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process has HTTP_PROXY and HTTPS_PROXY; what is on loopback, at the hub and between the site's own processes, goes without."""
+def test_a_site_whose_way_leads_through_a_proxy_is_checked_and_joins_from_a_hub_whose_host_has_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process has HTTP_PROXY and HTTPS_PROXY; what is on loopback, at the hub and between the site's own
+    processes, goes without.
+    """
     copy, port = copy_project(tmp_path / "bouquet"), free_port()
     (copy / ".env").write_text(f"HUB_HOST={FAR}\nHUB_PORT={port}\n")
     sh("scripts/certs", copy)
@@ -237,7 +272,9 @@ def test_a_site_whose_way_leads_through_a_proxy_is_checked_and_joins_from_a_hub_
             for name in (*NAMES, *map(str.upper, NAMES)):
                 monkeypatch.delenv(name, raising=False)
             shown = sh("./site check --fast", site.kit).stdout
-            assert re.search(rf"^pass  hub +{FAR}:{port} answers", shown, re.MULTILINE) and re.search(r"^pass  key ", shown, re.MULTILINE), shown
+            assert re.search(rf"^pass  hub +{FAR}:{port} answers", shown, re.MULTILINE) and re.search(
+                r"^pass  key ", shown, re.MULTILINE
+            ), shown
             site.start()
             try:
                 wait_for(copy, "garden", "online")

@@ -1,4 +1,6 @@
-"""An adapter's way to people: the page's commands and snippets as printed, the model card, and the upload to a hub on loopback."""
+"""An adapter's way to people: the page's commands and snippets as printed, the model card, and the upload to a hub on
+loopback.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,18 @@ from bouquet.adapter import card
 from tests.kit import tiny
 from tests.kit.hugging_face import TOKEN, Hub
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # huggingface_hub's PUT with httpx 0.28
+# huggingface_hub's PUT with httpx 0.28
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")
 PAGE = (ROOT / "docs" / "models.md").read_text()
 MINI = ROOT / "models" / "mini"
-CONFIG = RunConfig.read({"lora-rank": 2, "rounds": 3, "sample-steps": 2, "sample-prompts": "a red poppy, meadow background|a white lily, night background"})
+CONFIG = RunConfig.read(
+    {
+        "lora-rank": 2,
+        "rounds": 3,
+        "sample-steps": 2,
+        "sample-prompts": "a red poppy, meadow background|a white lily, night background",
+    }
+)
 SITES = {"rose garden": {"images": 40}, "lily clinic": {"images": 24}}
 
 
@@ -57,7 +67,9 @@ def copy(tmp_path_factory) -> Path:
     """A copy of the project with a finished run of the demo's base model, as after scripts/demo."""
     folder = copy_project(tmp_path_factory.mktemp("models") / "bouquet")
     draw = torch.Generator().manual_seed(1)
-    adapter = {key: torch.randn(value.shape, generator=draw) * 0.2 for key, value in model.new_adapter(MINI, CONFIG).items()}
+    adapter = {
+        key: torch.randn(value.shape, generator=draw) * 0.2 for key, value in model.new_adapter(MINI, CONFIG).items()
+    }
     (folder / ".bouquet" / "adapters").mkdir(parents=True)
     run(folder / ".bouquet" / "adapters", CONFIG, MINI, adapter)
     sh("scripts/partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
@@ -74,7 +86,9 @@ def tiny_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def publish(tiny_run, tmp_path, monkeypatch, capsys):
-    """`scripts/publish garden/flowers OPTION...` on a copy of the tiny run: (exit code, what it printed, the final folder)."""
+    """`scripts/publish garden/flowers OPTION...` on a copy of the tiny run: (exit code, what it printed, the final
+    folder).
+    """
     final = shutil.copytree(tiny_run / "final", tmp_path / "run" / "final")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -89,7 +103,8 @@ def publish(tiny_run, tmp_path, monkeypatch, capsys):
     return call
 
 
-# --- the page --------------------------------------------------------------------------------------------------------------
+# --- the page
+# --------------------------------------------------------------------------------------------------------------
 
 
 def blocks(language: str) -> list[str]:
@@ -111,7 +126,9 @@ def test_the_pages_commands_run_as_printed(copy):
     names += [f".bouquet/adapters/latest/{name}" for name in ("final/README.md", "measures.json", "memory.json")]
     assert [name for name in names if not (copy / name).is_file()] == []
     for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
-        assert (copy.parent / tool / "flowers.safetensors").read_bytes() == (copy / ".bouquet/adapters/latest/final/kohya.safetensors").read_bytes()
+        assert (copy.parent / tool / "flowers.safetensors").read_bytes() == (
+            copy / ".bouquet/adapters/latest/final/kohya.safetensors"
+        ).read_bytes()
 
 
 def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_they_say(copy, monkeypatch):
@@ -128,14 +145,18 @@ def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_the
     for block in blocks("python"):
         exec(compile(block, "docs/models.md", "exec"), session)
     full, weaker, peft, merged = (
-        np.asarray(Image.open(copy / f"poppy{name}.png").convert("RGB")).astype(int) for name in ("", "-weaker", "-peft", "-merged")
+        np.asarray(Image.open(copy / f"poppy{name}.png").convert("RGB")).astype(int)
+        for name in ("", "-weaker", "-peft", "-merged")
     )
     assert np.abs(full - peft).max() <= 1 and np.abs(full - merged).max() <= 2  # of 255
     assert np.abs(full - weaker).mean() > 1
 
 
 def test_half_precision_has_the_same_tensors_in_half_the_bytes(tiny_run):
-    sizes = [sum(value.nbytes for value in load_file(tiny_run / "final" / folder / formats.DIFFUSERS).values()) for folder in (".", "fp16")]
+    sizes = [
+        sum(value.nbytes for value in load_file(tiny_run / "final" / folder / formats.DIFFUSERS).values())
+        for folder in (".", "fp16")
+    ]
     assert sizes[0] == 2 * sizes[1] == 4 * sum(value.numel() for value in tiny.adapter(3).values())
 
 
@@ -145,7 +166,8 @@ def test_every_file_of_the_final_folder_stands_on_the_page(tiny_run):
     assert named == {path.name for path in (tiny_run / "final").iterdir()}
 
 
-# --- the card ----------------------------------------------------------------------------------------------------------------
+# --- the card
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def card_of(folder: Path) -> tuple[dict, str]:
@@ -173,9 +195,13 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
         "pipeline_tag": "text-to-image",
         "tags": list(card.TAGS),
         "instance_prompt": first,
-        "widget": [{"text": first, "output": {"url": "images/1.png"}}, {"text": second, "output": {"url": "images/2.png"}}],
+        "widget": [
+            {"text": first, "output": {"url": "images/1.png"}},
+            {"text": second, "output": {"url": "images/2.png"}},
+        ],
     }
-    assert data == yaml.safe_load((final / "README.md").read_text().split("---\n")[1])  # plain YAML 1.1, nothing of Python's
+    # plain YAML 1.1, nothing of Python's
+    assert data == yaml.safe_load((final / "README.md").read_text().split("---\n")[1])
     assert all(size_of(final / entry["output"]["url"]) == (16, 16) for entry in data["widget"])
 
 
@@ -190,7 +216,12 @@ def test_the_cards_snippet_runs_as_printed(publish, monkeypatch, tmp_path):
     [snippet] = re.findall(r"^```python\n(.*?)^```", card_of(final)[1], re.DOTALL | re.MULTILINE)
     assert '"garden/base"' in snippet and '"garden/flowers"' in snippet
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace("garden/base", str(tiny.base())).replace("garden/flowers", str(final)), "README.md", "exec"), {})
+    exec(
+        compile(
+            snippet.replace("garden/base", str(tiny.base())).replace("garden/flowers", str(final)), "README.md", "exec"
+        ),
+        {},
+    )
     assert size_of(tmp_path / "picture.png") == (16, 16)
 
 
@@ -198,13 +229,21 @@ def test_the_card_tells_provenance_and_limits_and_names_no_site(publish):
     _, _, final = publish()
     data, text = card_of(final)
     told = json.loads((final / "provenance.json").read_text())
-    for known in ("| sites | 2 |", "| training images | 64 |", "rank 2, alpha 2", told["adapter_sha256"], told["base"]["fingerprint"], "## Limits"):
+    for known in (
+        "| sites | 2 |",
+        "| training images | 64 |",
+        "rank 2, alpha 2",
+        told["adapter_sha256"],
+        told["base"]["fingerprint"],
+        "## Limits",
+    ):
         assert known in text
     assert not any(site in text for site in SITES)
     assert "base_model" not in data  # nobody said where the hub has `tiny`
 
 
-# --- what goes out, and what does not --------------------------------------------------------------------------------------------
+# --- what goes out, and what does not
+# --------------------------------------------------------------------------------------------
 
 
 def test_without_upload_nothing_is_sent_and_everything_before_it_is_done(publish, monkeypatch):
@@ -233,13 +272,21 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
     assert code == 0, shown
     repo = hub.repos["garden/flowers"]
     listed = re.findall(r"^file +[\d,]+ +(\S+)$", shown, re.MULTILINE)
-    assert sorted(repo["files"]) == sorted(listed) and repo["private"] and len([r for r in hub.asked if "/commit/" in r]) == 1
+    assert (
+        sorted(repo["files"]) == sorted(listed)
+        and repo["private"]
+        and len([r for r in hub.asked if "/commit/" in r]) == 1
+    )
     assert f"{hub.url}/garden/flowers/commit/" in shown and TOKEN not in shown
     for path, content in repo["files"].items():
         assert path == "provenance.json" or content == (final / path).read_bytes()
-    assert set(listed) == {"README.md", "provenance.json", "images/1.png", "images/2.png", "images/before-after.png"} | {
-        f"{folder}{name}" for folder in ("", "fp16/") for name in formats.FILES
-    }
+    assert set(listed) == {
+        "README.md",
+        "provenance.json",
+        "images/1.png",
+        "images/2.png",
+        "images/before-after.png",
+    } | {f"{folder}{name}" for folder in ("", "fp16/") for name in formats.FILES}
 
 
 def test_sites_go_out_unnamed_unless_that_is_asked_for(publish, hub, monkeypatch):
@@ -247,7 +294,9 @@ def test_sites_go_out_unnamed_unless_that_is_asked_for(publish, hub, monkeypatch
     publish("--upload")
     sent = json.loads(hub.repos["garden/flowers"]["files"]["provenance.json"])
     assert sent["sites"] == {"site 1": {"images": 40}, "site 2": {"images": 24}} and sent["images"] == 64
-    assert not any(site.encode() in content for site in SITES for content in hub.repos["garden/flowers"]["files"].values())
+    assert not any(
+        site.encode() in content for site in SITES for content in hub.repos["garden/flowers"]["files"].values()
+    )
     publish("--upload", "--name-sites", "--public", repo="garden/open")
     assert json.loads(hub.repos["garden/open"]["files"]["provenance.json"])["sites"] == SITES
     assert not hub.repos["garden/open"]["private"]
@@ -275,7 +324,9 @@ def test_there_is_no_option_for_a_token(capsys):
         (TOKEN, "garden/flowers", True, "400: no room"),
     ],
 )
-def test_what_the_hub_says_when_it_refuses_stands_in_the_error(publish, hub, monkeypatch, tmp_path, token, repo, full, words):
+def test_what_the_hub_says_when_it_refuses_stands_in_the_error(
+    publish, hub, monkeypatch, tmp_path, token, repo, full, words
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("HF_TOKEN", token)
     hub.full = full
@@ -285,7 +336,8 @@ def test_what_the_hub_says_when_it_refuses_stands_in_the_error(publish, hub, mon
     assert not any(entry["files"] for entry in hub.repos.values())
 
 
-# --- what is refused before anything is drawn ----------------------------------------------------------------------------------
+# --- what is refused before anything is drawn
+# ----------------------------------------------------------------------------------
 
 
 def test_a_licence_that_nobody_named_is_asked_for():

@@ -1,4 +1,6 @@
-"""What the README says is so: every command is executed by a named test, the snippet runs as printed, every link leads to a file."""
+"""What the README says is so: every command is executed by a named test, the snippet runs as printed, every link leads
+to a file.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,14 @@ from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import connect
 
 README = (ROOT / "README.md").read_text()
-PAGES = "".join((ROOT / page).read_text() for page in ("docs/simulation.md", "docs/run-config.md", "docs/troubleshooting.md", "CONTRIBUTING.md"))
+PAGES = "".join(
+    (ROOT / page).read_text()
+    for page in ("docs/simulation.md", "docs/run-config.md", "docs/troubleshooting.md", "CONTRIBUTING.md")
+)
 BASE = ROOT / "models" / "mini"
 CERTS, COMPOSE, FEDERATION, JOIN, REPORT, SIMULATION, TRUST, WORTH, HERE = (
-    f"tests/test_{name}.py" for name in ("certs", "compose", "federation", "join", "report", "simulation", "trust", "worth", "readme")
+    f"tests/test_{name}.py"
+    for name in ("certs", "compose", "federation", "join", "report", "simulation", "trust", "worth", "readme")
 )
 DEMO = f"{FEDERATION}::test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started"
 BY_HAND = f"{COMPOSE}::test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume"
@@ -141,16 +147,25 @@ def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
 
 
 def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path: Path) -> None:
-    flowers = data_set(tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)])
+    flowers = data_set(
+        tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)]
+    )
     [command] = [line for line in commands() if line.startswith("scripts/partition --dataset")]
     sh(command.replace("<name or folder>", str(flowers)), copy)
     photos = [scan(copy / ".bouquet/flowers" / site).photos for site in ("site-1", "site-2")]
     assert [len(part) for part in photos] == [6, 6]
-    assert {photo.caption for part in photos for photo in part} >= {"a photo of a tiger lily", "a photo of a corn poppy"}
+    assert {photo.caption for part in photos for photo in part} >= {
+        "a photo of a tiger lily",
+        "a photo of a corn poppy",
+    }
 
 
-def test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub without sites, base models or a network names what the preset asks for. `--stream` ends with 0 all the same."""
+def test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub without sites, base models or a network names what the preset asks for. `--stream` ends with 0 all the
+    same.
+    """
     sh("scripts/certs", copy)
     (tmp_path / "models").mkdir()
     env = {"BOUQUET_MODELS": str(tmp_path / "models"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
@@ -195,7 +210,10 @@ def test_the_simulation_is_given_every_folder_it_needs() -> None:
 def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's final folder with a small adapter of random numbers on models/mini."""
     config, generator = RunConfig.read({"lora-rank": 2}), torch.Generator().manual_seed(1)
-    adapter = {key: torch.randn(value.shape, generator=generator) * 0.2 for key, value in model.new_adapter(BASE, config).items()}
+    adapter = {
+        key: torch.randn(value.shape, generator=generator) * 0.2
+        for key, value in model.new_adapter(BASE, config).items()
+    }
     return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, {})
 
 
@@ -233,9 +251,14 @@ def test_the_snippet_draws_with_the_adapter_that_a_run_leaves(final: Path, quick
 def test_the_same_folder_is_a_peft_adapter_and_draws_the_same(final: Path, quick: Path) -> None:
     [printed] = blocks("python")
     [peft] = re.findall(r"`(PeftModel\.from_pretrained\(.*?\))`", README)
-    with_peft = re.sub(r"^pipe\.load_lora_weights\(.*\)$", f"from peft import PeftModel\n{peft}", printed, flags=re.MULTILINE)
+    with_peft = re.sub(
+        r"^pipe\.load_lora_weights\(.*\)$", f"from peft import PeftModel\n{peft}", printed, flags=re.MULTILINE
+    )
     pictures = [
-        picture(code.replace("models/mini", str(BASE)).replace(".bouquet/adapters/latest/final", str(final)), quick / "poppy.png")
+        picture(
+            code.replace("models/mini", str(BASE)).replace(".bouquet/adapters/latest/final", str(final)),
+            quick / "poppy.png",
+        )
         for code in (printed, with_peft)
     ]
     assert "PeftModel" in with_peft and np.abs(pictures[0] - pictures[1]).max() <= 1
@@ -244,7 +267,9 @@ def test_the_same_folder_is_a_peft_adapter_and_draws_the_same(final: Path, quick
 # --- the links -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["README.md", "models/mini/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "models/mini/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+)
 def test_every_link_leads_to_a_file_of_the_project(page: str) -> None:
     links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (ROOT / page).read_text())
     assert [link for link in links if not ((ROOT / page).parent / link).is_file()] == []

@@ -39,7 +39,8 @@ def test_the_sheet_is_cut_into_the_pictures_it_was_made_of(tmp_path):
     assert found["rounds"] == [0, 1, 2, 3] and [p["text"] for p in found["prompts"]] == PROMPTS.split("|")
     for x, prompt in enumerate(found["prompts"]):
         for y, uri in enumerate(prompt["pictures"]):
-            assert np.abs(decoded(uri) - (40 * y, 200 * x, 90)).max() <= 4  # the whole picture is one shade: no edge was caught
+            # the whole picture is one shade: no edge was caught
+            assert np.abs(decoded(uri) - (40 * y, 200 * x, 90)).max() <= 4
 
 
 @pytest.mark.parametrize("resolution", [64, 176, 232, 512])
@@ -50,7 +51,9 @@ def test_the_sheet_is_understood_whatever_its_names_and_sizes(tmp_path, resoluti
     sample.grid(rows, ["base", "round 1", "round 2"], text.split("|"), cell).save(tmp_path / "samples.png")
     found = pictures.cut(tmp_path / "samples.png", {"sample_prompts": text, "resolution": resolution}, 2)
     assert found["rounds"] == [0, 1, 2] and found["cell"] == cell
-    assert all(np.abs(decoded(uri) - (9, 200, 90)).max() <= 4 for prompt in found["prompts"] for uri in prompt["pictures"])
+    assert all(
+        np.abs(decoded(uri) - (9, 200, 90)).max() <= 4 for prompt in found["prompts"] for uri in prompt["pictures"]
+    )
 
 
 def test_with_kept_rounds_alone_the_rows_are_the_newest_rounds(tmp_path):
@@ -64,7 +67,9 @@ def test_of_many_rounds_some_are_shown_the_first_and_the_last_always(tmp_path):
     names = ["base", *(f"round {n}" for n in range(1, 101))]
     sample.grid([[Image.new("RGB", (8, 8))] * 2] * 101, names, PROMPTS.split("|")).save(tmp_path / "samples.png")
     found = pictures.cut(tmp_path / "samples.png", told["config"], 100)
-    assert found["rounds"][:2] == [0, 1] and found["rounds"][-1] == 100 and len(found["rounds"]) + found["left_out"] == 101
+    assert (
+        found["rounds"][:2] == [0, 1] and found["rounds"][-1] == 100 and len(found["rounds"]) + found["left_out"] == 101
+    )
 
 
 def test_a_sheet_of_another_shape_is_shown_whole(tmp_path):
@@ -73,13 +78,17 @@ def test_a_sheet_of_another_shape_is_shown_whole(tmp_path):
 
 
 def test_a_chart_has_no_colour_font_or_name_of_its_own():
-    drawn = charts.lines([[(0, 0.3), (1, 0.2)]] * 10, [(0, 0.3), (1, 0.2)], "round", "Loss") + charts.stacks([[1, 2], [3, 4]], [1, 2], "Time")
+    drawn = charts.lines([[(0, 0.3), (1, 0.2)]] * 10, [(0, 0.3), (1, 0.2)], "round", "Loss") + charts.stacks(
+        [[1, 2], [3, 4]], [1, 2], "Time"
+    )
     assert not re.search(r"#[0-9a-fA-F]{3,6}\b(?=[;\"])|DejaVu|<style|<metadata|http://(?!www\.w3\.org)", drawn)
     assert {"var(--c0)", "var(--c7)", "var(--ink)", "var(--line)"} <= set(re.findall(r"var\(--\w+\)", drawn))
 
 
 def test_ids_in_two_charts_of_a_page_differ():
-    one, two = (set(re.findall(r'\bid="([^"]+)"', charts.lines([[(0, 1), (1, 2)]], [], "round", title))) for title in ("A", "B"))
+    one, two = (
+        set(re.findall(r'\bid="([^"]+)"', charts.lines([[(0, 1), (1, 2)]], [], "round", title))) for title in ("A", "B")
+    )
     assert one and not one & two
 
 
@@ -113,11 +122,20 @@ def rich(folder: Path) -> reading.Run:
     for entry in told["rounds"]:
         entry["refused"] = [{"site": HOSTILE, "reason": f"HUB-04  {HOSTILE}"}]
         for metrics in entry["sites"].values():
-            metrics |= {"update-norm": 1.5, "gpu-peak-mib": 9000.0, "gpu-utilisation": 91.0, "gpu-joules": 480.0, "gpu": HOSTILE, f"photos-{HOSTILE}": 2}
+            metrics |= {
+                "update-norm": 1.5,
+                "gpu-peak-mib": 9000.0,
+                "gpu-utilisation": 91.0,
+                "gpu-joules": 480.0,
+                "gpu": HOSTILE,
+                f"photos-{HOSTILE}": 2,
+            }
     judged = {"base": [0.0], "alone": [0.6, 0.6, 0.61], "federated": [0.8, 0.8, 0.81]}
     written(folder, told, sheet=True)
     site = compared([0.2, 0.2, 0.2], [0.18, 0.178, 0.176], judge=judged)
-    (folder / "worth.json").write_text(json.dumps({"seeds": [1, 2, 3], "steps": 30, "sites": {HOSTILE: site, "lily": site}}))
+    (folder / "worth.json").write_text(
+        json.dumps({"seeds": [1, 2, 3], "steps": 30, "sites": {HOSTILE: site, "lily": site}})
+    )
     (folder / "status.json").write_text(json.dumps({"round": 3, "missing": [HOSTILE], "refused": []}))
     return reading.read(folder)
 
@@ -134,18 +152,33 @@ def test_the_page_carries_everything_and_names_no_address(tmp_path):
         assert not {"onload", "onclick", "onerror"} & attributes.keys()
         for name in ("src", "href", "xlink:href", "action", "poster"):
             assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
-    [policy] = [a["content"] for tag, a in found.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; img-src data:;") and "'unsafe-inline'" not in policy.split("script-src")[1]
+    [policy] = [
+        a["content"] for tag, a in found.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert (
+        policy.startswith("default-src 'none'; img-src data:;")
+        and "'unsafe-inline'" not in policy.split("script-src")[1]
+    )
 
 
 def test_every_section_of_a_whole_run_is_there(tmp_path):
     text = Tags(page(rich(tmp_path / "7"))).text
-    for words in ("Did it work?", "What to look at", "Pictures", "Was joining worth it?", "Refused or missing, and why", "9 000 MiB", "91 %"):
+    for words in (
+        "Did it work?",
+        "What to look at",
+        "Pictures",
+        "Was joining worth it?",
+        "Refused or missing, and why",
+        "9 000 MiB",
+        "91 %",
+    ):
         assert words in text
     assert "1 440 J" in text and "3.00 J" in text  # 3 rounds of 480 J; over 3 · 10 steps of 16 images
 
 
-@pytest.mark.parametrize(("rounds", "state"), [(0, "running"), (0, "failed"), (1, "running"), (2, "failed"), (3, "finished")])
+@pytest.mark.parametrize(
+    ("rounds", "state"), [(0, "running"), (0, "failed"), (1, "running"), (2, "failed"), (3, "finished")]
+)
 def test_a_run_in_any_state_has_a_page(tmp_path, rounds, state):
     told = history(rounds, 3, state) | ({"error": "HUB-02  Too few valid replies."} if state == "failed" else {})
     if rounds == 0:
@@ -204,7 +237,11 @@ def test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told(tmp_pat
     folder = written(tmp_path / "adapters/7", history())
     adapters = {"BOUQUET_ADAPTERS": str(tmp_path / "adapters")}
     by_id = sh("scripts/report 7 --out - 2>/dev/null", ROOT, **adapters).stdout
-    assert by_id.startswith("<!doctype html>") and by_id.rstrip().endswith("</html>") and not (folder / "report.html").exists()
+    assert (
+        by_id.startswith("<!doctype html>")
+        and by_id.rstrip().endswith("</html>")
+        and not (folder / "report.html").exists()
+    )
     sh(f"scripts/report {folder} --out {tmp_path}/page.html", ROOT)
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
@@ -216,7 +253,10 @@ def test_following_a_run_that_has_failed_ends_with_1_and_leaves_its_page(tmp_pat
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize(("code", "make"), [("REPORT-01", lambda folder: None), ("REPORT-02", lambda folder: (folder / "history.json").write_text("{"))])
+@pytest.mark.parametrize(
+    ("code", "make"),
+    [("REPORT-01", lambda folder: None), ("REPORT-02", lambda folder: (folder / "history.json").write_text("{"))],
+)
 def test_a_folder_without_a_run_is_named(tmp_path, code, make):
     make(tmp_path)
     done = sh(f"scripts/report {tmp_path}", ROOT, check=False)
@@ -241,7 +281,16 @@ def test_every_picture_of_the_page_is_one_that_the_command_makes():
 
 def test_every_warning_of_the_report_is_explained_on_the_page():
     table = PAGE[PAGE.index("| it says |") : PAGE.index("## Pictures")]
-    for words in ("rose", "has risen for three rounds", "times as long", "was left out", "did not take part", "weighs", "waits for", "set aside"):
+    for words in (
+        "rose",
+        "has risen for three rounds",
+        "times as long",
+        "was left out",
+        "did not take part",
+        "weighs",
+        "waits for",
+        "set aside",
+    ):
         assert words in table
         assert words in inspect.getsource(findings)
 
@@ -252,17 +301,45 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
         ("scripts/report", "test_report.py", 'sh("scripts/report"'),
         ("scripts/report 1956480815642397762 --out run.html", "test_report.py", "--out {tmp_path}/page.html"),
         ("scripts/report --follow 1956480815642397762", "test_report.py", "scripts/report {folder} --follow"),
-        ("docker compose run --rm -T operator scripts/report --out - >report.html", "test_compose.py", "scripts/report --out - >report.html"),
-        ("scripts/worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44", "test_worth.py", "scripts/worth measure rose --data"),
-        (".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream", "test_compose.py", "tracker='tensorboard'"),
-        ("docker compose --profile dashboard up -d --wait dashboard", "test_compose.py", "--profile dashboard up -d --wait dashboard"),
-        ("docker compose --profile dashboard up -d --wait page", "test_compose.py", "--profile dashboard up -d --wait page"),
+        (
+            "docker compose run --rm -T operator scripts/report --out - >report.html",
+            "test_compose.py",
+            "scripts/report --out - >report.html",
+        ),
+        (
+            "scripts/worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44",
+            "test_worth.py",
+            "scripts/worth measure rose --data",
+        ),
+        (
+            ".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream",
+            "test_compose.py",
+            "tracker='tensorboard'",
+        ),
+        (
+            "docker compose --profile dashboard up -d --wait dashboard",
+            "test_compose.py",
+            "--profile dashboard up -d --wait dashboard",
+        ),
+        (
+            "docker compose --profile dashboard up -d --wait page",
+            "test_compose.py",
+            "--profile dashboard up -d --wait page",
+        ),
         ("scripts/live", "test_live.py", '["scripts/live", *args]'),
-        ("scripts/worth collect RUN-42 site-1.worth.json site-2.worth.json", "test_worth.py", "scripts/worth collect {runs[0]}"),
+        (
+            "scripts/worth collect RUN-42 site-1.worth.json site-2.worth.json",
+            "test_worth.py",
+            "scripts/worth collect {runs[0]}",
+        ),
     ],
 )
 def test_every_command_of_the_page_is_executed_by_a_test(command, file, words):
-    lines = [" ".join(re.sub(r"\s#.*", "", line).split()) for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        " ".join(re.sub(r"\s#.*", "", line).split())
+        for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+        for line in block.splitlines()
+    ]
     assert command in lines and len([line for line in lines if line.startswith("scripts/")]) == 6
     assert words in (ROOT / "tests" / file).read_text().split("# --- docs/report.md")[0]
 
@@ -279,7 +356,10 @@ def shown(tmp_path_factory) -> Path:
 
 
 def visible(browser) -> list[str]:
-    return browser.js("[...document.querySelectorAll('img[data-round]')].filter(i => i.offsetParent).map(i => i.dataset.round + ' ' + i.naturalWidth)")
+    return browser.js(
+        "[...document.querySelectorAll('img[data-round]')].filter(i => i.offsetParent).map(i => i.dataset.round + ' ' +"
+        " i.naturalWidth)"
+    )
 
 
 def test_the_page_opens_from_disk_without_a_complaint_or_a_request(browser, shown):
@@ -312,7 +392,11 @@ def test_a_hostile_name_is_seen_as_text_and_runs_nothing(browser, shown):
 def test_what_slips_past_escaping_would_not_run(browser, shown, tmp_path):
     """The page's own policy stops a script that is not its own: the second wall."""
     slipped = tmp_path / "slipped.html"
-    slipped.write_text(shown.read_text().replace("</main>", "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'></main>"))
+    slipped.write_text(
+        shown.read_text().replace(
+            "</main>", "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'></main>"
+        )
+    )
     browser.open(slipped)
     assert browser.js("window.ran === undefined") and browser.complaints()
 
@@ -334,7 +418,9 @@ def test_light_dark_and_print_have_their_colours(browser, shown):
         browser.open(shown)
         seen.append((browser.js(ink), browser.js(chart)))
     assert seen == [("rgb(36, 34, 30)", "rgb(42, 111, 219)"), ("rgb(235, 232, 226)", "rgb(110, 168, 255)")]
-    browser.send("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    browser.send(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
     assert browser.js(ink) == "rgb(0, 0, 0)"
     browser.send("Emulation.setEmulatedMedia", media="")
     assert browser.pdf().startswith(b"%PDF")

@@ -48,7 +48,9 @@ def test_without_an_adapter_it_is_the_base_models_own_picture(pipe):
     stock = StableDiffusionPipeline.from_pretrained(tiny.base(), safety_checker=None)
     stock.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(42), torch.Generator().manual_seed(43)]
-    expected = stock(PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=tiny.CONFIG.sample_guidance, generator=seeds).images
+    expected = stock(
+        PROMPTS, height=16, width=16, num_inference_steps=2, guidance_scale=tiny.CONFIG.sample_guidance, generator=seeds
+    ).images
     np.testing.assert_array_equal(pixels(sample.render(pipe, None, PROMPTS, tiny.CONFIG)), pixels(expected))
 
 
@@ -103,7 +105,8 @@ def test_drawing_leaves_the_adapters_as_they_are(pipe):
     assert model.adapter_hash(adapter) == model.adapter_hash(tiny.adapter(1))
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers 0.42's with numpy 2, where it makes sigmas
+# diffusers 0.42's with numpy 2, where it makes sigmas
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 @pytest.mark.parametrize(
     ("own", "drawn"),
     [
@@ -111,14 +114,22 @@ def test_drawing_leaves_the_adapters_as_they_are(pipe):
         ({"_class_name": "DPMSolverMultistepScheduler", "use_beta_sigmas": True}, "DPMSolverMultistepScheduler"),
     ],
 )
-def test_a_base_whose_scheduler_needs_scipy_is_drawn_by_the_nearest_that_does_not_and_it_is_said(own, drawn, tmp_path, capsys):
+def test_a_base_whose_scheduler_needs_scipy_is_drawn_by_the_nearest_that_does_not_and_it_is_said(
+    own, drawn, tmp_path, capsys
+):
     """LMS of the first order is Euler's method; scipy is not among the packages."""
     base = shutil.copytree(tiny.base(), tmp_path / "lms")
-    for name, change in (("scheduler/scheduler_config.json", own), ("model_index.json", {"scheduler": ["diffusers", own["_class_name"]]})):
+    for name, change in (
+        ("scheduler/scheduler_config.json", own),
+        ("model_index.json", {"scheduler": ["diffusers", own["_class_name"]]}),
+    ):
         (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
     [picture] = sample.render(sample.plain(base, torch.device("cpu")), None, PROMPTS[:1], tiny.CONFIG)
     told = capsys.readouterr().out
-    assert told.startswith(f"bouquet: without scipy, {own['_class_name']}") and f"{drawn} with its usual steps does" in told
+    assert (
+        told.startswith(f"bouquet: without scipy, {own['_class_name']}")
+        and f"{drawn} with its usual steps does" in told
+    )
     euler = sample.plain(tiny.base(), torch.device("cpu"))
     euler.scheduler = getattr(diffusers, drawn).from_config(euler.scheduler.config)
     np.testing.assert_array_equal(pixels([picture]), pixels(sample.render(euler, None, PROMPTS[:1], tiny.CONFIG)))

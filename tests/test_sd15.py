@@ -1,4 +1,6 @@
-"""Stable Diffusion 1.5's own architecture, built from its config with random weights: the path to it, without the download."""
+"""Stable Diffusion 1.5's own architecture, built from its config with random weights: the path to it, without the
+download.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ CONFIG = RunConfig.read(
 
 @pytest.fixture(scope="module")
 def photos() -> cache.Encoded:
-    """Two 64-pixel photos, as SD 1.5's autoencoder (8×, 4 channels) and text encoder (77 tokens, 768 features) shape them."""
+    """Two 64-pixel photos, as SD 1.5's autoencoder (8×, 4 channels) and text encoder (77 tokens, 768 features) shape
+    them.
+    """
     draw = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 768, generator=draw)
     return cache.Encoded.of(latents, text, torch.zeros(77, 768), ["rose", "lily"])
@@ -46,7 +50,9 @@ def photos() -> cache.Encoded:
 
 @pytest.fixture(scope="module")
 def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +120,12 @@ def test_the_exported_file_has_the_tensors_of_a_published_stable_diffusion_lora(
     ours = {key: tuple(value.shape) for key, value in load_file(final / "pytorch_lora_weights.safetensors").items()}
     with safe_open(LORA, "pt") as file:
         published = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    renamed = {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): shape for key, shape in published.items()}
+    renamed = {
+        key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): shape
+        for key, shape in published.items()
+    }
     assert ours == renamed
     assert tiny.equal(store.read_adapter(final), trained[1])
-
 
 
 def test_a_published_lora_is_an_adapter_that_the_app_applies(unet):
@@ -135,7 +143,10 @@ def test_a_published_lora_is_an_adapter_that_the_app_applies(unet):
 def test_stable_diffusions_tokenizer_gives_77_tokens_from_the_published_vocabulary():
     if not FIXTURES.exists():
         pytest.skip("the tokenizer ../shared/data/sd15-fixtures/clip-tokenizer is not here")
-    tokenizer = CLIPTokenizer.from_pretrained(FIXTURES / "clip-tokenizer", local_files_only=True, model_max_length=77)  # as in the model's own config
-    ids = tokenizer(["", "a photo of a cat"], padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+    # as in the model's own config
+    tokenizer = CLIPTokenizer.from_pretrained(FIXTURES / "clip-tokenizer", local_files_only=True, model_max_length=77)
+    ids = tokenizer(
+        ["", "a photo of a cat"], padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+    ).input_ids
     assert [len(row) for row in ids] == [77, 77]
     assert ids[0][:2] == [49406, 49407] and ids[1][:7] == [49406, 320, 1125, 539, 320, 2368, 49407]

@@ -78,7 +78,9 @@ def test_each_seam_says_why_it_is_there_and_what_would_end_it():
 
 
 def test_the_command_says_what_holds_and_starts_nothing():
-    done = subprocess.run([sys.executable, "-m", "bouquet.flower.seams"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "bouquet.flower.seams"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stdout.split() == [word for name in ALL for word in ("ok", name)]
 
 
@@ -289,7 +291,10 @@ runpy.run_module("bouquet.flower.{program.removesuffix(".py")}", run_name="__mai
 def test_nothing_of_the_app_is_imported_by_what_fits():
     """A process that works on messages has the bundle's `app`."""
     beside = str(ROOT)
-    code = f"import sys; sys.path.insert(0, {beside!r}); from bouquet.flower import seams; seams.check(); print('app' in sys.modules)"
+    code = (
+        f"import sys; sys.path.insert(0, {beside!r}); from bouquet.flower import seams; seams.check(); print('app' in"
+        " sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
     assert done.stdout == "False\n", done.stderr
 

@@ -133,7 +133,10 @@ class Hub(Control, Processes):
         return changed(super().superlink(), f"{less}\nimport runpy\nrunpy.run_module(sys.argv[0], run_name='__main__')")
 
     def serverapp(self) -> list:
-        return changed(super().serverapp(), f"from bouquet.flower import serverapp; serverapp.BEAT = {BEAT}\n{COUNTED}\nserverapp.main()")
+        return changed(
+            super().serverapp(),
+            f"from bouquet.flower import serverapp; serverapp.BEAT = {BEAT}\n{COUNTED}\nserverapp.main()",
+        )
 
     def starts(self) -> list[str]:
         file = self.home / "slow" / "starts"

@@ -58,7 +58,9 @@ class Simulation:
         return Path(self.env["BOUQUET_ADAPTERS"])
 
     def flwr(self, *args: str) -> dict:
-        done = subprocess.run([BIN / "flwr", *args, "--format", "json"], cwd=ROOT, env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [BIN / "flwr", *args, "--format", "json"], cwd=ROOT, env=self.env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout[done.stdout.index("{") :])
 
@@ -138,14 +140,23 @@ def trained_here(folder: Path, work: Path, number: int, start: model.Adapter) ->
 @pytest.mark.slow
 def test_the_app_runs_in_simulation_as_it_is(finished: Path) -> None:
     files = {str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file()}
-    assert {"round-0001/adapter_model.safetensors", "round-0002/adapter_model.safetensors", "final/provenance.json", "history.json"} <= files
+    assert {
+        "round-0001/adapter_model.safetensors",
+        "round-0002/adapter_model.safetensors",
+        "final/provenance.json",
+        "history.json",
+    } <= files
     assert (finished.parent / "latest").resolve() == finished
     assert set(json.loads((finished / "final/provenance.json").read_text())["sites"]) == {"site-1", "site-2"}
 
 
 @pytest.mark.slow
-def test_its_rounds_are_the_weighted_means_of_what_each_site_trains(simulation: Simulation, finished: Path, tmp_path: Path) -> None:
-    """Each site's share is its part of the training photos. Within 1e-6 of weights about 1e-2: float32, summed in another order."""
+def test_its_rounds_are_the_weighted_means_of_what_each_site_trains(
+    simulation: Simulation, finished: Path, tmp_path: Path
+) -> None:
+    """Each site's share is its part of the training photos. Within 1e-6 of weights about 1e-2: float32, summed in
+    another order.
+    """
     start, threads = model.new_adapter(tiny.base(), RunConfig.read(RUN)), torch.get_num_threads()
     torch.set_num_threads(1)  # as the actors have: more threads sum in another order
     try:
@@ -157,8 +168,11 @@ def test_its_rounds_are_the_weighted_means_of_what_each_site_trains(simulation: 
             after = read_adapter(finished / f"round-{number:04d}")
             assert after.keys() == first.keys()
             for key, value in after.items():
-                torch.testing.assert_close(value, (first[key] * one + second[key] * two) / (one + two), rtol=0, atol=1e-6)
-            assert max((first[key] - second[key]).abs().max() for key in first) > 1e-3  # so that a plain mean would differ
+                torch.testing.assert_close(
+                    value, (first[key] * one + second[key] * two) / (one + two), rtol=0, atol=1e-6
+                )
+            # so that a plain mean would differ
+            assert max((first[key] - second[key]).abs().max() for key in first) > 1e-3
             start = after
     finally:
         torch.set_num_threads(threads)
@@ -179,7 +193,9 @@ def test_a_simulation_with_too_few_sites_fails_by_name(simulation: Simulation) -
 
 
 @pytest.mark.slow
-def test_nothing_runs_on_after_the_local_superlink_is_stopped_by_its_pid(simulation: Simulation, finished: Path) -> None:
+def test_nothing_runs_on_after_the_local_superlink_is_stopped_by_its_pid(
+    simulation: Simulation, finished: Path
+) -> None:
     """`flwr run` leaves a SuperLink behind; the README's command to stop it finds that very process."""
     superlink = simulation.superlink()
     assert superlink and superlink.environ()["BOUQUET_DATA"] == simulation.env["BOUQUET_DATA"]
@@ -193,7 +209,13 @@ def test_nothing_runs_on_after_the_local_superlink_is_stopped_by_its_pid(simulat
 
 
 def simulated(partition: int) -> Context:
-    return Context(run_id=1, node_id=2, node_config={"partition-id": partition, "num-partitions": 2}, state=RecordDict(), run_config={})
+    return Context(
+        run_id=1,
+        node_id=2,
+        node_config={"partition-id": partition, "num-partitions": 2},
+        state=RecordDict(),
+        run_config={},
+    )
 
 
 def test_a_simulated_site_finds_its_own_folders_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,9 @@ def test_a_file_that_is_not_there_is_named(federation, monkeypatch):
     assert "flowers.safetensors" in federation.fails(monkeypatch, "EXPORT-03").found
 
 
-@pytest.mark.parametrize("name", ["../flowers.safetensors", "/flowers.safetensors", "a/b.safetensors", "flowers.bin", ".safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../flowers.safetensors", "/flowers.safetensors", "a/b.safetensors", "flowers.bin", ".safetensors"]
+)
 def test_no_path_and_no_other_format_is_taken(name):
     with pytest.raises(ConfigError, match="CONFIG-02"):
         RunConfig.read({"start-from": name})

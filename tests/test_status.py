@@ -1,4 +1,6 @@
-"""`scripts/hub status`: what it says of a run that works, has ended or was killed, and the exit code by which a script knows."""
+"""`scripts/hub status`: what it says of a run that works, has ended or was killed, and the exit code by which a script
+knows.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def facts(folder: Path, hub: dict) -> dict:
 def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until_when(tmp_path, hub):
     hub["offline"] = {"orchard": "2026-01-02T11:59:00+00:00"}
     more = {"since": NOW - 30, "deadline": NOW + 45, "took": {"meadow": 48.3}}
-    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **more)
+    folder = a_run(
+        tmp_path / "7", doing="waiting", round=2, attempt=1, replied=["garden"], missing=["meadow", "orchard"], **more
+    )
     assert status_.words(facts(folder, hub), NOW).splitlines() == [
         "run       7  running, waiting",
         "rounds    1 of 3 done, now 2",
@@ -66,14 +70,25 @@ def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until
 
 def test_a_site_that_never_replied_before_and_one_of_an_older_hub_are_at_work_all_the_same(tmp_path, hub):
     for number, took in enumerate(({}, None, {"meadow": "long"}), start=7):
-        folder = a_run(tmp_path / str(number), doing="waiting", round=2, missing=["meadow"], since=NOW - 80, deadline=NOW, took=took)
+        folder = a_run(
+            tmp_path / str(number),
+            doing="waiting",
+            round=2,
+            missing=["meadow"],
+            since=NOW - 80,
+            deadline=NOW,
+            took=took,
+        )
         assert "missing   meadow  at work for 80 s\n" in status_.words(facts(folder, hub), NOW)
 
 
 def test_a_run_that_failed_says_why_where_its_last_good_adapter_is_and_how_to_go_on(tmp_path, hub):
     said = status_.words(facts(a_run(tmp_path / "7", "failed"), hub), NOW)
     assert "why       HUB-02  Too few valid replies in round 2." in said and "adapter   7/round-0001" in said
-    assert said.splitlines()[-1] == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'"
+    assert (
+        said.splitlines()[-1]
+        == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'"
+    )
 
 
 def test_a_run_whose_serverapp_was_killed_has_failed_although_its_history_says_running(tmp_path, hub):
@@ -155,7 +170,9 @@ def test_a_torn_status_is_as_none(volume, monkeypatch):
 
 
 def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):
-    folder = a_run(tmp_path / "7", doing="waiting", round=2, attempt=0, since=NOW, deadline=NOW, missing=["\x1b[2Jmeadow"])
+    folder = a_run(
+        tmp_path / "7", doing="waiting", round=2, attempt=0, since=NOW, deadline=NOW, missing=["\x1b[2Jmeadow"]
+    )
     said = status_.words(facts(folder, hub), NOW)
     assert "\x1b" not in said and "missing   \ufffd[2Jmeadow" in said
 
@@ -164,7 +181,13 @@ def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):
 def test_the_exit_code_says_how_the_run_ended(tmp_path, state, code):
     a_run(tmp_path / "7", state, rounds=3)
     for follow in ("", " --follow"):
-        done = sh(f"scripts/hub status{follow} --json", ROOT, check=False, BOUQUET_ADAPTERS=str(tmp_path), FLWR_HOME=str(tmp_path / "flwr"))
+        done = sh(
+            f"scripts/hub status{follow} --json",
+            ROOT,
+            check=False,
+            BOUQUET_ADAPTERS=str(tmp_path),
+            FLWR_HOME=str(tmp_path / "flwr"),
+        )
         shown = json.loads(done.stdout[done.stdout.index("{") :])
         assert (done.returncode, shown["run"], shown["state"], shown["adapter"]) == (code, "7", state, "7/round-0003")
 
@@ -187,6 +210,10 @@ def test_without_an_id_the_newest_run_is_meant(tmp_path, monkeypatch):
 
 
 def test_a_sites_last_sign_of_life_is_the_hubs_own(monkeypatch):
-    sites = [roster.Site("garden", "online", "t1", None, 1), roster.Site("meadow", "offline", "t2", None, 2), roster.Site("new", "admitted", None, None, 3)]
+    sites = [
+        roster.Site("garden", "online", "t1", None, 1),
+        roster.Site("meadow", "offline", "t2", None, 2),
+        roster.Site("new", "admitted", None, None, 3),
+    ]
     monkeypatch.setattr(roster, "registered", lambda: sites)
     assert status_.seen() == {"meadow": "t2", "new": "never"}

@@ -23,7 +23,9 @@ def reply(site: str, images: int, value: list[float] | int) -> guard.Reply:
 
 
 def mean(replies: list[guard.Reply], **config) -> dict[str, torch.Tensor]:
-    return Strategy(tiny.config(**config)).aggregate(1, replies, {key: torch.zeros_like(v) for key, v in replies[0].adapter.items()})
+    return Strategy(tiny.config(**config)).aggregate(
+        1, replies, {key: torch.zeros_like(v) for key, v in replies[0].adapter.items()}
+    )
 
 
 def test_two_sites_result_is_the_mean_weighted_by_images_worked_out_in_numpy():
@@ -60,7 +62,11 @@ def test_a_few_tensors_at_a_time_give_the_same_adapter_bit_for_bit(kind, monkeyp
         monkeypatch.setattr(strategy, "MOST", most)
         calls = []
         call = strategy._call
-        monkeypatch.setattr(strategy, "_call", lambda flower, number, replies, keys: calls.append(len(list(keys))) or call(flower, number, replies, keys))
+        monkeypatch.setattr(
+            strategy,
+            "_call",
+            lambda flower, number, replies, keys: calls.append(len(list(keys))) or call(flower, number, replies, keys),
+        )
         one = Strategy(tiny.config(strategy=kind))
         first = one.aggregate(1, replies, tiny.adapter(9))
         rounds.append((first, one.aggregate(2, replies, first)))
@@ -77,7 +83,9 @@ def test_aggregating_does_not_change_what_the_sites_sent(strategy):
 
 
 def test_the_median_takes_no_notice_of_how_far_off_one_site_is():
-    assert mean([reply("a", 1, [1.0]), reply("b", 99, [2.0]), reply("c", 1, [1e9])], strategy="median")["w"].tolist() == [2.0]
+    assert mean([reply("a", 1, [1.0]), reply("b", 99, [2.0]), reply("c", 1, [1e9])], strategy="median")[
+        "w"
+    ].tolist() == [2.0]
 
 
 def test_the_trimmed_mean_leaves_out_both_ends():
@@ -87,7 +95,8 @@ def test_the_trimmed_mean_leaves_out_both_ends():
 
 
 def test_krum_takes_the_one_that_has_its_neighbours_nearest():
-    # distances² to the 5 − 1 − 2 = 2 nearest: 1.0 -> 0.01 + 0.04, 1.1 -> 0.01 + 0.01, 1.2 -> 0.01 + 0.04; the others are far
+    # distances² to the 5 − 1 − 2 = 2 nearest: 1.0 -> 0.01 + 0.04, 1.1 -> 0.01 + 0.01, 1.2 -> 0.01 + 0.04; the others
+    # are far
     replies = [reply(site, 1, [value]) for site, value in zip("abcde", [1.0, 1.1, 1.2, 9.0, -9.0], strict=True)]
     assert mean(replies, strategy="krum", krum_malicious=1)["w"].tolist() == [pytest.approx(1.1)]
 

@@ -1,4 +1,6 @@
-"""The fork server and the workers of a SuperNode: what they hold, what they must never do, and that runs and messages keep apart."""
+"""The fork server and the workers of a SuperNode: what they hold, what they must never do, and that runs and messages
+keep apart.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,13 @@ def run(code: str) -> list:
 
 @pytest.fixture(scope="module")
 def messages() -> list:
-    """Three processes one after another from one server: the first leaves a mark, the second is killed; and the server's threads."""
-    child = "import builtins, json, os, sys; print(json.dumps([os.getpid(), sorted({'torch', 'peft', 'diffusers', 'app'} & sys.modules.keys()), hasattr(builtins, 'mark')]), flush=True); "
+    """Three processes one after another from one server: the first leaves a mark, the second is killed; and the
+    server's threads.
+    """
+    child = (
+        "import builtins, json, os, sys; print(json.dumps([os.getpid(), sorted({'torch', 'peft', 'diffusers', 'app'} &"
+        " sys.modules.keys()), hasattr(builtins, 'mark')]), flush=True); "
+    )
     return run(f"""{PRELUDE}
 import multiprocessing.forkserver as forkserver, os
 fork = superexec.server()
@@ -55,9 +62,10 @@ def test_the_server_has_one_thread_so_that_forking_it_is_safe(messages):
     assert messages[3] == 1
 
 
-# --- a GPU in a forked process -----------------------------------------------------------------------------------------
-# torch's CPU build cannot poison a fork. Here it says what a CUDA build says, and keeps who asked CUDA itself: each of these calls marks
-# the processes that are forked afterwards. tests/test_cuda.py does the same with the CUDA build.
+# --- a GPU in a forked process
+# ----------------------------------------------------------------------------------------- torch's CPU build cannot
+# poison a fork. Here it says what a CUDA build says, and keeps who asked CUDA itself: each of these calls marks the
+# processes that are forked afterwards. tests/test_cuda.py does the same with the CUDA build.
 
 AS_CUDA = """
 import torch
@@ -102,7 +110,9 @@ try:
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """)
-    assert said.startswith("GPU-07  A message's process could not use the GPU.\n  found  a library asked CUDA while it was imported")
+    assert said.startswith(
+        "GPU-07  A message's process could not use the GPU.\n  found  a library asked CUDA while it was imported"
+    )
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 2)])
@@ -116,7 +126,8 @@ def test_the_number_of_gpus_is_nvmls_unless_cuda_was_told_to_see_none(visible, g
     assert libraries.gpus_by_nvml() == gpus
 
 
-# --- which worker takes a message --------------------------------------------------------------------------------------
+# --- which worker takes a message
+# --------------------------------------------------------------------------------------
 
 DRIVER = """
 import json, os, sys, time
@@ -164,7 +175,9 @@ if __name__ == "__main__":
 
 
 def took(tmp_path: Path, *orders: str, keep: float = 300) -> list[tuple[str, int]]:
-    """(message, a number that stands for the process that took it) in the order in which they ended; or (alive, how many wait)."""
+    """(message, a number that stands for the process that took it) in the order in which they ended; or (alive, how
+    many wait).
+    """
     out, driver = tmp_path / "out", tmp_path / "driver.py"
     driver.write_text(DRIVER.format(docker=str(ROOT), out=str(out)))
     subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=120)
@@ -186,7 +199,12 @@ def test_a_busy_worker_of_another_run_finishes_its_message(tmp_path):
 
 
 def test_a_worker_that_keeps_nothing_ends(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "7:last", "wait", "alive", "7:b") == [("a", 1), ("last", 1), ("alive", 0), ("b", 2)]
+    assert took(tmp_path, "7:a", "wait", "7:last", "wait", "alive", "7:b") == [
+        ("a", 1),
+        ("last", 1),
+        ("alive", 0),
+        ("b", 2),
+    ]
 
 
 def test_a_worker_that_died_is_followed_by_a_fresh_one(tmp_path):
@@ -194,7 +212,12 @@ def test_a_worker_that_died_is_followed_by_a_fresh_one(tmp_path):
 
 
 def test_a_worker_that_waited_too_long_ends(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "alive", "later", "alive", "7:b", keep=1) == [("a", 1), ("alive", 1), ("alive", 0), ("b", 2)]
+    assert took(tmp_path, "7:a", "wait", "alive", "later", "alive", "7:b", keep=1) == [
+        ("a", 1),
+        ("alive", 1),
+        ("alive", 0),
+        ("b", 2),
+    ]
 
 
 def test_with_nothing_to_keep_every_message_has_a_process_of_its_own(tmp_path):
@@ -202,7 +225,9 @@ def test_with_nothing_to_keep_every_message_has_a_process_of_its_own(tmp_path):
 
 
 def test_a_process_that_has_a_parent_to_watch_watches_it_once():
-    [rest] = run(PRELUDE + "print(json.dumps(superexec.watched_already(['--token', 'x', '--parent-pid', '7', '--insecure'])))")
+    [rest] = run(
+        PRELUDE + "print(json.dumps(superexec.watched_already(['--token', 'x', '--parent-pid', '7', '--insecure'])))"
+    )
     assert rest == ["--token", "x", "--insecure"]
 
 
@@ -211,7 +236,9 @@ def test_every_place_in_flower_where_the_workers_are_put_is_there():
 
 
 def test_what_a_message_holds_is_looked_for_sooner_than_a_second_later_by_site_and_hub(monkeypatch):
-    """A message, or a reply, is there a moment before its objects are; Flower's first second of waiting was a second of every other round."""
+    """A message, or a reply, is there a moment before its objects are; Flower's first second of waiting was a second of
+    every other round.
+    """
     import inspect
 
     from flwr.supercore.inflatable import inflatable_utils

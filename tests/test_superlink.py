@@ -1,4 +1,5 @@
-"""What bouquet/flower/superlink.py and bouquet/flower/supernode.py change in Flower, by its effect on real SuperLinks and SuperNodes.
+"""What bouquet/flower/superlink.py and bouquet/flower/supernode.py change in Flower, by its effect on real SuperLinks
+and SuperNodes.
 
 Each of these could stop to work while the rest goes on as if nothing were; none needs a run.
 """

@@ -23,7 +23,16 @@ ROUND = {
     "round": 3,
     "train_loss": 0.25,
     "seconds": 12.5,
-    "sites": {"rose": {"train-loss": 0.2, "update-norm": 1.5, "seconds-train": 9.0, "gpu-peak-mib": 812.0, "weight": 40, "gpu": "NVIDIA L4"}},
+    "sites": {
+        "rose": {
+            "train-loss": 0.2,
+            "update-norm": 1.5,
+            "seconds-train": 9.0,
+            "gpu-peak-mib": 812.0,
+            "weight": 40,
+            "gpu": "NVIDIA L4",
+        }
+    },
     "refused": [{"site": "lily/clinic", "reason": "ADAPTER-04  The update is 9.0 times the median one."}],
 }
 
@@ -65,7 +74,10 @@ def test_each_prompt_has_a_picture_of_the_base_and_of_every_round(tracked):
     _, events = tracked
     names = [f"samples/{tracking.plain(prompt)}" for prompt in tiny.CONFIG.prompts]
     assert sorted(events.Tags()["images"]) == sorted(names)
-    pictures = {event.step: np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).astype(int) for event in events.Images(names[0])}
+    pictures = {
+        event.step: np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).astype(int)
+        for event in events.Images(names[0])
+    }
     assert sorted(pictures) == [0, 1, 2] and np.abs(pictures[0] - pictures[2]).max() > 0
 
 
@@ -99,7 +111,8 @@ def test_by_hand_a_rounds_numbers_stand_under_the_names_one_looks_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("../../x", "____x"), ("..", "_"), ("", "_"), ("a/b", "a_b"), ("rose", "rose"), ("v1.5 a", "v1.5 a")]
+    ("name", "shown"),
+    [("../../x", "____x"), ("..", "_"), ("", "_"), ("a/b", "a_b"), ("rose", "rose"), ("v1.5 a", "v1.5 a")],
 )
 def test_a_name_is_no_path_to_a_tracker(name, shown):
     assert tracking.plain(name) == shown

@@ -25,14 +25,18 @@ def encoded(count: int = 6) -> cache.Encoded:
     return cache.Encoded.of(latents, text, torch.full((24, 16), 9.0), [f"photo {n}" for n in range(count)])
 
 
-def trained(config=tiny.CONFIG, seed: int = 1, count: int = 6, start: model.Adapter | None = None) -> tuple[model.Adapter, float]:
+def trained(
+    config=tiny.CONFIG, seed: int = 1, count: int = 6, start: model.Adapter | None = None
+) -> tuple[model.Adapter, float]:
     unet = tiny.unet(config)
     model.apply_adapter(unet, start or tiny.fresh(config))
     loss = train.fit(unet, model.load_scheduler(tiny.base()), encoded(count), config, train.accelerator(config), seed)
     return model.adapter_of(unet), loss
 
 
-def by_hand(config, seed: int, count: int = 6, start: model.Adapter | None = None) -> tuple[model.Adapter, float, float]:
+def by_hand(
+    config, seed: int, count: int = 6, start: model.Adapter | None = None
+) -> tuple[model.Adapter, float, float]:
     """The same round without accelerate: AdamW, losses averaged over the passes of a step, gradients clipped to norm 1.
 
     Returns: the adapter, the mean loss, and the largest norm before clipping.
@@ -57,10 +61,14 @@ def by_hand(config, seed: int, count: int = 6, start: model.Adapter | None = Non
     return model.adapter_of(unet), sum(losses) / len(losses), max(norms)
 
 
-# --- the local steps ---------------------------------------------------------------------------------------------------
+# --- the local steps
+# ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2, "batch_size": 2}, {"caption_dropout": 0.5, "lora_targets": "attention"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation": 2, "batch_size": 2}, {"caption_dropout": 0.5, "lora_targets": "attention"}],
+)
 def test_a_round_is_the_plain_pytorch_loop_bit_for_bit(changes):
     config = tiny.config(**changes)
     adapter, loss = trained(config)
@@ -145,7 +153,11 @@ def test_enough_steps_learn_the_photos():
 @pytest.mark.parametrize(("share", "blanks"), [(0.0, 0), (1.0, 12)])
 def test_caption_dropout_puts_the_empty_captions_embedding_in_a_captions_place(share, blanks, monkeypatch):
     seen, loss = [], diffusion.noise_loss
-    monkeypatch.setattr(diffusion, "noise_loss", lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k))
+    monkeypatch.setattr(
+        diffusion,
+        "noise_loss",
+        lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k),
+    )
     trained(tiny.config(caption_dropout=share))
     given = torch.cat(seen)
     assert int((given == 9.0).all(dim=(1, 2)).sum()) == blanks and len(given) == 12
@@ -153,13 +165,18 @@ def test_caption_dropout_puts_the_empty_captions_embedding_in_a_captions_place(s
 
 def test_half_of_the_captions_are_dropped_at_a_dropout_of_a_half(monkeypatch):
     seen, loss = [], diffusion.noise_loss
-    monkeypatch.setattr(diffusion, "noise_loss", lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k))
+    monkeypatch.setattr(
+        diffusion,
+        "noise_loss",
+        lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k),
+    )
     trained(tiny.config(caption_dropout=0.5, local_steps=4, batch_size=100))
     share = (torch.cat(seen) == 9.0).all(dim=(1, 2)).float().mean().item()
     assert share == pytest.approx(0.5, abs=4 * 0.5 / 400**0.5)
 
 
-# --- the site ----------------------------------------------------------------------------------------------------------
+# --- the site
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -244,7 +261,9 @@ def test_bf16_trains_a_float32_adapter_close_to_the_float32_one(folder):
     finally:
         AcceleratorState._reset_state(True)
     assert loss == pytest.approx(exact_loss, rel=0.02) and loss != exact_loss
-    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.adapter_of(here.unet).values())
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all() for value in model.adapter_of(here.unet).values()
+    )
 
 
 def test_a_base_model_without_an_autoencoder_is_refused(folder, tmp_path):
@@ -253,7 +272,8 @@ def test_a_base_model_without_an_autoencoder_is_refused(folder, tmp_path):
         train.Site(tiny.CONFIG, tmp_path / "models", folder, tmp_path / "cache", "")
 
 
-# --- out of memory, and FedProx -------------------------------------------------------------------------------------------
+# --- out of memory, and FedProx
+# -------------------------------------------------------------------------------------------
 
 
 def starve(monkeypatch, above: int) -> list[int]:
@@ -292,7 +312,9 @@ def test_out_of_memory_twice_is_an_error_with_a_public_sentence(ready, monkeypat
 
 def test_fedprox_pulls_towards_the_adapter_that_arrived():
     start = tiny.adapter(1)
-    free, held = (update_norm(trained(tiny.config(proximal_mu=mu, local_steps=8), start=start)[0], start) for mu in (0.0, 100.0))
+    free, held = (
+        update_norm(trained(tiny.config(proximal_mu=mu, local_steps=8), start=start)[0], start) for mu in (0.0, 100.0)
+    )
     assert held < 0.7 * free
 
 

@@ -60,7 +60,8 @@ def alter(app: Path, old: str, new: str) -> None:
     file.write_text(content.replace(old, new, 1))
 
 
-# --- signing -------------------------------------------------------------------------------------------------------------
+# --- signing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_checkout_and_what_flwr_run_sends_are_the_same_bytes_everywhere(checkout: Path) -> None:
@@ -72,7 +73,9 @@ def test_a_new_publisher_gets_a_key_that_nobody_else_may_read_and_what_the_sites
     key = publisher_key(tmp_path / "publisher.key")
     assert (tmp_path / "publisher.key").stat().st_mode & 0o777 == 0o600
     pinned = yaml.safe_load((tmp_path / "trusted.yaml").read_text())
-    assert pinned == {publisher_id(key.public_key()): (tmp_path / "publisher.pub").read_text().removesuffix(" publisher\n")}
+    assert pinned == {
+        publisher_id(key.public_key()): (tmp_path / "publisher.pub").read_text().removesuffix(" publisher\n")
+    }
     assert list(pinned.values())[0].startswith("ssh-ed25519 ")
     assert publisher_key(tmp_path / "publisher.key").public_key() == key.public_key()
 
@@ -91,7 +94,10 @@ def test_flowers_own_check_takes_the_signature_over_these_bytes_and_no_others(tm
     content = b"a bundle"
     digest = sign(content, key, tmp_path).stem
     assert digest == hashlib.sha256(content).hexdigest()
-    carried, pins = signatures(digest, tmp_path), lambda *keys: yaml.safe_load(trust(*(key.public_key() for key in keys)))
+    carried, pins = (
+        signatures(digest, tmp_path),
+        lambda *keys: yaml.safe_load(trust(*(key.public_key() for key in keys))),
+    )
     assert _verify_fab(Fab(digest, content, carried), pins(key))
     assert _verify_fab(Fab(digest, content, carried), pins(other, key))
     assert not _verify_fab(Fab(digest, content, carried), pins(other))
@@ -115,11 +121,15 @@ def test_a_signature_that_no_longer_holds_is_made_again(tmp_path: Path) -> None:
     spoiled = {publisher: record | {"signed_at": record["signed_at"] - 1} for publisher, record in good.items()}
     file.write_text(json.dumps(spoiled))
     sign(b"a bundle", key, tmp_path)
-    assert _verify_fab(Fab(file.stem, b"a bundle", signatures(file.stem, tmp_path)), yaml.safe_load(trust(key.public_key())))
+    assert _verify_fab(
+        Fab(file.stem, b"a bundle", signatures(file.stem, tmp_path)), yaml.safe_load(trust(key.public_key()))
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", ""])
-def test_a_bundle_without_a_readable_signature_file_goes_out_unsigned_and_the_hub_says_so(content: str | None, tmp_path: Path, capfd) -> None:
+def test_a_bundle_without_a_readable_signature_file_goes_out_unsigned_and_the_hub_says_so(
+    content: str | None, tmp_path: Path, capfd
+) -> None:
     digest = hashlib.sha256(repr(content).encode()).hexdigest()
     if content is not None:
         (tmp_path / f"{digest}.json").write_text(content)
@@ -133,7 +143,9 @@ def test_a_reply_in_another_sites_name_never_reaches_the_hubs_state(monkeypatch)
     superlink.refuse_impostors()
 
     def reply(sender: int, written: int) -> PushMessagesRequest:
-        return PushMessagesRequest(node=Node(node_id=sender), messages_list=[Message(metadata=Metadata(src_node_id=written))])
+        return PushMessagesRequest(
+            node=Node(node_id=sender), messages_list=[Message(metadata=Metadata(src_node_id=written))]
+        )
 
     with pytest.raises(FlowerError) as refused:
         fleet_handlers.push_messages(reply(1, 2), None)
@@ -175,15 +187,29 @@ def test_a_node_that_misbehaves_is_told_of_by_its_own_number_at_rare_counts(monk
     assert len(superlink.seen) <= superlink.MOST_TOLD and "\x1b" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("error", "status"), [(OperationalError("INSERT", {}, Exception("database or disk is full")), 503), (ValueError("a bug"), 500)])
-def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_is_not(error, status, monkeypatch, capfd) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(OperationalError("INSERT", {}, Exception("database or disk is full")), 503), (ValueError("a bug"), 500)],
+)
+def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_is_not(
+    error, status, monkeypatch, capfd
+) -> None:
     monkeypatch.setattr(superlink_main, "http_error_translator", superlink_main.http_error_translator)
     superlink.ask_to_come_back()
 
     async def fails(request: Request) -> Response:
         raise error
 
-    request = Request({"type": "http", "path": "/v1/runtime/acquire-task", "headers": [], "method": "POST", "server": ("hub", 443), "query_string": b""})
+    request = Request(
+        {
+            "type": "http",
+            "path": "/v1/runtime/acquire-task",
+            "headers": [],
+            "method": "POST",
+            "server": ("hub", 443),
+            "query_string": b"",
+        }
+    )
     assert asyncio.run(superlink_main.http_error_translator(request, fails)).status_code == status
     said = "bouquet: /v1/runtime/acquire-task was answered with 503: database or disk is full\n"
     assert capfd.readouterr().out.endswith(said) == (status == 503)
@@ -213,7 +239,8 @@ def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) 
     assert len(base64.b64decode(shown.split("SHA256:")[1].split()[0] + "=")) == 32
 
 
-# --- a federation whose sites pin a publisher ------------------------------------------------------------------------------
+# --- a federation whose sites pin a publisher
+# ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -322,12 +349,19 @@ def test_a_strangers_signature_is_refused_by_both_sites_also_under_the_pinned_pu
     assert federation.said("a stranger was here") == {"site-1": 0, "site-2": 0}
 
 
-def test_a_signed_run_that_asks_for_more_than_a_site_allows_is_refused_by_that_site(federation: Trusting, signed: Path) -> None:
+def test_a_signed_run_that_asks_for_more_than_a_site_allows_is_refused_by_that_site(
+    federation: Trusting, signed: Path
+) -> None:
     outcome = federation.run(ROOT, TINY.replace("local-steps=2", "local-steps=3"))
     assert outcome.state == "finished:failed"
     assert "HUB-02" in outcome.details and "1 of 2" in outcome.details
-    assert "site-2: HUB-04  The site could not take part: TRUST-03 The run's 'local-steps' is not within what this site allows." in outcome.details
-    assert "max-local-steps=2" in (federation.logs / "site-2.log").read_text() and "max-local-steps" not in outcome.details
+    assert (
+        "site-2: HUB-04  The site could not take part: TRUST-03 The run's 'local-steps' is not within what this site"
+        " allows." in outcome.details
+    )
+    assert (
+        "max-local-steps=2" in (federation.logs / "site-2.log").read_text() and "max-local-steps" not in outcome.details
+    )
 
 
 def test_a_runs_config_cannot_lift_a_sites_limit(federation: Trusting, signed: Path) -> None:
@@ -336,7 +370,8 @@ def test_a_runs_config_cannot_lift_a_sites_limit(federation: Trusting, signed: P
             flwr("run", str(ROOT), CONNECTION, "--run-config", f"{TINY} {key}")
 
 
-# --- the age of a signature ------------------------------------------------------------------------------------------------
+# --- the age of a signature
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -405,6 +440,12 @@ def test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again(fresh:
 def test_a_site_that_pins_nobody_does_not_start(tmp_path: Path) -> None:
     """Flower takes an empty list of publishers for none asked for, and runs any code."""
     (tmp_path / "trusted.yaml").write_text("{}\n")
-    command = [sys.executable, "-m", "bouquet.flower.supernode", "--insecure", f"--trusted-entities={tmp_path}/trusted.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "bouquet.flower.supernode",
+        "--insecure",
+        f"--trusted-entities={tmp_path}/trusted.yaml",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "TRUST-05  The site pins no publisher." in done.stdout + done.stderr

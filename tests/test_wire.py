@@ -39,7 +39,14 @@ def test_the_same_adapter_gives_the_same_bytes_so_that_it_is_stored_once():
 
 @pytest.mark.parametrize(
     "record",
-    [None, ArrayRecord(), ConfigRecord(), MetricRecord(), ArrayRecord({"other": Array(np.zeros(3))}), ArrayRecord({wire.NAME: Array(np.zeros(3))})],
+    [
+        None,
+        ArrayRecord(),
+        ConfigRecord(),
+        MetricRecord(),
+        ArrayRecord({"other": Array(np.zeros(3))}),
+        ArrayRecord({wire.NAME: Array(np.zeros(3))}),
+    ],
     ids=["nothing", "empty", "config", "metrics", "another name", "no safetensors"],
 )
 def test_what_holds_no_adapter_gives_no_tensors(record):
@@ -57,7 +64,9 @@ def test_in_half_precision_what_arrives_is_the_rounded_adapter_in_half_the_bytes
     packed = wire.pack(agreed, "fp16")
     arrived = wire.unpack(packed, "fp16")
     assert model.adapter_hash(arrived) == model.adapter_hash(agreed) != model.adapter_hash(adapter)
-    assert wire.pack(adapter)[wire.NAME].numpy().nbytes - packed[wire.NAME].numpy().nbytes == pytest.approx(2 * numbers, rel=0.01)
+    assert wire.pack(adapter)[wire.NAME].numpy().nbytes - packed[wire.NAME].numpy().nbytes == pytest.approx(
+        2 * numbers, rel=0.01
+    )
 
 
 def test_rounding_keeps_eleven_bits_and_an_overflow_shows():

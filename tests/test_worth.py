@@ -1,4 +1,6 @@
-"""scripts/worth: a site's own training at the run's steps and seeds, numbers alone in its column, and the hub's worth.json."""
+"""scripts/worth: a site's own training at the run's steps and seeds, numbers alone in its column, and the hub's
+worth.json.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def run_of(root: Path, seed: int, **changes) -> Path:
     config = tiny.config(seed=seed, **changes)
     folder = root / f"run-{seed}"
     formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
-    told = {"state": "finished", "config": asdict(config), "base": {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]}}
+    told = {
+        "state": "finished",
+        "config": asdict(config),
+        "base": {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]},
+    }
     (folder / "history.json").write_text(json.dumps(told))
     return folder
 
@@ -81,7 +87,9 @@ def test_pooled_photos_hold_out_what_the_site_holds_out(site, tmp_path):
 @pytest.mark.parametrize("spoil", ["the same seed", "other steps", "not finished"])
 def test_runs_that_cannot_be_compared_are_named(tmp_path, spoil):
     one = run_of(tmp_path / "a", 1)
-    other = run_of(tmp_path / "b", 1 if spoil == "the same seed" else 2, **({"local_steps": 9} if spoil == "other steps" else {}))
+    other = run_of(
+        tmp_path / "b", 1 if spoil == "the same seed" else 2, **({"local_steps": 9} if spoil == "other steps" else {})
+    )
     if spoil == "not finished":
         told = json.loads((other / "history.json").read_text())
         (other / "history.json").write_text(json.dumps(told | {"state": "failed"}))
@@ -99,9 +107,17 @@ def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
 
 
 def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_it(tmp_path, site, runs):
-    done = sh(f"scripts/worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out {tmp_path}/rose.worth.json", ROOT)
-    assert f"picture  {tmp_path}/rose.worth.png" in done.stdout and "picture" not in json.loads((tmp_path / "rose.worth.json").read_text())
-    (tmp_path / "lily.worth.json").write_text(json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"}))
+    done = sh(
+        f"scripts/worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out"
+        f" {tmp_path}/rose.worth.json",
+        ROOT,
+    )
+    assert f"picture  {tmp_path}/rose.worth.png" in done.stdout and "picture" not in json.loads(
+        (tmp_path / "rose.worth.json").read_text()
+    )
+    (tmp_path / "lily.worth.json").write_text(
+        json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"})
+    )
     with Image.open(tmp_path / "rose.worth.png") as drawn:
         assert pictures.layout(drawn.size, list(tiny.CONFIG.prompts), 16)[3] == 3  # base, alone, federated
         base, federated = (drawn.crop(box) for box in cells(drawn.size, (0, 2)))
@@ -116,7 +132,9 @@ def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_i
 def cells(size: tuple[int, int], rows: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
     """The boxes of the first prompt's pictures in these rows of a sheet."""
     cell, left, top, _ = pictures.layout(size, list(tiny.CONFIG.prompts), 16)
-    return [(left, top + row * (cell + pictures.GAP), left + cell, top + row * (cell + pictures.GAP) + cell) for row in rows]
+    return [
+        (left, top + row * (cell + pictures.GAP), left + cell, top + row * (cell + pictures.GAP) + cell) for row in rows
+    ]
 
 
 def cell_of(adapter) -> Image.Image:
@@ -139,9 +157,15 @@ def test_a_picture_that_is_none_is_refused_when_the_hub_collects(tmp_path, colum
 
 
 def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site(tmp_path, site, runs):
-    done = sh(f"scripts/worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out {tmp_path}/rose.worth.json", ROOT)
+    done = sh(
+        f"scripts/worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out"
+        f" {tmp_path}/rose.worth.json",
+        ROOT,
+    )
     assert "held-out photos the federated adapter's loss is" in done.stdout
-    (tmp_path / "lily.worth.json").write_text(json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"}))
+    (tmp_path / "lily.worth.json").write_text(
+        json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"})
+    )
     sh(f"scripts/worth collect {runs[0]} {tmp_path}/rose.worth.json {tmp_path}/lily.worth.json", ROOT)
     told = read(runs[0]).worth
     assert set(told["sites"]) == {"rose", "lily"} and told["seeds"] == [1, 2]

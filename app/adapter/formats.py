@@ -6,8 +6,8 @@
     final/provenance.json                                  the run, its sites, images, base model and versions
     final/fp16/                                            the same adapter files in half precision, half the size
 
-alpha = rank in every file, so that each tool's alpha/rank is 1. Errors: EXPORT-02 (no adapter of a run), EXPORT-03 (a LoRA
-that cannot be used, lora_files.py's), EXPORT-04 (the folder for the merged model is in use).
+alpha = rank in every file, so that each tool's alpha/rank is 1. Errors: EXPORT-02 (no adapter of a run), EXPORT-03 (a
+LoRA that cannot be used, lora_files.py's), EXPORT-04 (the folder for the merged model is in use).
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ def versions() -> dict[str, str]:
 
 def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig) -> None:
     """`unet.`-prefixed PEFT keys, with rank and alpha in the metadata as diffusers reads them."""
-    settings = {"r": config.lora_rank, "lora_alpha": config.lora_rank, "target_modules": list(LORA_TARGETS[config.lora_targets])}
-    notes = {"format": "pt", "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()}, sort_keys=True)}
+    settings = {
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_rank,
+        "target_modules": list(LORA_TARGETS[config.lora_targets]),
+    }
+    notes = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()}, sort_keys=True),
+    }
     save_file({f"unet.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, metadata=notes)
 
 
@@ -60,7 +67,9 @@ def kohya_name(module: str) -> str:
 
 
 def write_kohya(folder: Path, adapter: Adapter, config: RunConfig) -> None:
-    """`lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` for every layer; rank and alpha in the metadata too."""
+    """`lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` for every layer; rank and alpha in the metadata
+    too.
+    """
     tensors = {}
     for key, value in adapter.items():
         module, part = key.rsplit(".lora_", 1)
@@ -94,7 +103,9 @@ def write_final(run: Path, adapter: Adapter, config: RunConfig, provenance: dict
 def merge(base: Path, file: LoraFile, target: Path) -> None:
     """The base model with the LoRA in its weights: a pipeline folder that needs no LoRA. Errors: EXPORT-04, ADAPTER-01."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError("EXPORT-04", "The folder for the merged model is in use.", found=f"{target} exists", fix="name a new folder")
+        raise AdapterError(
+            "EXPORT-04", "The folder for the merged model is in use.", found=f"{target} exists", fix="name a new folder"
+        )
     pipe = sample.dressed(base, file, torch.device("cpu"))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -118,7 +129,10 @@ def read_lora(path: Path) -> Lora:
             "EXPORT-03",
             "This LoRA cannot be used here.",
             found=f"{path}: beside the UNet's layers that a run can train it has {' and '.join(beyond)}"[:500],
-            fix="start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample draws it",
+            fix=(
+                "start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample"
+                " draws it"
+            ),
         )
     few = tuple(f".{layer}" for layer in LORA_TARGETS["attention"])
     targets = "attention" if all(layer.endswith(few) for layer in layers) else "attention+resnet"
@@ -126,9 +140,11 @@ def read_lora(path: Path) -> Lora:
 
 
 def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:
-    """The adapter of a run's folder, of a round's, or of a LoRA file that a run could train, and its run's configuration.
+    """The adapter of a run's folder, of a round's, or of a LoRA file that a run could train, and its run's
+    configuration.
 
-    A file knows its rank and its layers; what it does not know (the base model, picture size) is `base_model` and the defaults.
+    A file knows its rank and its layers; what it does not know (the base model, picture size) is `base_model` and the
+    defaults.
     Errors: EXPORT-02, EXPORT-03.
     """
     file = adapter_file(path)
@@ -149,7 +165,10 @@ def adapter_file(path: Path) -> Path:
     folder = path / "final" if (path / "final").is_dir() else path
     file = folder if folder.is_file() else folder / PEFT
     if not file.exists():
-        fix = "name a run's folder, one of its rounds, or a LoRA file; docker compose cp serverapp:/adapters ./adapters brings the runs here"
+        fix = (
+            "name a run's folder, one of its rounds, or a LoRA file; docker compose cp serverapp:/adapters ./adapters"
+            " brings the runs here"
+        )
         raise AdapterError("EXPORT-02", "There is no adapter here.", found=f"{path} holds no {PEFT}", fix=fix)
     return file
 

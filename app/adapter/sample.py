@@ -16,12 +16,14 @@ from app.adapter.lora_files import LoraFile, shaped
 from app.config import RunConfig
 from app.model import Adapter
 
-INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17  # pixels between pictures, and from line to line of a name
+# pixels between pictures, and from line to line of a name
+INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17
 BATCH = 8  # pictures at a time
 
 
 def plain(base: Path, device: torch.device | None = None):
-    """The base model's own pipeline, of the very parts that the training loads; a prompt has as many tokens as a caption.
+    """The base model's own pipeline, of the very parts that the training loads; a prompt has as many tokens as a
+    caption.
 
     Errors: MODEL-03, MODEL-05.
     """
@@ -30,7 +32,12 @@ def plain(base: Path, device: torch.device | None = None):
     parts = {"unet": model.load_unet(base), "vae": model.load_vae(base), "text_encoder": model.load_text_encoder(base)}
     parts["tokenizer"] = tokenizer = model.load_tokenizer(base)
     tokenizer.model_max_length = family.tokens(base)
-    parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+    parts |= {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    }
     parts |= _scheduler(base)
     with model.readable(base):
         if "scheduler" in parts:  # all parts are here; from_pretrained would look for the class that cannot be had
@@ -42,7 +49,9 @@ def plain(base: Path, device: torch.device | None = None):
 
 
 def _scheduler(base: Path) -> dict:
-    """In place of the base model's own scheduler where that needs scipy, which is not among the packages, the nearest that does not."""
+    """In place of the base model's own scheduler where that needs scipy, which is not among the packages, the nearest
+    that does not.
+    """
     import diffusers
     from diffusers.utils import is_scipy_available
 
@@ -132,7 +141,9 @@ def wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(lines)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column_names: Sequence[str], cell: int = 128) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column_names: Sequence[str], cell: int = 128
+) -> Image.Image:
     """A sheet of pictures with a name beside each row and above each column; no name comes nearer than 12 to the next."""
     font = ImageFont.load_default(12)
     left = 12 + max(int(font.getlength(name)) for name in row_names)
@@ -146,7 +157,9 @@ def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column
         pen.text((6, top + y * (cell + GAP) + cell // 2 - 8), name, INK, font)
         for x, image in enumerate(row):
             resample = Image.Resampling.LANCZOS
-            sheet.paste(image.convert("RGB").resize((cell, cell), resample), (left + x * (cell + GAP), top + y * (cell + GAP)))
+            sheet.paste(
+                image.convert("RGB").resize((cell, cell), resample), (left + x * (cell + GAP), top + y * (cell + GAP))
+            )
     return sheet
 
 

@@ -20,7 +20,11 @@ PREFIX = "base_model.model."  # PEFT's name for the model below the adapter
 
 def write_peft(folder: Path, adapter: Adapter, config: RunConfig) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them; alpha = rank."""
-    save_file({PREFIX + key: value for key, value in adapter.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {PREFIX + key: value for key, value in adapter.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": config.base_model,
@@ -40,7 +44,9 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], adapter: Adapter) -> None:
-    """Fill a folder beside, load its adapter back to see that it is this one, then give it its name. Errors: ADAPTER-01, -02, OSError."""
+    """Fill a folder beside, load its adapter back to see that it is this one, then give it its name. Errors:
+    ADAPTER-01, -02, OSError.
+    """
 
     def check(folder: Path) -> None:
         written = read_adapter(folder)

@@ -1,9 +1,9 @@
 """One message to every site that is there, and what came back in time.
 
-Enters: an adapter and Flower's Grid. Leaves: the valid replies by site name, the refused ones with their reasons, and, while it
-waits, `status.json` on the shared volume: who has replied, who is missing and since when, the deadline, how long the
-missing ones took the last time. A wait that lasts is told on the run's output too, ever less often. More is not known
-while a site works: Flower's SuperNode takes no other message until it has replied to the one that it has.
+Enters: an adapter and Flower's Grid. Leaves: the valid replies by site name, the refused ones with their reasons, and,
+while it waits, `status.json` on the shared volume: who has replied, who is missing and since when, the deadline, how
+long the missing ones took the last time. A wait that lasts is told on the run's output too, ever less often. More is
+not known while a site works: Flower's SuperNode takes no other message until it has replied to the one that it has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from app.errors import BouquetError, HubError
 from app.hub import guard
 from app.hub.spool import Spool
 
-POLL = 0.5  # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
+# seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
+POLL = 0.5
 LEAST = 60.0  # seconds that a round may always take
 MOST_NAMED = 20  # sites in one sentence
 FIRST_WORD = 20.0  # seconds of a wait before a word of it
@@ -37,7 +38,8 @@ REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects
 
 
 def bound_replies(most: int, end: float) -> None:
-    """From now on a reply that Flower's Grid fetches is at most `most` bytes and one array, and is waited for until `end`.
+    """From now on a reply that Flower's Grid fetches is at most `most` bytes and one array, and is waited for until
+    `end`.
 
     A reply is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, for two hours at most.
     Errors (of Grid.pull_messages): HUB-05.
@@ -79,7 +81,9 @@ def _listed(parts: Iterable[str], between: str = ", ") -> str:
 class Exchange:
     """A run's conversation with its sites."""
 
-    def __init__(self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()) -> None:
+    def __init__(
+        self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()
+    ) -> None:
         """admitted: names of the sites that may come, where the hub knows them."""
         self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / "status.json"
         self.admitted = sorted(admitted)
@@ -102,7 +106,8 @@ class Exchange:
             all_refused += refused
             if len(kept) >= self.config.min_sites:
                 self.took.append(time.monotonic() - start)
-                self.norms = (self.norms + [reply.norm for reply in kept])[-3 * len(kept) :]  # of the last three rounds
+                # of the last three rounds
+                self.norms = (self.norms + [reply.norm for reply in kept])[-3 * len(kept) :]
                 return kept, all_refused
             if refused and all(entry["reason"].startswith("TRUST-01") for entry in refused):
                 break  # an unsigned bundle stays unsigned
@@ -117,13 +122,20 @@ class Exchange:
             raise self._too_few(number, len(replies), refused)
         return replies, refused
 
-    def send(self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+    def send(
+        self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0
+    ) -> tuple[list[guard.Reply], list[dict[str, str]]]:
         """One try: every site that is there gets one message; those that have not answered by the deadline are refused."""
         nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
         arrays = wire.pack(adapter, self.config.wire_precision)
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})})
-        messages = [Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes]
-        ids = list(self._ask(self.grid.push_messages, messages))  # '' where the SuperLink did not take one, [] where it took none
+        content = RecordDict(
+            {"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})}
+        )
+        messages = [
+            Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes
+        ]
+        # '' where the SuperLink did not take one, [] where it took none
+        ids = list(self._ask(self.grid.push_messages, messages))
         missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
         most, end = 2 * len(arrays[wire.NAME].data), time.time() + timeout
         wire.bound_arrays(most)
@@ -138,17 +150,25 @@ class Exchange:
         while missing and not late:
             # one more look at the end: a reply that came slowly may have hidden another
             look, late = time.monotonic(), time.time() >= end
-            for message_id, node in list(missing.items()):  # one at a time: a reply that cannot be read spoils no other
+            # one at a time: a reply that cannot be read spoils no other
+            for message_id, node in list(missing.items()):
                 try:
                     if (message := self._pull(message_id)) is None:
                         continue
                     reply = self._accept(message, node, adapter, sent, training=kind == "train")
                     if reply.site in {other.site for other in replies}:
-                        raise HubError("HUB-07", "Another site has the same name.", found=reply.site, fix="give each SuperNode its own site-name")
+                        raise HubError(
+                            "HUB-07",
+                            "Another site has the same name.",
+                            found=reply.site,
+                            fix="give each SuperNode its own site-name",
+                        )
                 except BouquetError as error:
                     refused.append(self._refuse(self.name(node), str(error)))
                 else:
-                    replies.append(replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply)
+                    replies.append(
+                        replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply
+                    )
                     self.lasted[node] = time.time() - began
                 del missing[message_id]
                 self._note_who(replies, missing.values())
@@ -162,9 +182,7 @@ class Exchange:
         self.note(state="working", refused=refused)
         return sorted(replies, key=lambda reply: reply.site), refused
 
-    def _accept(
-        self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool
-    ) -> guard.Reply:
+    def _accept(self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool) -> guard.Reply:
         """The node's reply. Errors: guard.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
         site, precision = "" if self.by_own_name else self.name(node), self.config.wire_precision
         try:
@@ -182,10 +200,14 @@ class Exchange:
         """Seconds that the sites have: a multiple of the median earlier round, never more than `round-timeout`."""
         if not self.took or not self.config.round_patience:
             return float(self.config.round_timeout)
-        return min(float(self.config.round_timeout), max(LEAST, self.config.round_patience * statistics.median(self.took)))
+        return min(
+            float(self.config.round_timeout), max(LEAST, self.config.round_patience * statistics.median(self.took))
+        )
 
     def wait_for_sites(self) -> list[int]:
-        """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there and who is missing."""
+        """The nodes that are online, at least `min-sites` of them. Errors: HUB-01, which says who is there and who is
+        missing.
+        """
         deadline, told = time.time() + self.config.wait_for_sites, False
         while len(nodes := self.online()) < self.config.min_sites:
             came = [self.name(node) for node in nodes]
@@ -193,13 +215,18 @@ class Exchange:
             if time.time() > deadline:
                 raise HubError(
                     "HUB-01",
-                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s. Here: {here}."
-                    + (f" Missing: {_listed(missing)}." if missing else ""),
+                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s."
+                    f" Here: {here}." + (f" Missing: {_listed(missing)}." if missing else ""),
                     found=f"{len(nodes)} SuperNodes online: {here}",
-                    fix="start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower min-sites",
+                    fix=(
+                        "start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower"
+                        " min-sites"
+                    ),
                 )
             if not told:
-                print(f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here: {here}", flush=True)
+                print(
+                    f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here: {here}", flush=True
+                )
                 self.note(state="waiting for sites", since=time.time(), deadline=deadline, replied=[], missing=missing)
                 told = True
             time.sleep(1)
@@ -221,7 +248,9 @@ class Exchange:
         return not self.admitted and not any(self.registered.values())
 
     def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
-        """What the SuperLink answers; where it cannot answer now (its database is locked), it is asked again for a minute."""
+        """What the SuperLink answers; where it cannot answer now (its database is locked), it is asked again for a
+        minute.
+        """
         end = time.time() + LEAST
         while True:
             try:
@@ -232,7 +261,9 @@ class Exchange:
                 time.sleep(1)
 
     def _pull(self, message_id: str) -> Message | None:
-        """The reply to one message, or None as long as there is none. Errors: HUB-05 when Flower cannot make a message of it."""
+        """The reply to one message, or None as long as there is none. Errors: HUB-05 when Flower cannot make a message
+        of it.
+        """
         try:
             return next(iter(self._ask(self.grid.pull_messages, [message_id])), None)
         except (httpx.HTTPError, BouquetError):
@@ -275,5 +306,5 @@ class Exchange:
             "HUB-02",
             f"Too few valid replies in round {number}: {valid} of {self.config.min_sites} needed. {reasons}",
             found=f"{valid} valid, {len(refused)} refused or missing",
-            fix="mend the sites named above, or lower min-sites, and run again with resume=\"latest\"",
+            fix='mend the sites named above, or lower min-sites, and run again with resume="latest"',
         )

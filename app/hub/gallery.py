@@ -1,8 +1,10 @@
-"""samples.png, which grows while the run works: a row for the base model and one for each round, same prompts and seeds.
+"""samples.png, which grows while the run works: a row for the base model and one for each round, same prompts and
+seeds.
 
-Enters: the base model and, round by round, the global adapter. Leaves: `<run>/samples.png`, replaced in one step after each row, with
-the rounds of its rows in the PNG's text. One thread draws while the sites train; the pipeline is made before, since that uses
-torch's common random numbers. A picture that cannot be drawn never fails a run: the hub says so and draws no more.
+Enters: the base model and, round by round, the global adapter. Leaves: `<run>/samples.png`, replaced in one step after
+each row, with the rounds of its rows in the PNG's text. One thread draws while the sites train; the pipeline is made
+before, since that uses torch's common random numbers. A picture that cannot be drawn never fails a run: the hub says
+so and draws no more.
 """
 
 from __future__ import annotations

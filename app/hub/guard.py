@@ -1,6 +1,7 @@
 """The guard: which of a round's replies hold, and how much each one weighs. strategy.py aggregates what is left.
 
-Enters: replies as Flower messages. Leaves: accepted replies with their weight, or an error that says what is wrong with one.
+Enters: replies as Flower messages. Leaves: accepted replies with their weight, or an error that says what is wrong
+with one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Reply:
     bound: str = ""
 
 
-def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32") -> Reply:
+def accept(
+    message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32"
+) -> Reply:
     """The reply, under the name `site` that the hub registered, else under its own.
 
     Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
@@ -53,12 +56,21 @@ def accept(message: Message, sent: Adapter, sent_hash: str, *, training: bool, s
     if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
         raise HubError(
             "TRUST-01",
-            f"The site does not trust this code: {UNTRUSTED.get((message.error.reason or '')[:8], 'no publisher that it pins has signed this bundle')}.",
+            "The site does not trust this code:"
+            f" {UNTRUSTED.get((message.error.reason or '')[:8], 'no publisher that it pins has signed this bundle')}.",
             found="Flower's error 7, the bundle could not be verified",
-            fix="sign the checkout (scripts/hub sign, or --again) and run again; a site pins publishers in its trusted.yaml",
+            fix=(
+                "sign the checkout (scripts/hub sign, or --again) and run again; a site pins publishers in its"
+                " trusted.yaml"
+            ),
         )
     if message.has_error():
-        raise HubError("HUB-04", f"The site could not take part: {_reason(message)}", found="an error reply", fix="read that site's log")
+        raise HubError(
+            "HUB-04",
+            f"The site could not take part: {_reason(message)}",
+            found="an error reply",
+            fix="read that site's log",
+        )
     content = message.content
     told = content.config_records.get("info", {})
     info = {name: told[name] for name in ("site", "applied", "gpu") if type(told.get(name)) is str}
@@ -98,11 +110,13 @@ def update_norm(new: Adapter, old: Adapter) -> float:
     return math.sqrt(sum((new[key].double() - old[key].double()).square().sum().item() for key in sorted(old)))
 
 
-def guard_norms(replies: Iterable[Reply], earlier: Iterable[float], bound: float) -> tuple[list[Reply], list[tuple[Reply, str]]]:
+def guard_norms(
+    replies: Iterable[Reply], earlier: Iterable[float], bound: float
+) -> tuple[list[Reply], list[tuple[Reply, str]]]:
     """The replies whose update is at most `bound` times the median one, and the others with a reason (ADAPTER-04).
 
-    The median is that of this round's updates and the `earlier` accepted ones; of an even number, the lower middle, so that of
-    two sites the larger is measured by the smaller. bound = 0 keeps all.
+    The median is that of this round's updates and the `earlier` accepted ones; of an even number, the lower middle, so
+    that of two sites the larger is measured by the smaller. bound = 0 keeps all.
     """
     replies = list(replies)
     norms = [reply.norm for reply in replies] + list(earlier)
@@ -118,9 +132,11 @@ def guard_norms(replies: Iterable[Reply], earlier: Iterable[float], bound: float
 
 
 def weigh(replies: Iterable[Reply], admitted: Mapping[str, int], largest_share: float) -> list[Reply]:
-    """Each reply with the images it counts for: no more than the site was admitted with, no more than `largest_share` of all.
+    """Each reply with the images it counts for: no more than the site was admitted with, no more than `largest_share`
+    of all.
 
-    largest_share is at least a half, so that at most one site can exceed it; among fewer than two sites there are no shares.
+    largest_share is at least a half, so that at most one site can exceed it; among fewer than two sites there are no
+    shares.
     """
     counted = [_at_most(r, admitted.get(r.site, r.images), metrics.ADMITTED) for r in replies]
     total = sum(r.images for r in counted)

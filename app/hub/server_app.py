@@ -134,10 +134,18 @@ class Run:
         source = volume.find_run(self.folder.parent, self.config.resume)
         done = volume.written_rounds(source)[-1]
         history = text.tidy(json.loads((source / "history.json").read_text()))  # an older version may have written it
-        now, then = ({name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"]))
+        now, then = (
+            {name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"])
+        )
         base, before = self.history["base"], history["base"]
-        if now != then or base["name"] != before["name"] or not model.is_base(self.base, base["fingerprint"], before["fingerprint"]):
-            other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or ["the base model's fingerprint"]
+        if (
+            now != then
+            or base["name"] != before["name"]
+            or not model.is_base(self.base, base["fingerprint"], before["fingerprint"])
+        ):
+            other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or [
+                "the base model's fingerprint"
+            ]
             raise HubError(
                 "HUB-08",
                 f"That run cannot go on with another {', '.join(other)}.",
@@ -198,9 +206,10 @@ class Run:
         self.gallery.tell()
         pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))
         print(
-            f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  "
-            f"validation {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  "
-            f"images {sum(r.images for r in weighed)}  {entry['seconds']:.0f} s  ETA {pace * (self.config.rounds - number):.0f} s",
+            f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  validation"
+            f" {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  images"
+            f" {sum(r.images for r in weighed)}  {entry['seconds']:.0f} s  ETA"
+            f" {pace * (self.config.rounds - number):.0f} s",
             flush=True,
         )
         return new
@@ -218,7 +227,9 @@ class Run:
         """The arriving adapter's loss at each site: entry k is after k rounds."""
         sites = {r.site: r.metrics["validation-loss"] for r in replies}
         after = len(self.history["validation"])
-        self.history["validation"].append({"after_round": after, "weighted": guard.weighted(replies, "validation-loss"), "sites": sites})
+        self.history["validation"].append(
+            {"after_round": after, "weighted": guard.weighted(replies, "validation-loss"), "sites": sites}
+        )
         self.tracker.validation(self.history["validation"][-1])
 
     def provenance(self, adapter: model.Adapter) -> dict[str, Any]:
@@ -230,7 +241,8 @@ class Run:
             "base": self.history["base"],
             "rounds": self.config.rounds,
             "sites": {
-                site: {"images": int(told["num-examples"]), "counted": int(told["weight"])} for site, told in last.items()
+                site: {"images": int(told["num-examples"]), "counted": int(told["weight"])}
+                for site, told in last.items()
             },
             "images": int(sum(told["num-examples"] for told in last.values())),
             "config": self.history["config"],
@@ -262,7 +274,9 @@ def _folder(name: str) -> Path:
 
 
 def _admitted() -> tuple[set[str], dict[str, int]]:
-    """The sites that the hub's operator admitted (`<BOUQUET_ADMITTED>/NAME.pub`), and the images that some were admitted with (NAME.json)."""
+    """The sites that the hub's operator admitted (`<BOUQUET_ADMITTED>/NAME.pub`), and the images that some were
+    admitted with (NAME.json).
+    """
     if not (folder := os.environ.get("BOUQUET_ADMITTED")):
         return set(), {}
     names = {file.stem for file in Path(folder).glob("*.pub")}

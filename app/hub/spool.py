@@ -1,7 +1,8 @@
 """A round's replies on the shared volume, so that the hub never holds all of them in memory.
 
-Enters: a site's adapter, once it has been accepted. Leaves: the same adapter as a mapping that reads a tensor when asked for it.
-Hundreds of sites cost disk for the length of a round, not memory; the folder goes when the round is written.
+Enters: a site's adapter, once it has been accepted. Leaves: the same adapter as a mapping that reads a tensor when
+asked for it. Hundreds of sites cost disk for the length of a round, not memory; the folder goes when the round is
+written.
 Errors: HUB-09 (no room).
 """
 
@@ -29,7 +30,9 @@ class Kept(Mapping[str, torch.Tensor]):
         return self.some([key])[key]
 
     def some(self, keys: Iterable[str]) -> Adapter:
-        """These tensors, with the file opened once: opening it for each was most of the hub's time with hundreds of sites."""
+        """These tensors, with the file opened once: opening it for each was most of the hub's time with hundreds of
+        sites.
+        """
         keys = list(keys)
         if missing := [key for key in keys if key not in self.keys_]:
             raise KeyError(missing[0])

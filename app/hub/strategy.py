@@ -1,9 +1,10 @@
 """From the valid replies of a round to the next global adapter, by one of Flower's own strategies.
 
-Enters: replies that guard.py has accepted and weighed. Leaves: the adapter; and the server optimiser's state as tensors, so
-that a run that is taken up again goes on exactly as it would have.
-Sources: FedAvg, McMahan et al. 2017, arXiv:1602.05629; FedAvgM, Hsu et al. 2019, arXiv:1909.06335; FedAdam, Reddi et al. 2021,
-arXiv:2003.00295; median and trimmed mean, Yin et al. 2018, arXiv:1803.01498; Krum, Blanchard et al. 2017, arXiv:1703.02757.
+Enters: replies that guard.py has accepted and weighed. Leaves: the adapter; and the server optimiser's state as
+tensors, so that a run that is taken up again goes on exactly as it would have.
+Sources: FedAvg, McMahan et al. 2017, arXiv:1602.05629; FedAvgM, Hsu et al. 2019, arXiv:1909.06335; FedAdam, Reddi et
+al. 2021, arXiv:2003.00295; median and trimmed mean, Yin et al. 2018, arXiv:1803.01498; Krum, Blanchard et al. 2017,
+arXiv:1703.02757.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _choose(config: RunConfig) -> flower.FedAvg:
         case "fedavg":
             return flower.FedAvg()
         case "fedavgm":
-            return flower.FedAvgM(server_learning_rate=config.server_learning_rate, server_momentum=config.server_momentum)
+            return flower.FedAvgM(
+                server_learning_rate=config.server_learning_rate, server_momentum=config.server_momentum
+            )
         case "fedadam":
             return flower.FedAdam(eta=config.server_learning_rate, beta_1=config.server_momentum)
         case "median":
@@ -59,7 +62,14 @@ def _ordered(adapter: Adapter) -> Adapter:
 def _call(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], keys: Iterable[str]) -> Adapter:
     """What Flower makes of these tensors of the replies."""
     messages = [
-        _Valid(RecordDict({"arrays": ArrayRecord(some(reply.adapter, sorted(keys))), "metrics": MetricRecord({"num-examples": reply.images})}))
+        _Valid(
+            RecordDict(
+                {
+                    "arrays": ArrayRecord(some(reply.adapter, sorted(keys))),
+                    "metrics": MetricRecord({"num-examples": reply.images}),
+                }
+            )
+        )
         for reply in replies
     ]
     arrays, _ = strategy.aggregate_train(number, messages)
@@ -92,13 +102,17 @@ class Strategy:
         """The global adapter after round `number`, which started from `adapter`. In the order of the sites' names."""
         if hasattr(self.flower, "current_arrays"):  # FedAdam wants arrays, FedAvgM a record
             record = ArrayRecord(_ordered(adapter))
-            self.flower.current_arrays = {k: v.numpy() for k, v in adapter.items()} if hasattr(self.flower, "m_t") else record
+            self.flower.current_arrays = (
+                {k: v.numpy() for k, v in adapter.items()} if hasattr(self.flower, "m_t") else record
+            )
         replies = sorted(replies, key=lambda reply: reply.site)
         if isinstance(self.flower, flower.Krum):  # it compares whole updates
             return _call(self.flower, number, replies, adapter)
         if hasattr(self.flower, "current_arrays"):  # they take the mean and move the global adapter by it
             mean = _call_by_parts(flower.FedAvg(), number, replies, adapter)
-            return _call(self.flower, number, [Reply("mean", mean, sum(reply.images for reply in replies), {})], adapter)
+            return _call(
+                self.flower, number, [Reply("mean", mean, sum(reply.images for reply in replies), {})], adapter
+            )
         return _call_by_parts(self.flower, number, replies, adapter)
 
     def state(self) -> dict[str, torch.Tensor]:

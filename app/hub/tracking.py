@@ -1,9 +1,11 @@
-"""What happens in a run, told to a tracker: TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate's own classes.
+"""What happens in a run, told to a tracker: TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate's own
+classes.
 
-Enters: run-config `tracker`, and round by round what history.json gets. Leaves: by round, the losses, each site's numbers, the
-lengths of the updates, how many replies were refused and why, seconds, GPU figures, and the sample pictures. Nobody but the hub
-needs this. TensorBoard's files lie in `<run>/tracker`; the others take addresses and credentials from the environment, or a
-credential from the file that NAME_FILE names there: none is ever in a run's config, in history.json or in a log.
+Enters: run-config `tracker`, and round by round what history.json gets. Leaves: by round, the losses, each site's
+numbers, the lengths of the updates, how many replies were refused and why, seconds, GPU figures, and the sample
+pictures. Nobody but the hub needs this. TensorBoard's files lie in `<run>/tracker`; the others take addresses and
+credentials from the environment, or a credential from the file that NAME_FILE names there: none is ever in a run's
+config, in history.json or in a log.
 Errors: CONFIG-04 before the run starts. A tracker that fails later is left out; the run goes on.
 """
 
@@ -28,7 +30,8 @@ SECRETS = {
     "mlflow": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     "trackio": ("HF_TOKEN",),
 }
-OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {  # how each is told which run it is; the first is the project's name
+# how each is told which run it is; the first is the project's name
+OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "tensorboard": lambda run: {"run_name": "", "logging_dir": str(run / "tracker")},
     "wandb": lambda run: {"run_name": PROJECT, "name": run.name, "dir": str(run)},
     "mlflow": lambda run: {"experiment_name": PROJECT, "run_name": run.name},
@@ -44,7 +47,9 @@ def start(config: RunConfig, run: Path) -> Tracker:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     if config.tracker not in [str(known) for known in get_available_trackers()]:
-        raise _unusable(config.tracker, "its package is not installed at the hub", f"install {config.tracker} at the hub")
+        raise _unusable(
+            config.tracker, "its package is not installed at the hub", f"install {config.tracker} at the hub"
+        )
     try:
         PartialState(cpu=True)  # without it accelerate's trackers cannot log; the hub trains nothing
         read_secrets(config.tracker)
@@ -76,15 +81,23 @@ class Tracker:
 
     def validation(self, entry: dict[str, Any]) -> None:
         """The arriving adapter's loss: an entry of history.json's `validation`."""
-        values = {"validation/all": entry["weighted"]} | {f"validation/{plain(site)}": loss for site, loss in entry["sites"].items()}
+        values = {"validation/all": entry["weighted"]} | {
+            f"validation/{plain(site)}": loss for site, loss in entry["sites"].items()
+        }
         self._tell(lambda: self._log(values, entry["after_round"]))
 
     def round(self, entry: dict[str, Any]) -> None:
         """A round: an entry of history.json's `rounds`."""
-        values = {"train/all": entry["train_loss"], "round/seconds": entry["seconds"], "round/refused": len(entry["refused"])}
+        values = {
+            "train/all": entry["train_loss"],
+            "round/seconds": entry["seconds"],
+            "round/refused": len(entry["refused"]),
+        }
         values["round/sites"] = len(entry["sites"])
         for site, numbers in entry["sites"].items():
-            values |= {f"{place(name)}/{plain(site)}": value for name, value in numbers.items() if type(value) in (int, float)}
+            values |= {
+                f"{place(name)}/{plain(site)}": value for name, value in numbers.items() if type(value) in (int, float)
+            }
         # indented, it is text to TensorBoard, which else makes links and pictures of it (Markdown)
         why = "\n".join(f"    {plain(no['site'])}: {text.printable(no['reason'])}" for no in entry["refused"])
         self._tell(lambda: self._log(values, entry["round"]))
@@ -108,7 +121,10 @@ class Tracker:
 
         match self.tracker.name:
             case "tensorboard":  # a slider over the rounds, for each prompt
-                arrays = {f"samples/{plain(p)}": np.asarray(image.convert("RGB"))[None] for p, image in zip(prompts, images, strict=True)}
+                arrays = {
+                    f"samples/{plain(p)}": np.asarray(image.convert("RGB"))[None]
+                    for p, image in zip(prompts, images, strict=True)
+                }
                 self.tracker.log_images(arrays, step=number, dataformats="NHWC")
             case "wandb":  # takes no step that lies behind
                 self.tracker.log_images({f"samples/round {number}": list(images)}, step=self.step)
@@ -117,7 +133,10 @@ class Tracker:
             case "trackio":
                 import trackio
 
-                shown = {f"samples/{plain(p)}": trackio.Image(image, caption=f"round {number}") for p, image in zip(prompts, images, strict=True)}
+                shown = {
+                    f"samples/{plain(p)}": trackio.Image(image, caption=f"round {number}")
+                    for p, image in zip(prompts, images, strict=True)
+                }
                 self.tracker.log(shown, step=self.step)
 
     def _tell(self, call: Callable[[], None]) -> None:
@@ -126,16 +145,26 @@ class Tracker:
         try:
             call()
         except Exception as error:  # a tracker is no reason to lose a run
-            print(f"bouquet: the tracker {self.tracker.name} failed ({type(error).__name__}); the run goes on without it", flush=True)
+            print(
+                f"bouquet: the tracker {self.tracker.name} failed ({type(error).__name__}); the run goes on without it",
+                flush=True,
+            )
             self.tracker = None
 
 
 def place(name: str) -> str:
-    """A site's metric under the heading where one looks for it: seconds-train as `seconds train`, train-loss as `train`."""
+    """A site's metric under the heading where one looks for it: seconds-train as `seconds train`, train-loss as
+    `train`.
+    """
     for prefix in ("seconds", "gpu", "photos"):
         if name.startswith(f"{prefix}-"):
             return f"{prefix} {name.removeprefix(f'{prefix}-')}"
-    return {"train-loss": "train", "validation-loss": "validation before", "num-examples": "images", "update-norm": "norm"}.get(name, name)
+    return {
+        "train-loss": "train",
+        "validation-loss": "validation before",
+        "num-examples": "images",
+        "update-norm": "norm",
+    }.get(name, name)
 
 
 def plain(name: str) -> str:
@@ -144,4 +173,6 @@ def plain(name: str) -> str:
 
 
 def _unusable(tracker: str, found: str, fix: str) -> ConfigError:
-    return ConfigError("CONFIG-04", f"The tracker {tracker} cannot be used.", found=found, fix=f'{fix}, or run with tracker = "none"')
+    return ConfigError(
+        "CONFIG-04", f"The tracker {tracker} cannot be used.", found=found, fix=f'{fix}, or run with tracker = "none"'
+    )

@@ -1,11 +1,11 @@
 """The shared volume: a folder for each run, a folder for each round, and `latest`; nothing in it is ever half-written.
 
-    <adapters>/<run id>/round-0001/{adapter_config.json, adapter_model.safetensors, metrics.json, server_state.safetensors}
-    <adapters>/<run id>/{history.json, status.json, samples.png, final/}
-    <adapters>/latest -> <run id>, switched when a run has ended well
+    <adapters>/<run id>/round-0001/{adapter_config.json, adapter_model.safetensors, metrics.json,
+    server_state.safetensors} <adapters>/<run id>/{history.json, status.json, samples.png, final/} <adapters>/latest ->
+    <run id>, switched when a run has ended well
 
-A round's folder is all that a run needs to go on from there: the adapter, the server optimiser's state, and in the history the
-seed, the round's number, its metrics and who took part. Sites keep nothing between rounds (train.py).
+A round's folder is all that a run needs to go on from there: the adapter, the server optimiser's state, and in the
+history the seed, the round's number, its metrics and who took part. Sites keep nothing between rounds (train.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from app.model import Adapter
 STATE = "server_state.safetensors"
 
 
-def write_round(run: Path, number: int, adapter: Adapter, config: RunConfig, metrics: dict[str, Any], state: dict[str, torch.Tensor]) -> Path:
+def write_round(
+    run: Path, number: int, adapter: Adapter, config: RunConfig, metrics: dict[str, Any], state: dict[str, torch.Tensor]
+) -> Path:
     """Round `number`'s adapter, metrics and server state; older rounds go by `keep-rounds`. Errors: HUB-09."""
 
     def fill(folder: Path) -> None:
@@ -50,7 +52,9 @@ def write_round(run: Path, number: int, adapter: Adapter, config: RunConfig, met
 
 
 def check_room(run: Path, adapter: Adapter, sites: int) -> None:
-    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, the sites' replies, a little more."""
+    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, the sites'
+    replies, a little more.
+    """
     needed = (4 + sites) * sum(value.nbytes for value in adapter.values()) + 2**24
     if (free := shutil.disk_usage(run).free) < needed:
         raise no_room(run, f"{free >> 20} MiB free, {needed >> 20} MiB needed")
@@ -62,7 +66,10 @@ def no_room(run: Path, found: str) -> HubError:
         "HUB-09",
         "The shared volume has no room for another round.",
         found=f"{run}: {found}",
-        fix="make room (older runs and rounds may be deleted; keep-rounds does it by itself), then run again with resume=\"latest\"",
+        fix=(
+            "make room (older runs and rounds may be deleted; keep-rounds does it by itself), then run again with"
+            ' resume="latest"'
+        ),
     )
 
 

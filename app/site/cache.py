@@ -1,10 +1,10 @@
 """Latents and text embeddings, encoded once for each photo, caption and base model, and kept on the site's disk.
 
-Enters: a partition, a base model's folder and its fingerprint. Leaves: `Encoded` tensors; neither the autoencoder nor the
-text encoder stays in memory. A file is keyed by the fingerprint of the part that made it (and the resolution), a row by the
-photo's hash or the caption, so that a changed photo or model encodes again what changed and nothing else. Photos are
-written down a few at a time, so that a site that is killed goes on where it was. What another version wrote is encoded
-again, and removed.
+Enters: a partition, a base model's folder and its fingerprint. Leaves: `Encoded` tensors; neither the autoencoder nor
+the text encoder stays in memory. A file is keyed by the fingerprint of the part that made it (and the resolution), a
+row by the photo's hash or the caption, so that a changed photo or model encodes again what changed and nothing else.
+Photos are written down a few at a time, so that a site that is killed goes on where it was. What another version wrote
+is encoded again, and removed.
 Errors: MODEL-06 (numbers that are not finite are never kept).
 """
 
@@ -34,15 +34,16 @@ BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
 PART = 16  # photos that a site encodes again, at most, when it was killed
 FORM = 2  # the version of the captions' file
-PASSING = ("changed", "outside", "unreadable")  # may be mended without a change to the photo's bytes: tried again every time
+# may be mended without a change to the photo's bytes: tried again every time
+PASSING = ("changed", "outside", "unreadable")
 
 
 @dataclass(frozen=True)
 class Encoded:
     """N photos with M distinct captions, in the host's memory: on a GPU a row of text a photo would be gigabytes.
 
-    latents_NChw: float32, scaled; texts_MTD: the captions' embeddings; text_N: which of them each photo has; blank_TD: float32,
-    the empty caption; keys: N hashes. `batch` gives the rows of one pass.
+    latents_NChw: float32, scaled; texts_MTD: the captions' embeddings; text_N: which of them each photo has; blank_TD:
+    float32, the empty caption; keys: N hashes. `batch` gives the rows of one pass.
     """
 
     latents_NChw: torch.Tensor
@@ -66,7 +67,9 @@ class Encoded:
         return self.latents_NChw[pick_B], self.texts_MTD[self.text_N[pick_B]].float()
 
 
-def encode(partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device) -> tuple[Partition, Callable]:
+def encode(
+    partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device
+) -> tuple[Partition, Callable]:
     """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`.
 
     Errors: SITE-01, SITE-02 when too few photos can be decoded; MODEL-06.
@@ -138,7 +141,9 @@ def _encode_photos(
             except BadImage as error:
                 bad[photo.key] = error.reason
         if pixels:
-            mean = vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
+            mean = (
+                vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
+            )
             latents |= dict(zip(pixels, _finite(mean, base / "vae").cpu().unbind(), strict=True))
         done = min(start + size, len(photos))
         if 10 * done // len(photos) > 10 * start // len(photos):  # ten lines, however many photos
@@ -151,7 +156,10 @@ def _encode_photos(
 def _finite(numbers: torch.Tensor, part: Path) -> torch.Tensor:
     """Errors: MODEL-06."""
     if not torch.isfinite(numbers).all():
-        fix = "take a copy of this part that works in 32 bits: one that was made for 16, or is damaged, gives such numbers"
+        fix = (
+            "take a copy of this part that works in 32 bits: one that was made for 16, or is damaged, gives such"
+            " numbers"
+        )
         found = f"{part} makes numbers of a site's photos or captions that are not finite"
         raise ModelError("MODEL-06", "The base model makes numbers that are not finite.", found=found, fix=fix)
     return numbers

@@ -1,9 +1,10 @@
 """The ClientApp: translates Flower's records to a site's work and back; one message a round.
 
 `train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
-Where one process takes all messages of a run (BOUQUET_KEEP, set by superexec.py), the base model stays on the device and the encoded
-photos in memory from a round to the next. Nothing that a round has learned does: the adapter that arrives replaces all of it.
-What may leave: the adapter, numbers, the site's and its GPU's name, an error's public sentence. Nothing else does.
+Where one process takes all messages of a run (BOUQUET_KEEP, set by superexec.py), the base model stays on the device
+and the encoded photos in memory from a round to the next. Nothing that a round has learned does: the adapter that
+arrives replaces all of it. What may leave: the adapter, numbers, the site's and its GPU's name, an error's public
+sentence. Nothing else does.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
         site.limits.check_budget(config, str(context.run_id), journal.read(cached))
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
         applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
-        metrics: dict[str, int | float] = {"num-examples": len(site.train.keys), "train-loss": 0.0, "validation-loss": site.evaluate()}
+        metrics: dict[str, int | float] = {
+            "num-examples": len(site.train.keys),
+            "train-loss": 0.0,
+            "validation-loss": site.evaluate(),
+        }
         if training:
             metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number))
             sent = wire.rounded(model.adapter_of(site.unet), config.wire_precision)
@@ -100,12 +105,18 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
     if training and os.environ.get("BOUQUET_KEEP"):
         kept[made_from] = site
-    print(f"bouquet: {name}: round {number}  validation {metrics['validation-loss']:.4f}  train {metrics['train-loss']:.4f}", flush=True)
+    print(
+        f"bouquet: {name}: round {number}  validation {metrics['validation-loss']:.4f}  train"
+        f" {metrics['train-loss']:.4f}",
+        flush=True,
+    )
     return reply
 
 
 def take_up(made_from: tuple, base_fingerprint: str) -> Site:
-    """The site of the round before when all that it was made from is the same, else a new one; a message that fails keeps none."""
+    """The site of the round before when all that it was made from is the same, else a new one; a message that fails
+    keeps none.
+    """
     from app.site import train
 
     began = float(os.environ.get("BOUQUET_BEGAN") or time.monotonic())
@@ -135,6 +146,8 @@ def places(context: Context) -> tuple[str, Path, Path, Path, Secret]:
         "SITE-12",
         "The site does not say where its data are.",
         found=f"node config has {', '.join(sorted(own)) or 'nothing'}",
-        fix='start the SuperNode with --node-config \'site-name="…" data-path="…" models-path="…" cache-path="…"\', '
-        "or set BOUQUET_DATA, BOUQUET_MODELS and BOUQUET_CACHE for a simulation",
+        fix=(
+            'start the SuperNode with --node-config \'site-name="…" data-path="…" models-path="…" cache-path="…"\', '
+            "or set BOUQUET_DATA, BOUQUET_MODELS and BOUQUET_CACHE for a simulation"
+        ),
     )

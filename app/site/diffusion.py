@@ -21,11 +21,15 @@ def sha256(text: str) -> bytes:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the host's memory without waiting for the GPU: it copies from pinned memory while the host prepares the next pass."""
+    """From the host's memory without waiting for the GPU: it copies from pinned memory while the host prepares the next
+    pass.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def noise_loss(unet, scheduler, latents_BChw, text_BTD, generator: torch.Generator, *, min_snr_gamma: float = 0.0) -> torch.Tensor:
+def noise_loss(
+    unet, scheduler, latents_BChw, text_BTD, generator: torch.Generator, *, min_snr_gamma: float = 0.0
+) -> torch.Tensor:
     """Mean squared error of the prediction, one random timestep an image.
 
     Returns: float32 scalar.
@@ -34,7 +38,9 @@ def noise_loss(unet, scheduler, latents_BChw, text_BTD, generator: torch.Generat
     """
     device = latents_BChw.device
     noise = to_device(torch.randn(latents_BChw.shape, generator=generator), device)
-    t_B = to_device(torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator), device)
+    t_B = to_device(
+        torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator), device
+    )
     loss_B = losses(unet, scheduler, latents_BChw, text_BTD, noise, t_B)
     if min_snr_gamma:
         loss_B = loss_B * min_snr_weight(scheduler, t_B, min_snr_gamma)
@@ -75,17 +81,23 @@ def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
 def validation_loss(
     unet, scheduler, photos, device: torch.device, *, timesteps: int, batch_size: int, digest: Digest = sha256
 ) -> float:  # fmt: skip
-    """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in every round of every run.
+    """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in
+    every round of every run.
 
-    Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule. `digest` makes its
-    noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
+    Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
+    `digest` makes its noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
     """
     shape, steps = photos.latents_NChw.shape[1:], scheduler.config.num_train_timesteps
-    noise, t = (torch.cat(part) for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True))
+    noise, t = (
+        torch.cat(part)
+        for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True)
+    )
     image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
     for part in torch.arange(len(image)).split(batch_size):
         latents, text = (to_device(rows, device) for rows in photos.batch(image[part]))
-        totals.append(losses(unet, scheduler, latents, text, to_device(noise[part], device), to_device(t[part], device)).sum())
+        totals.append(
+            losses(unet, scheduler, latents, text, to_device(noise[part], device), to_device(t[part], device)).sum()
+        )
     return sum(torch.stack(totals).tolist()) / len(image)
 
 

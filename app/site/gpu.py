@@ -21,7 +21,8 @@ import pynvml
 from app.errors import BouquetError
 
 NO_GPU = "no GPU"
-PIN = re.compile(r"\d+|(GPU|MIG)-[\w/-]+|all|")  # an index, a UUID, or what NVIDIA's own images say (NVIDIA_VISIBLE_DEVICES=all)
+# an index, a UUID, or what NVIDIA's own images say (NVIDIA_VISIBLE_DEVICES=all)
+PIN = re.compile(r"\d+|(GPU|MIG)-[\w/-]+|all|")
 MIB = 2**20
 
 
@@ -70,8 +71,10 @@ def devices() -> tuple[Driver, list[Device]]:
             "GPU-01",
             "NVIDIA's driver cannot be reached.",
             found=str(error),
-            fix="on the host: does nvidia-smi work? In a container: install nvidia-container-toolkit, run "
-            "nvidia-ctk runtime configure --runtime=docker, restart Docker. To train on the CPU: SITE_GPU=none",
+            fix=(
+                "on the host: does nvidia-smi work? In a container: install nvidia-container-toolkit, run "
+                "nvidia-ctk runtime configure --runtime=docker, restart Docker. To train on the CPU: SITE_GPU=none"
+            ),
         ) from None
 
 
@@ -83,13 +86,17 @@ def _handles() -> list[Any]:
 
 
 def visible(uuids: list[str], env: Mapping[str, str]) -> list[int]:
-    """Which of NVML's GPUs CUDA_VISIBLE_DEVICES leaves: NVML itself does not heed it. CUDA stops at the first unknown one."""
+    """Which of NVML's GPUs CUDA_VISIBLE_DEVICES leaves: NVML itself does not heed it. CUDA stops at the first unknown
+    one.
+    """
     if "CUDA_VISIBLE_DEVICES" not in env:
         return list(range(len(uuids)))
     chosen = []
     for word in env["CUDA_VISIBLE_DEVICES"].split(","):
         word = word.strip()
-        found = [i for i, uuid in enumerate(uuids) if word == str(i) or (word.startswith("GPU-") and uuid.startswith(word))]
+        found = [
+            i for i, uuid in enumerate(uuids) if word == str(i) or (word.startswith("GPU-") and uuid.startswith(word))
+        ]
         if not found:
             break
         chosen.append(found[0])
@@ -117,21 +124,31 @@ def _or_none(read: Callable[[Any], Any], handle: Any) -> Any:
 
 
 def check_pin(pin: str) -> None:
-    """A pin names one GPU: several would take a process group in a worker that must survive a kill, halve its batch when the memory is
-    too small and resume bit for bit, for what one site a GPU has without it. Errors: GPU-06."""
+    """A pin names one GPU: several would take a process group in a worker that must survive a kill, halve its batch
+    when the memory is too small and resume bit for bit, for what one site a GPU has without it. Errors: GPU-06.
+    """
     if re.search(r"[,;\s]", pin.strip()):
         raise GpuError(
             "GPU-06",
             "A site trains on one GPU.",
             found=f"SITE_GPU={pin}",
-            fix="one SuperNode a GPU: at the hub's host scripts/add-site, with a kit one invitation and one folder of photos for each",
+            fix=(
+                "one SuperNode a GPU: at the hub's host scripts/add-site, with a kit one invitation and one folder of"
+                " photos for each"
+            ),
         )
 
 
 def pinned(pin: str, found: list[Device]) -> Device:
-    """The one GPU that is visible, when it is the one that the site pinned (an index or a UUID). Errors: GPU-02, GPU-03."""
+    """The one GPU that is visible, when it is the one that the site pinned (an index or a UUID). Errors: GPU-02,
+    GPU-03.
+    """
     shown = ", ".join(f"{device.name} {device.uuid}" for device in found) or "none"
-    if not found or not PIN.fullmatch(pin.strip()) or (pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found)):
+    if (
+        not found
+        or not PIN.fullmatch(pin.strip())
+        or (pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found))
+    ):
         raise GpuError(
             "GPU-02",
             "The pinned GPU is not visible here.",
@@ -143,7 +160,10 @@ def pinned(pin: str, found: list[Device]) -> Device:
             "GPU-03",
             "More than the pinned GPU is visible here.",
             found=f"SITE_GPU={pin or '(not set)'}; visible: {shown}",
-            fix="set SITE_GPU to one UUID and start the site through its Compose file, or without Docker: CUDA_VISIBLE_DEVICES=UUID",
+            fix=(
+                "set SITE_GPU to one UUID and start the site through its Compose file, or without Docker:"
+                " CUDA_VISIBLE_DEVICES=UUID"
+            ),
         )
     return found[0]
 
@@ -159,8 +179,15 @@ def check_driver(driver: Driver, built_for: str | None) -> str:
         raise GpuError(
             "GPU-04",
             "The NVIDIA driver is too old for this image." if built_for else "This image's torch is made for the CPU.",
-            found=f"driver {driver.version} runs CUDA up to {has}; this torch is built for {f'CUDA {built_for}' if built_for else 'the CPU'}",
-            fix="update the host's NVIDIA driver" if built_for else "take the image built with TORCH=cuda, or set SITE_GPU=none",
+            found=(
+                f"driver {driver.version} runs CUDA up to {has}; this torch is built for"
+                f" {f'CUDA {built_for}' if built_for else 'the CPU'}"
+            ),
+            fix=(
+                "update the host's NVIDIA driver"
+                if built_for
+                else "take the image built with TORCH=cuda, or set SITE_GPU=none"
+            ),
         )
     return "" if driver.cuda >= tuple(map(int, built_for.split(".")[:2])) else f"CUDA {built_for} on a driver for {has}"
 
@@ -168,7 +195,8 @@ def check_driver(driver: Driver, built_for: str | None) -> str:
 class Meter:
     """What a piece of work cost on the GPU that CUDA uses first: `with Meter() as meter: ...`, then `meter.numbers()`.
 
-    A thread looks once in `interval` seconds. A GPU that stops answering stops being measured; the work never fails of it.
+    A thread looks once in `interval` seconds. A GPU that stops answering stops being measured; the work never fails of
+    it.
     """
 
     def __init__(self, interval: float = 1.0) -> None:
@@ -201,7 +229,8 @@ class Meter:
         self.stop.set()
         self.thread.join()
         end = _or_none(pynvml.nvmlDeviceGetTotalEnergyConsumption, self.handle)
-        if self.start is not None and end is not None and end >= self.start:  # a driver that was loaded anew counts from 0
+        # a driver that was loaded anew counts from 0
+        if self.start is not None and end is not None and end >= self.start:
             self.joules = (end - self.start) / 1000
         _or_none(lambda _: pynvml.nvmlShutdown(), None)
 
@@ -216,7 +245,9 @@ class Meter:
                 self.busy.append(utilisation.gpu)
 
     def numbers(self) -> dict[str, float]:
-        """gpu-peak-mib (of this process; of the whole GPU where torch cannot say), gpu-utilisation (mean, %), gpu-joules."""
+        """gpu-peak-mib (of this process; of the whole GPU where torch cannot say), gpu-utilisation (mean, %),
+        gpu-joules.
+        """
         numbers = {}
         if torch := _torch_with_cuda():
             numbers["gpu-peak-mib"] = round(torch.cuda.max_memory_allocated() / MIB, 1)

@@ -1,8 +1,9 @@
 """A site's own record of what it sent: one line of JSON a message, in `journal.jsonl` of its cache folder.
 
 `bouquet site journal [CACHE]` tells it in words, round by round: `./site status` in a join kit.
-Enters: what left. Leaves: nothing; the file stays at the site. With BOUQUET_KEEP_SENT set, every adapter that was sent is kept
-beside it as `sent/<hash>.safetensors`, so that the hub's aggregate can be checked against what the sites really sent.
+Enters: what left. Leaves: nothing; the file stays at the site. With BOUQUET_KEEP_SENT set, every adapter that was sent
+is kept beside it as `sent/<hash>.safetensors`, so that the hub's aggregate can be checked against what the sites
+really sent.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Every whole line, oldest first; one that a power cut has spoilt is none."""
     if not (folder / FILE).exists():
         return []
-    lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # what follows the last newline was cut off
+    # what follows the last newline was cut off
+    lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     return [entry for line in lines if isinstance(entry := parsed(line), dict)]
 
 
@@ -63,7 +65,12 @@ def told(entries: list[dict[str, Any]], now: float) -> list[str]:
     lines = []
     for run, done in runs.items():
         trained = sum(bool(entry.get("sent")) for entry in done)
-        lines.append(text.printable(f"run {run[:40]}  trained in {trained} rounds, measured in {len(done) - trained} more, from {when(done[0])} to {when(done[-1])}"))
+        lines.append(
+            text.printable(
+                f"run {run[:40]}  trained in {trained} rounds, measured in {len(done) - trained} more, from"
+                f" {when(done[0])} to {when(done[-1])}"
+            )
+        )
         if len(done) > SHOWN:
             lines.append(f"  {len(done) - SHOWN} earlier rounds are in {FILE}")
         lines += [text.printable(f"  {words(entry)}") for entry in done[-SHOWN:]]
@@ -74,7 +81,11 @@ def told(entries: list[dict[str, Any]], now: float) -> list[str]:
 def words(entry: dict[str, Any]) -> str:
     """One message: what was taken, what was sent."""
     sent = str(entry.get("sent") or "")
-    did = f"trained on {entry.get('images')} photos and sent adapter {sent[:8]}" if sent else "measured the adapter and sent numbers alone"
+    did = (
+        f"trained on {entry.get('images')} photos and sent adapter {sent[:8]}"
+        if sent
+        else "measured the adapter and sent numbers alone"
+    )
     return f"round {entry.get('round')}  {when(entry)}  took adapter {str(entry.get('applied'))[:8]}, {did}"
 
 

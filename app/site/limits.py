@@ -1,15 +1,16 @@
 """What a site allows a run to ask of it: the site's own limits, floors and budget against the run's config.
 
-Signing says who wrote the code; limits say what that code may be told to do. A site gives them where no run can reach, as
-`limits` of its node config (SITE_LIMITS in its .env), words separated by spaces:
+Signing says who wrote the code; limits say what that code may be told to do. A site gives them where no run can reach,
+as `limits` of its node config (SITE_LIMITS in its .env), words separated by spaces:
 
   max-KEY=NUMBER, min-KEY=NUMBER   the most and the least of any numeric run-config key: max-local-steps=200 min-batch-size=8
   base-models=NAME,NAME            the base models that it lends
   min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week    below; with a default where photos are private
 
 The more photos a number is about, and the fewer numbers there are, the less it says of one photo.
-Errors: TRUST-03 (a run asks for what the site does not allow), TRUST-04 (a limit that cannot be read limits everything, never
-nothing), TRUST-10 (the week's budget is used up), SITE-02 (the folder has fewer photos than the floors need).
+Errors: TRUST-03 (a run asks for what the site does not allow), TRUST-04 (a limit that cannot be read limits
+everything, never nothing), TRUST-10 (the week's budget is used up), SITE-02 (the folder has fewer photos than the
+floors need).
 """
 
 from __future__ import annotations
@@ -88,20 +89,32 @@ class Limits:
         _check(config, self.bounds)
         images = config.batch_size * config.gradient_accumulation
         if images < self.floor("min-step-images"):
-            raise _not_allowed("batch-size times gradient-accumulation", images, f"min-step-images={self.floor('min-step-images')}")
+            raise _not_allowed(
+                "batch-size times gradient-accumulation", images, f"min-step-images={self.floor('min-step-images')}"
+            )
         if held_out < self.floor("min-held-out") or trained < self.floor("min-photos"):
             raise SiteError(
                 "SITE-02",
                 "Too few training images.",
-                found=f"{trained} to train on and {held_out} to hold out; this site's floors are {self.floor('min-photos')} and "
-                f"{self.floor('min-held-out')}",
-                fix="add photos, or lower the floors for this site: SITE_LIMITS='min-photos=4 min-held-out=4' (docs/security.md says "
-                "what a number about so few gives away)",
+                found=(
+                    f"{trained} to train on and {held_out} to hold out; this site's floors are"
+                    f" {self.floor('min-photos')} and {self.floor('min-held-out')}"
+                ),
+                fix=(
+                    "add photos, or lower the floors for this site: SITE_LIMITS='min-photos=4 min-held-out=4'"
+                    " (docs/security.md says what a number about so few gives away)"
+                ),
             )
         if (seen := min(trained, images * config.local_steps)) < self.floor("min-photos"):
-            raise _not_allowed("local-steps", f"{config.local_steps}, which sees {seen} photos", f"min-photos={self.floor('min-photos')}")
+            raise _not_allowed(
+                "local-steps",
+                f"{config.local_steps}, which sees {seen} photos",
+                f"min-photos={self.floor('min-photos')}",
+            )
 
-    def check_budget(self, config: RunConfig, run: str, journal: Iterable[Mapping[str, Any]], now: float | None = None) -> None:
+    def check_budget(
+        self, config: RunConfig, run: str, journal: Iterable[Mapping[str, Any]], now: float | None = None
+    ) -> None:
         """What this site has answered in seven days, and whether a run that begins now can end. Errors: TRUST-10."""
         since = (time.time() if now is None else now) - WEEK
         answered = [str(entry.get("run")) for entry in journal if entry.get("time", 0) > since]
@@ -111,9 +124,14 @@ class Limits:
                 raise SiteError(
                     "TRUST-10",
                     "The site has answered as much as it allows in a week.",
-                    found=f"{len(set(answered))} runs and {len(answered)} messages in seven days; with this one {used} {what}, "
-                    f"and the site's budget is {name}={most:g}",
-                    fix=f"wait, ask for fewer rounds, or raise it: SITE_LIMITS='{name}=...', and start the SuperNode again",
+                    found=(
+                        f"{len(set(answered))} runs and {len(answered)} messages in seven days; with this one {used}"
+                        f" {what}, and the site's budget is {name}={most:g}"
+                    ),
+                    fix=(
+                        f"wait, ask for fewer rounds, or raise it: SITE_LIMITS='{name}=...', and start the SuperNode"
+                        " again"
+                    ),
                 )
 
 
@@ -141,7 +159,10 @@ def _unreadable(word: str, name: str) -> SiteError:
         "TRUST-04",
         "The site's own limits cannot be read.",
         found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
-        fix="write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated by spaces",
+        fix=(
+            "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated"
+            " by spaces"
+        ),
     )
 
 

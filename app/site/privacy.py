@@ -1,13 +1,16 @@
 """What keeps a site's photos from being confirmed by the numbers that it reports.
 
-Every number is a query on the photos, and the hub chooses the query: with a run's seed known, a held-out split, a noise and a batch
-that follow from it can be recomputed for a candidate photo, and compared. So a site with private photos
-  - draws what nobody may predict (who is held out, the noise, the batches) from a secret of its own, which never leaves it;
+Every number is a query on the photos, and the hub chooses the query: with a run's seed known, a held-out split, a
+noise and a batch that follow from it can be recomputed for a candidate photo, and compared. So a site with private
+photos
+  - draws what nobody may predict (who is held out, the noise, the batches) from a secret of its own, which never
+    leaves it;
   - holds photos out in whole groups, so that no two runs differ by one photo;
   - answers no run that asks about too few photos, and no hub that asks too often (limits.py: floors and budgets);
   - tells numbers to three digits.
-Photos are private unless the folder says otherwise: `.public` in it lists the photos that everybody has, such as the demo's drawn
-ones. Then nothing is secret and every figure can be repeated to the bit; one photo that is not in the list makes all private.
+Photos are private unless the folder says otherwise: `.public` in it lists the photos that everybody has, such as the
+demo's drawn ones. Then nothing is secret and every figure can be repeated to the bit; one photo that is not in the
+list makes all private.
 Enters: a site's data and cache folders. Leaves: `Privacy`. Errors: SITE-14 (the secret is not where it must be).
 """
 
@@ -55,21 +58,29 @@ class Privacy:
         return hmac.digest(self.secret, text.encode(), "sha256")
 
     def seed(self, *parts: object) -> int:
-        """A 63-bit seed from (run seed, site, round): the same in every process of this site, and on every machine where all is public."""
+        """A 63-bit seed from (run seed, site, round): the same in every process of this site, and on every machine
+        where all is public.
+        """
         return int.from_bytes(self.digest(repr(parts))[:8], "big") >> 1
 
-    def split(self, photos: Iterable[Photo], fraction: float, seed: int, group: int = 1) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
-        """(training, validation) with about `fraction` of the photos held out, at least one in each, in their given order.
+    def split(
+        self, photos: Iterable[Photo], fraction: float, seed: int, group: int = 1
+    ) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
+        """(training, validation) with about `fraction` of the photos held out, at least one in each, in their given
+        order.
 
-        Public: a photo's side depends on nothing but its bytes and the seed, so that adding one never moves another; the exception is
-        a handful of photos that would all fall on one side, of which the nearest to the line changes sides.
-        Private: the side depends on the secret and not on the run's seed, and the number held out is a multiple of `group`. Two runs
-        with different fractions thus differ by a group of photos or by none, and no run trains on what another held out.
+        Public: a photo's side depends on nothing but its bytes and the seed, so that adding one never moves another;
+        the exception is a handful of photos that would all fall on one side, of which the nearest to the line changes
+        sides.
+        Private: the side depends on the secret and not on the run's seed, and the number held out is a multiple of
+        `group`. Two runs with different fractions thus differ by a group of photos or by none, and no run trains on
+        what another held out.
         """
         photos = tuple(photos)
         assert len(photos) >= 2 and 0 < fraction < 1
         of = "held out" if self.secret else seed
-        score = {photo.key: int.from_bytes(self.digest(f"{of}:{photo.key}")[:8], "big") / 2**64 for photo in photos}  # in [0, 1)
+        # in [0, 1)
+        score = {photo.key: int.from_bytes(self.digest(f"{of}:{photo.key}")[:8], "big") / 2**64 for photo in photos}
         ranked = sorted(photos, key=lambda photo: score[photo.key])
         if self.secret:
             count = group * max(1, round(fraction * len(photos) / group))
@@ -107,8 +118,12 @@ def of(folder: Path, photos: Iterable[Photo], cached: Path, secret: Secret) -> P
     return Privacy(_secret(cached / FILE, make=secret is Secret.MADE))
 
 
-def divide(partition: Partition, privacy: Privacy, limits: Limits, config: RunConfig) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
-    """(training, validation) as a run asks and the site's floors allow. Errors: SITE-02, TRUST-03 where a round would be about too few photos."""
+def divide(
+    partition: Partition, privacy: Privacy, limits: Limits, config: RunConfig
+) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
+    """(training, validation) as a run asks and the site's floors allow. Errors: SITE-02, TRUST-03 where a round would
+    be about too few photos.
+    """
     photos = partition.require(limits.least_photos).photos
     train, held_out = privacy.split(photos, config.validation_fraction, config.seed, limits.floor("min-held-out"))
     limits.check_photos(config, len(train), len(held_out))
@@ -170,6 +185,8 @@ def _no_secret(file: Path, found: str) -> SiteError:
         "SITE-14",
         "The site's own secret cannot be read.",
         found=f"{file}: {found}; without it nobody knows which photos were held out",
-        fix="name the cache folder of this site (--cache); if it is lost, remove the file: the next round makes a new one, "
-        "and holds out other photos",
+        fix=(
+            "name the cache folder of this site (--cache); if it is lost, remove the file: the next round makes a new"
+            " one, and holds out other photos"
+        ),
     )

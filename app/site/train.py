@@ -21,14 +21,17 @@ from app.site import cache, diffusion, privacy
 from app.site.limits import Limits
 from app.site.photos import data
 
-WIDER = 4  # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
+# times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
+WIDER = 4
 
 
 def accelerator(config: RunConfig) -> Accelerator:
     """bf16 where asked for, or where `auto` finds CUDA that has it; else float32."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=config.gradient_accumulation)
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=config.gradient_accumulation
+    )
 
 
 def check_base(name: str, folder: Path, own: str, hubs: str) -> None:
@@ -73,7 +76,8 @@ class Site:
         self.get_ready(base_fingerprint, began)
 
     def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
-        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, -06, SITE-01..07, -14, TRUST-03.
+        """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, -06,
+        SITE-01..07, -14, TRUST-03.
 
         base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
         """
@@ -82,7 +86,15 @@ class Site:
         base = model.locate(self.config.base_model, self.models)
         sums = model.fingerprint(base, self.cached)
         check_base(self.config.base_model, base, sums["base"], base_fingerprint)
-        if (now := (sums["vae"], sums["text_encoder"], sums["tokenizer"], data.stamp(self.folder), privacy.stamp(self.folder))) != self.encoded_from:
+        if (
+            now := (
+                sums["vae"],
+                sums["text_encoder"],
+                sums["tokenizer"],
+                data.stamp(self.folder),
+                privacy.stamp(self.folder),
+            )
+        ) != self.encoded_from:
             self._encode(base, sums)
             self.encoded_from = now
         self.clock.lap("encode")
@@ -97,7 +109,9 @@ class Site:
         if self.privacy.private:
             self.limits = self.limits.private()
         privacy.divide(partition, self.privacy, self.limits, self.config)  # before the work of encoding
-        self.partition, rows = cache.encode(partition, base, sums, self.config.resolution, self.cached, self.accelerator.device)
+        self.partition, rows = cache.encode(
+            partition, base, sums, self.config.resolution, self.cached, self.accelerator.device
+        )
         self.photos, held_out = privacy.divide(self.partition, self.privacy, self.limits, self.config)
         self.train, self.held_out = rows(self.photos), rows(held_out)
 
@@ -116,13 +130,16 @@ class Site:
     def fit(self, seed: int) -> float:
         """`local-steps` optimiser steps; returns their mean loss. Same seed, same steps, bit for bit on one CPU set-up.
 
-        Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then SITE-13.
+        Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then
+        SITE-13.
         """
         start = model.adapter_of(self.unet)
         loss = self._try_to_fit(seed)
         if loss is None and self.fits is self.config and self.config.batch_size > 1:
             self.fits = replace(
-                self.config, batch_size=self.config.batch_size // 2, gradient_accumulation=2 * self.config.gradient_accumulation
+                self.config,
+                batch_size=self.config.batch_size // 2,
+                gradient_accumulation=2 * self.config.gradient_accumulation,
             )
             print(f"bouquet: out of GPU memory; once more with {self.fits.batch_size} images a pass", flush=True)
             self.unet.zero_grad(set_to_none=True)
@@ -135,7 +152,9 @@ class Site:
         return loss
 
     def _try_to_fit(self, seed: int) -> float | None:
-        """The mean loss, or None when the GPU's memory is too small: by then its error is gone, whose traceback held what had filled it."""
+        """The mean loss, or None when the GPU's memory is too small: by then its error is gone, whose traceback held
+        what had filled it.
+        """
         try:
             return fit(self.unet, self.scheduler, self.train, self.fits, accelerator(self.fits), seed)
         except torch.OutOfMemoryError:
@@ -145,22 +164,32 @@ class Site:
         return SiteError(
             "SITE-13",
             "The GPU has too little memory for this run.",
-            found=f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution} pixels",
-            fix="free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or resolution",
+            found=(
+                f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution}"
+                " pixels"
+            ),
+            fix=(
+                "free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or"
+                " resolution"
+            ),
         )
 
 
 def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
     """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
 
-    Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is read at the end.
-    proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020, arXiv:1812.06127, eq. 2.
+    Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is
+    read at the end. proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020,
+    arXiv:1812.06127, eq. 2.
     """
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
     trained = [p for p in unet.parameters() if p.requires_grad]
     arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
-    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None)
-    optimiser_ = accelerator.prepare(optimiser)  # the UNet stays as it is: its precision is autocast's, and another round may come
+    optimiser = torch.optim.AdamW(
+        trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None
+    )
+    # the UNet stays as it is: its precision is autocast's, and another round may come
+    optimiser_ = accelerator.prepare(optimiser)
     batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
     unet.train()
     passes = config.local_steps * config.gradient_accumulation
@@ -168,7 +197,9 @@ def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator:
         pick = next(batches)
         blank = torch.rand(len(pick), 1, 1, generator=generator) < config.caption_dropout
         latents, text = encoded.batch(pick)
-        latents, text = (diffusion.to_device(rows, device) for rows in (latents, torch.where(blank, encoded.blank_TD, text)))
+        latents, text = (
+            diffusion.to_device(rows, device) for rows in (latents, torch.where(blank, encoded.blank_TD, text))
+        )
         with accelerator.accumulate(unet), accelerator.autocast():
             loss = diffusion.noise_loss(unet, scheduler, latents, text, generator, min_snr_gamma=config.min_snr_gamma)
             accelerator.backward(loss)

@@ -3,8 +3,10 @@
   scripts/access                                           both, made for this from the image that is here, and removed afterwards
   scripts/access --ours hub.example.org:8443 --ca ca.crt [--key site.key]     a hub that runs: ours alone
 
-Enters: Docker and the project's image (none with --ours); nothing of this checkout's .env, certificates or data is used or changed.
-Leaves: a Markdown table on stdout, .bouquet/access.json; exit 1 when something got through ours, 2 when it could not be tried.
+Enters: Docker and the project's image (none with --ours); nothing of this checkout's .env, certificates or data is
+used or changed.
+Leaves: a Markdown table on stdout, .bouquet/access.json; exit 1 when something got through ours, 2 when it could not
+be tried.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ def attack_both(groups: set[str]) -> dict[str, dict[str, Result]]:
         settings = prepare(folder, host)
         with ThreadPoolExecutor(2) as pool:
             down = {name: stack.enter_context(ExitStack()) for name in ("stock", "ours")}
-            made = {name: pool.submit(make, folder, network, host, settings, down[name]) for name, make in (("stock", stock), ("ours", ours))}
+            made = {
+                name: pool.submit(make, folder, network, host, settings, down[name])
+                for name, make in (("stock", stock), ("ours", ours))
+            }
             hubs = {name: future.result() for name, future in made.items()}
             running = {name: pool.submit(watch, name, hub, groups) for name, hub in hubs.items()}
             return {name: future.result() for name, future in running.items()}
@@ -56,16 +61,33 @@ def markdown(rows: list[dict]) -> str:
         return f"{bold}{result['verdict']}{bold}: {result['got']}".replace("|", "\\|") if result else "-"
 
     lines = ["| | attack | stock Flower compose | ours |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {row['group']} | {row['attack']} | {cell(row['stock'])} | {cell(row['ours'])} |" for row in rows])
+    return "\n".join(
+        lines + [f"| {row['group']} | {row['attack']} | {cell(row['stock'])} | {cell(row['ours'])} |" for row in rows]
+    )
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/access", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", metavar="HOST:PORT", help="attack this hub instead, which runs; have its operator's leave")
+    parser = argparse.ArgumentParser(
+        prog="scripts/access", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ours", metavar="HOST:PORT", help="attack this hub instead, which runs; have its operator's leave"
+    )
     parser.add_argument("--ca", type=Path, metavar="FILE", help="with --ours: its CA certificate")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="with --ours: the key of an admitted site that is not running, for the attacks of an insider")
+    parser.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="with --ours: the key of an admitted site that is not running, for the attacks of an insider",
+    )
     parser.add_argument("--only", nargs="+", default=[], choices=GROUPS, help="these groups of attacks alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=ROOT / ".bouquet/access.json", help="where the results go (.bouquet/access.json)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=ROOT / ".bouquet/access.json",
+        help="where the results go (.bouquet/access.json)",
+    )
     asked = parser.parse_args()
     if bool(asked.ours) != bool(asked.ca):
         parser.error("--ours and --ca go together")
@@ -81,7 +103,9 @@ def attack_one(address: str, ca: Path, key: Path | None, groups: set[str]) -> di
 def main() -> int:
     asked = arguments()
     try:
-        results = attack_one(asked.ours, asked.ca, asked.key, set(asked.only)) if asked.ours else attack_both(set(asked.only))
+        results = (
+            attack_one(asked.ours, asked.ca, asked.key, set(asked.only)) if asked.ours else attack_both(set(asked.only))
+        )
     except BouquetError as error:
         print(error.report(), file=sys.stderr)
         return 2
@@ -93,7 +117,10 @@ def main() -> int:
     asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     through = [row["attack"] for row in rows if row["ours"]["verdict"] == THROUGH]
     print(markdown(rows))
-    print(f"\naccess: {len(through)} attacks got through ours{': ' if through else ''}{'; '.join(through)}", file=sys.stderr)
+    print(
+        f"\naccess: {len(through)} attacks got through ours{': ' if through else ''}{'; '.join(through)}",
+        file=sys.stderr,
+    )
     return int(bool(through))
 
 

@@ -1,8 +1,8 @@
 """What an attack is, and whether it got through: the hub under attack, an attack's result, the list of attacks.
 
-Enters: a Hub. Leaves: a Result an attack. "Got through" is decided by what exists afterwards wherever something can: try_all()
-compares the hub's sites and runs, as its own operator sees them, before and after every attack.
-The attacks themselves: join.py, run.py, door.py, load.py.
+Enters: a Hub. Leaves: a Result an attack. "Got through" is decided by what exists afterwards wherever something can:
+try_all() compares the hub's sites and runs, as its own operator sees them, before and after every attack. The attacks
+themselves: join.py, run.py, door.py, load.py.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Hub:
     operator: Door | None = None  # where the hub's operator sees sites and runs
     site_key: Key | None = None  # an admitted site that attacks
     inside: Callable[[str, list[str]], str] | None = None  # (service, command) -> its output in that container
-    elsewhere: Callable[[list[str]], str] | None = None  # command -> its output in a container of a network that is none of the hub's
-    beside: Callable[[list[str]], str] | None = None  # the same, each time with an address of its own, on the network of the hub's own sites
+    # command -> its output in a container of a network that is none of the hub's
+    elsewhere: Callable[[list[str]], str] | None = None
+    # the same, each time with an address of its own, on the network of the hub's own sites
+    beside: Callable[[list[str]], str] | None = None
     others: dict[str, str] = field(default_factory=dict)  # what else a stranger might reach: name -> host:port
     from_site: str = ""  # the hub's address for its own SuperNodes
     supernode: list[str] = field(default_factory=list)  # the command that starts a SuperNode
@@ -55,7 +57,12 @@ class Hub:
         answer = self.door.send("POST", FLEET + "pull-messages")
         if answer.status in (0, 502, 503, 504):
             found = f"{self.door.host}:{self.door.port} answers an ordinary call with: {answer}"
-            raise BouquetError("HOST-12", "The hub to attack does not answer.", found=found, fix="is it up, and is --ca its CA? A hub that answers nobody proves nothing")
+            raise BouquetError(
+                "HOST-12",
+                "The hub to attack does not answer.",
+                found=found,
+                fix="is it up, and is --ca its CA? A hub that answers nobody proves nothing",
+            )
 
     def sites(self) -> dict[int, str]:
         """Registered sites: node id -> status, as the operator sees them."""
@@ -67,12 +74,19 @@ class Hub:
         """Run id -> (status, details)."""
         answer = self.operator.call(CONTROL + "list-runs", ListRunsRequest())
         assert answer.status == 200, answer
-        return {number: (run.status.status, run.status.details) for number, run in ListRunsResponse.FromString(answer.body).run_dict.items()}
+        return {
+            number: (run.status.status, run.status.details)
+            for number, run in ListRunsResponse.FromString(answer.body).run_dict.items()
+        }
 
     @cached_property
     def site_id(self) -> int:
-        """The attacker's own site: what activate-node answers its key. An online site's second activation is refused, so once."""
-        answer = self.fleet("activate-node", ActivateNodeRequest(public_key=public(self.site_key), heartbeat_interval=30), self.site_key)
+        """The attacker's own site: what activate-node answers its key. An online site's second activation is refused,
+        so once.
+        """
+        answer = self.fleet(
+            "activate-node", ActivateNodeRequest(public_key=public(self.site_key), heartbeat_interval=30), self.site_key
+        )
         assert answer.status == 200, f"the attacker's own site must be admitted: {answer}"
         return ActivateNodeResponse.FromString(answer.body).node_id
 
@@ -112,7 +126,9 @@ def attack(group: str, name: str, *needs: str) -> Callable:
 
 
 def try_all(hub: Hub, groups: set[str], tell: Callable[[str], None]) -> dict[str, Result]:
-    """Every attack of these groups (none: of all), one after the other; a site or a run that is there afterwards and was not before is one that got through."""
+    """Every attack of these groups (none: of all), one after the other; a site or a run that is there afterwards and
+    was not before is one that got through.
+    """
     results = {}
     hub.must_answer()
     assert not hub.operator or len(hub.own) == 2, "the hub's two sites must be online"

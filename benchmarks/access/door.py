@@ -1,4 +1,6 @@
-"""Attacks on the door: other paths and other spellings of them, two requests in one, TLS, and what else of the hub takes a connection."""
+"""Attacks on the door: other paths and other spellings of them, two requests in one, TLS, and what else of the hub
+takes a connection.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ from bouquet import ROOT
 from bouquet.hub.deployment import end_group, free_port
 from bouquet.hub.runs import QUIET
 
-# --- paths -------------------------------------------------------------------------------------------------------------------
+# --- paths
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def at_once(work: Callable, items: Sequence, width: int = 8) -> list:
@@ -46,8 +49,12 @@ def at_once(work: Callable, items: Sequence, width: int = 8) -> list:
 
 def answered_by_superlink(answers: list[Answer]) -> Result:
     reached = [answer for answer in answers if answer.from_superlink or answer.status in (200, 307)]
-    others = ", ".join(sorted({str(answer.status or answer.body.decode()) for answer in answers if answer not in reached}))
-    return Result.of(reached, f"{len(reached)} of {len(answers)} reached the SuperLink" + (f", else {others}" if others else ""))
+    others = ", ".join(
+        sorted({str(answer.status or answer.body.decode()) for answer in answers if answer not in reached})
+    )
+    return Result.of(
+        reached, f"{len(reached)} of {len(answers)} reached the SuperLink" + (f", else {others}" if others else "")
+    )
 
 
 @attack("path", "every Control and Runtime call, and a SuperNode's register-node and unregister-node, by name")
@@ -59,37 +66,65 @@ def every_call(hub: Hub) -> Result:
 
 @attack("path", "/docs, /openapi.json, /redoc, /health, /")
 def documentation(hub: Hub) -> Result:
-    return answered_by_superlink([hub.door.send(method, path) for path in ("/docs", "/openapi.json", "/redoc", "/health", "/") for method in ("GET", "HEAD")])
+    return answered_by_superlink(
+        [
+            hub.door.send(method, path)
+            for path in ("/docs", "/openapi.json", "/redoc", "/health", "/")
+            for method in ("GET", "HEAD")
+        ]
+    )
 
 
-@attack("path", f"{len(SPELLINGS)} spellings of a path: %2f, .., //, ;, \\, %00, case, double encoding, query, fragment")
+@attack(
+    "path", f"{len(SPELLINGS)} spellings of a path: %2f, .., //, ;, \\, %00, case, double encoding, query, fragment"
+)
 def spellings(hub: Hub) -> Result:
     """The request target goes out as it is written here; an empty message is a valid list-runs."""
     return answered_by_superlink([hub.door.send("POST", path) for path in SPELLINGS])
 
 
-@attack("path", f"{len(REQUEST_LINES)} request lines: absolute URI, HTTP/1.0, 0.9, bare LF, two hosts, override headers, h2c, CONNECT")
+@attack(
+    "path",
+    f"{len(REQUEST_LINES)} request lines: absolute URI, HTTP/1.0, 0.9, bare LF, two hosts, override headers, h2c,"
+    " CONNECT",
+)
 def request_lines(hub: Hub) -> Result:
     streams = at_once(lambda request: hub.door.raw(request, wait=1), REQUEST_LINES)
     return answered_by_superlink([(parse(stream) or [Answer(0, "", b"closed")])[0] for stream in streams])
 
 
-@attack("path", f"smuggling and pipelining: a Control call behind an allowed one, {len(SMUGGLING)} ways of ending the first twice")
+@attack(
+    "path",
+    f"smuggling and pipelining: a Control call behind an allowed one, {len(SMUGGLING)} ways of ending the first twice",
+)
 def smuggling(hub: Hub) -> Result:
     """An allowed call without a signature is answered 401; whatever is answered 200 is the smuggled one."""
-    answers = [answer for stream in at_once(lambda request: hub.door.raw(request, wait=1), SMUGGLING) for answer in parse(stream)]
+    answers = [
+        answer
+        for stream in at_once(lambda request: hub.door.raw(request, wait=1), SMUGGLING)
+        for answer in parse(stream)
+    ]
     done = sum(answer.status == 200 for answer in answers)
-    return Result.of(done, f"{done} of {len(SMUGGLING)} Control calls were carried out; answers {sorted({answer.status for answer in answers})}")
+    return Result.of(
+        done,
+        f"{done} of {len(SMUGGLING)} Control calls were carried out; answers"
+        f" {sorted({answer.status for answer in answers})}",
+    )
 
 
-# --- transport ---------------------------------------------------------------------------------------------------------------
+# --- transport
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @attack("TLS", "plain HTTP on the public port")
 def plain_http(hub: Hub) -> Result:
-    stream = exchange(lambda: socket.create_connection((hub.door.host, hub.door.port), 5), post(LIST) + post(ALLOWED), wait=3)
+    stream = exchange(
+        lambda: socket.create_connection((hub.door.host, hub.door.port), 5), post(LIST) + post(ALLOWED), wait=3
+    )
     answer = (parse(stream) or [Answer(0, "", b"connection closed")])[0]
-    return Result.of(answer.from_superlink, answer if answer.status == 0 else f"{answer.status} from the TLS listener itself")
+    return Result.of(
+        answer.from_superlink, answer if answer.status == 0 else f"{answer.status} from the TLS listener itself"
+    )
 
 
 @attack("TLS", "TLS 1.0 and TLS 1.1")
@@ -119,9 +154,19 @@ def false_hub(hub: Hub) -> Result:
         }  # fmt: skip
         hubs = {name: stack.enter_context(Impostor(server_context(*files))) for name, files in certificates.items()}
         key = Path(folder, "site.key")
-        key.write_bytes(new_key().private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
+        key.write_bytes(
+            new_key().private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+            )
+        )
         for each in hubs.values():
-            command = [*hub.supernode, f"--superlink=127.0.0.1:{each.port}", f"--root-certificates={right.file}", "--isolation=process", f"--port={free_port()}"]
+            command = [
+                *hub.supernode,
+                f"--superlink=127.0.0.1:{each.port}",
+                f"--root-certificates={right.file}",
+                "--isolation=process",
+                f"--port={free_port()}",
+            ]
             env = os.environ | QUIET | {"FLWR_HOME": folder, "PYTHONPATH": str(ROOT)}
             process = subprocess.Popen(
                 [part.replace("SITE_KEY", str(key)) for part in command], env=env, cwd=folder, start_new_session=True,
@@ -133,23 +178,43 @@ def false_hub(hub: Hub) -> Result:
         assert any(hubs["good"].heard), "the SuperNode must talk to a hub with a good certificate"
         false = {name: each for name, each in hubs.items() if name != "good"}
         told = [name for name, each in false.items() if any(each.heard)]
-        assert told or all(each.refused for each in false.values()), {name: each.refused for name, each in false.items()}
-        return Result.of(told, f"told {told}" if told else "; ".join(f"{name}: {each.refused[0]}" for name, each in false.items()))
+        assert told or all(each.refused for each in false.values()), {
+            name: each.refused for name, each in false.items()
+        }
+        return Result.of(
+            told, f"told {told}" if told else "; ".join(f"{name}: {each.refused[0]}" for name, each in false.items())
+        )
 
 
-# --- networks ------------------------------------------------------------------------------------------------------------------
+# --- networks
+# ------------------------------------------------------------------------------------------------------------------
 
 # One path of each kind, and what a stranger may reach of each: nothing but a SuperNode's calls at the public door.
-KINDS = ("POST " + ALLOWED, "POST " + LIST, "POST /v1/runtime/acquire-task", "POST /v1/fleet/register-node", "GET /docs", "GET /openapi.json", "GET /health")
+KINDS = (
+    "POST " + ALLOWED,
+    "POST " + LIST,
+    "POST /v1/runtime/acquire-task",
+    "POST /v1/fleet/register-node",
+    "GET /docs",
+    "GET /openapi.json",
+    "GET /health",
+)
 
 
 def probe(targets: dict[str, str], calls: Sequence[str] = KINDS) -> list[str]:
     """The command that runs probe.py in a container."""
-    return ["python", "-c", (ROOT / "benchmarks/access/probe.py").read_text(), json.dumps({"targets": targets, "calls": list(calls)})]
+    return [
+        "python",
+        "-c",
+        (ROOT / "benchmarks/access/probe.py").read_text(),
+        json.dumps({"targets": targets, "calls": list(calls)}),
+    ]
 
 
 def only_the_door(seen: dict, door: str) -> Result:
-    """seen: probe.py's answer. Got through: an address but `door` took a connection, or the SuperLink answered another call there."""
+    """seen: probe.py's answer. Got through: an address but `door` took a connection, or the SuperLink answered another
+    call there.
+    """
     calls = seen[door] if isinstance(seen[door], dict) else {}
     assert calls.get(KINDS[0]), f"the public door itself must answer from there: {seen}"
     open_ = [name for name, answer in seen.items() if name != door and isinstance(answer, dict)]
@@ -159,9 +224,16 @@ def only_the_door(seen: dict, door: str) -> Result:
     return Result.of(open_ or set(answered) - {KINDS[0]}, got)
 
 
-@attack("network", "from a container on a network that is none of the hub's: every address and every kind of path", "elsewhere", "others")
+@attack(
+    "network",
+    "from a container on a network that is none of the hub's: every address and every kind of path",
+    "elsewhere",
+    "others",
+)
 def from_elsewhere(hub: Hub) -> Result:
-    return only_the_door(json.loads(hub.elsewhere(probe({"door": f"{hub.door.host}:{hub.door.port}"} | hub.others))), "door")
+    return only_the_door(
+        json.loads(hub.elsewhere(probe({"door": f"{hub.door.host}:{hub.door.port}"} | hub.others))), "door"
+    )
 
 
 @attack("network", "from a site's own container: every address and every kind of path", "inside", "others")

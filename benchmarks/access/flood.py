@@ -1,6 +1,7 @@
 """Many large bodies to one address at once, from where this runs. Standard library alone: it is piped into containers.
 
-Enters: argv[1], JSON {"address": "host:port", "path": "/path", "head": hex, "size": n, "count": n}: each body is head and `size` times "x".
+Enters: argv[1], JSON {"address": "host:port", "path": "/path", "head": hex, "size": n, "count": n}: each body is head
+and `size` times "x".
 Leaves: JSON, the status of each answer; 0 where there was none.
 """
 
@@ -12,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 wanted = json.loads(sys.argv[1])
 body = bytes.fromhex(wanted["head"]) + b"x" * wanted["size"]
-head = f"POST {wanted['path']} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/protobuf\r\nContent-Length: {len(body)}\r\n\r\n"
+head = (
+    f"POST {wanted['path']} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type:"
+    f" application/protobuf\r\nContent-Length: {len(body)}\r\n\r\n"
+)
 tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
 

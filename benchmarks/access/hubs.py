@@ -1,7 +1,9 @@
-"""Two hubs to attack, made for it from the image that is here and removed afterwards: this project's, and Flower's quickstart (stock.yaml).
+"""Two hubs to attack, made for it from the image that is here and removed afterwards: this project's, and Flower's
+quickstart (stock.yaml).
 
 Enters: a folder and a network of their own; nothing of this checkout's .env, certificates or data is used or changed.
-Leaves: a Hub each. Their ports are bound to the address of a network made for this, which no other host has. Errors: HOST-11.
+Leaves: a Hub each. Their ports are bound to the address of a network made for this, which no other host has. Errors:
+HOST-11.
 """
 
 from __future__ import annotations
@@ -38,7 +40,12 @@ def sh(*command: str, cwd: Path = ROOT, **env: str) -> str:
     done = subprocess.run(command, cwd=cwd, env=clean() | env, capture_output=True, text=True)
     if done.returncode:
         found = " ".join((done.stderr or done.stdout)[-900:].split())
-        raise BouquetError("HOST-11", "The hubs to attack could not be made.", found=f"{' '.join(command[:4])}: {found}", fix="scripts/setup builds the image; then try again")
+        raise BouquetError(
+            "HOST-11",
+            "The hubs to attack could not be made.",
+            found=f"{' '.join(command[:4])}: {found}",
+            fix="scripts/setup builds the image; then try again",
+        )
     return done.stdout
 
 
@@ -54,7 +61,12 @@ def image() -> str:
     for name in filter(None, wanted):
         if subprocess.run(["docker", "image", "inspect", name], capture_output=True).returncode == 0:
             return name
-    raise BouquetError("HOST-11", "The hubs to attack could not be made.", found="no image bouquet:cpu or bouquet:cuda", fix="scripts/setup builds it; or IMAGE=NAME")
+    raise BouquetError(
+        "HOST-11",
+        "The hubs to attack could not be made.",
+        found="no image bouquet:cpu or bouquet:cuda",
+        fix="scripts/setup builds it; or IMAGE=NAME",
+    )
 
 
 class Project:
@@ -92,7 +104,9 @@ def outside(name: str) -> Iterator[str]:
 
 
 def prepare(folder: Path, host: str) -> dict[str, str]:
-    """A hub's folder as scripts/setup leaves it, with a few drawings: files, certificates for `host`, an admitted attacker. Its settings."""
+    """A hub's folder as scripts/setup leaves it, with a few drawings: files, certificates for `host`, an admitted
+    attacker. Its settings.
+    """
     for part in PARTS:
         to = folder / part
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -108,13 +122,19 @@ def prepare(folder: Path, host: str) -> dict[str, str]:
 
 def open_up(*folders: Path) -> None:
     """Folders, and files that are no secret, readable by the containers' own user."""
-    for path in (path for folder in folders for path in (folder, *folder.rglob("*")) if path.suffix not in {".key", ".secret"}):
+    for path in (
+        path for folder in folders for path in (folder, *folder.rglob("*")) if path.suffix not in {".key", ".secret"}
+    ):
         path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o444))
 
 
 def ours(folder: Path, network: str, host: str, settings: dict[str, str], stack: ExitStack) -> Hub:
     ports = {"HUB_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
-    data = {"MODELS": str(ROOT / "models"), "SITE_1_DATA": str(folder / "data/site-1"), "SITE_2_DATA": str(folder / "data/site-2")}
+    data = {
+        "MODELS": str(ROOT / "models"),
+        "SITE_1_DATA": str(folder / "data/site-1"),
+        "SITE_2_DATA": str(folder / "data/site-2"),
+    }
     project = Project(folder, f"{network}-ours", "compose.yaml:docker/cpu.yaml", settings | ports | data)
     stack.callback(project.down)
     project.compose("up", "-d", "--wait")
@@ -130,13 +150,20 @@ def ours(folder: Path, network: str, host: str, settings: dict[str, str], stack:
 
 
 def stock(folder: Path, network: str, host: str, settings: dict[str, str], stack: ExitStack) -> Hub:
-    """Flower's quickstart, benchmarks/access/stock.yaml; its attacker's site has registered itself, as every SuperNode does there."""
+    """Flower's quickstart, benchmarks/access/stock.yaml; its attacker's site has registered itself, as every SuperNode
+    does there.
+    """
     port = str(free_port())
     project = Project(folder, f"{network}-stock", "benchmarks/access/stock.yaml", settings | {"HUB_PORT": port})
     stack.callback(project.down)
     project.compose("up", "-d", "--wait")
     door, key = Door(host, int(port), folder / "certs/ca.crt"), new_key()
-    wait_until(lambda: door.call(FLEET + "register-node", RegisterNodeFleetRequest(public_key=public(key)), signed(key)).status == 200)
+    wait_until(
+        lambda: (
+            door.call(FLEET + "register-node", RegisterNodeFleetRequest(public_key=public(key)), signed(key)).status
+            == 200
+        )
+    )
     hub = Hub(
         door, door, key, project.inside, stranger(network, settings["IMAGE"]),
         stranger(f"{project.name}_default", settings["IMAGE"]), {}, "superlink:8000",
@@ -149,7 +176,13 @@ def stock(folder: Path, network: str, host: str, settings: dict[str, str], stack
 
 def stranger(network: str, image: str) -> Callable[[list[str]], str]:
     """Runs a command in a container on that network, which may nothing and goes away."""
-    may_nothing = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--memory=256m", "--pids-limit=64"]
+    may_nothing = [
+        "--read-only",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--memory=256m",
+        "--pids-limit=64",
+    ]
     return lambda command: sh("docker", "run", "--rm", "--network", network, *may_nothing, image, *command)
 
 
@@ -160,7 +193,10 @@ def docker0() -> str:
 def services(project: Project, door: str) -> dict[str, str]:
     """Every container's address with the port its program listens on, but for the door's."""
     ports = {"superlink": 8000, "serverapp": 8001, "supernode-1": 9094, "supernode-2": 9094, "gateway": 8080}
-    return {f"{name}:{ports[name.split()[0]]}": f"{address}:{ports[name.split()[0]]}" for name, address in project.addresses().items()}
+    return {
+        f"{name}:{ports[name.split()[0]]}": f"{address}:{ports[name.split()[0]]}"
+        for name, address in project.addresses().items()
+    }
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
@@ -172,5 +208,10 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
         except (OSError, AssertionError):
             pass
         if time.monotonic() > end:
-            raise BouquetError("HOST-11", "The hubs to attack could not be made.", found="Flower's own hub is not up after a minute", fix="docker compose ls; try again")
+            raise BouquetError(
+                "HOST-11",
+                "The hubs to attack could not be made.",
+                found="Flower's own hub is not up after a minute",
+                fix="docker compose ls; try again",
+            )
         time.sleep(0.5)

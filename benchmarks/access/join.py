@@ -44,10 +44,17 @@ def wrong_key(hub: Hub) -> Result:
     headers = [signed(new_key(), claims=hub.site_key), signed(new_key()), signed(new_key(), claims=other)]
     headers.append({**signed(hub.site_key), "flwr-signature": ""})
     answers = [hub.door.call(FLEET + "pull-messages", request, each) for each in headers]
-    return Result.of(any(answer.status == 200 for answer in answers), "; ".join(sorted({str(answer) for answer in answers})))
+    return Result.of(
+        any(answer.status == 200 for answer in answers), "; ".join(sorted({str(answer) for answer in answers}))
+    )
 
 
-@attack("join", "another node's id: an admitted site asks for another site's messages and beats its heart", "site_key", "operator")
+@attack(
+    "join",
+    "another node's id: an admitted site asks for another site's messages and beats its heart",
+    "site_key",
+    "operator",
+)
 def another_id(hub: Hub) -> Result:
     own = hub.site_id
     for_itself = hub.fleet("pull-messages", PullMessagesRequest(node=Node(node_id=own)), hub.site_key)
@@ -64,7 +71,9 @@ def another_id(hub: Hub) -> Result:
 @attack("join", "no key: each of the 10 calls of a SuperNode without a signature")
 def no_key(hub: Hub) -> Result:
     answers = [hub.door.send("POST", FLEET + call) for call in SITES_CALLS]
-    return Result.of(any(answer.status < 400 for answer in answers), "; ".join(sorted({str(answer) for answer in answers})))
+    return Result.of(
+        any(answer.status < 400 for answer in answers), "; ".join(sorted({str(answer) for answer in answers}))
+    )
 
 
 @attack("join", "replayed signed header after its window: signed 310 s ago, and 60 s ahead", "site_key")
@@ -74,12 +83,24 @@ def late_replay(hub: Hub) -> Result:
     return Result.of(any(answer.status == 200 for answer in answers), answers[0])
 
 
-@attack("join", "replayed signed header within its window: one header 2 s old, ten connections, ten different calls", "site_key")
+@attack(
+    "join",
+    "replayed signed header within its window: one header 2 s old, ten connections, ten different calls",
+    "site_key",
+)
 def replay(hub: Hub) -> Result:
-    """Flower's signature covers the timestamp alone: who reads one header (broke TLS, or owns the gateway) is that site while it holds."""
+    """Flower's signature covers the timestamp alone: who reads one header (broke TLS, or owns the gateway) is that site
+    while it holds.
+    """
     own, header = Node(node_id=hub.site_id), signed(hub.site_key, age=2)
-    named = {"activate-node": ActivateNodeRequest(public_key=public(hub.site_key)), "deactivate-node": DeactivateNodeRequest(node_id=own.node_id)}
+    named = {
+        "activate-node": ActivateNodeRequest(public_key=public(hub.site_key)),
+        "deactivate-node": DeactivateNodeRequest(node_id=own.node_id),
+    }
     any_other = PullMessagesRequest(node=own)  # the first field of every other request: who asks
     answers = {call: hub.door.call(FLEET + call, named.get(call, any_other), header) for call in SITES_CALLS}
     believed = [call for call, answer in answers.items() if answer.status not in (0, 401, 404)]
-    return Result(REMAINS if believed else REFUSED, f"{len(believed)} of {len(SITES_CALLS)} calls believed, until 305 s after it was signed")
+    return Result(
+        REMAINS if believed else REFUSED,
+        f"{len(believed)} of {len(SITES_CALLS)} calls believed, until 305 s after it was signed",
+    )

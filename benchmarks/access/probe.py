@@ -1,7 +1,8 @@
 """What answers at some addresses, seen from where this runs. Standard library alone: it is piped into containers.
 
 Enters: argv[1], JSON {"targets": {name: "host:port"}, "calls": ["POST /path", ...]}.
-Leaves: JSON {name: {call: [status or error, whether it is the SuperLink's own answer]}}, or {name: error} where nothing takes a connection.
+Leaves: JSON {name: {call: [status or error, whether it is the SuperLink's own answer]}}, or {name: error} where
+nothing takes a connection.
 """
 
 import json

@@ -39,13 +39,18 @@ def main(grid, context):
 
 def an_app(code: bytes, client: str = "app") -> bytes:
     """The bundle of a Flower app with this code."""
-    table = f"[tool.flwr.app]\npublisher = 'nobody'\n[tool.flwr.app.components]\nserverapp = 'one:app'\nclientapp = 'one:{client}'\n"
+    table = (
+        "[tool.flwr.app]\npublisher = 'nobody'\n[tool.flwr.app.components]\nserverapp = 'one:app'\nclientapp ="
+        f" 'one:{client}'\n"
+    )
     project = "[project]\nname = 'one'\nversion = '1.0.0'\nlicense = 'Apache-2.0'\ndependencies = ['flwr>=1.41']\n"
     return build_fab_from_files({"pyproject.toml": (project + table).encode(), "one.py": code})[0]
 
 
 def start_run(door: Door, app: bytes) -> Answer:
-    return door.call(CONTROL + "start-run", StartRunRequest(fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app)))
+    return door.call(
+        CONTROL + "start-run", StartRunRequest(fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app))
+    )
 
 
 @attack("run", "start-run from outside, with nothing but the CA file")
@@ -68,19 +73,27 @@ def steals_a_task(hub: Hub) -> Result:
     return Result.of(False, answer)
 
 
-@attack("run", "acquire-task without the secret, at the SuperLink itself (ours: from the hub host's loopback)", "operator")
+@attack(
+    "run", "acquire-task without the secret, at the SuperLink itself (ours: from the hub host's loopback)", "operator"
+)
 def steals_a_task_inside(hub: Hub) -> Result:
     """Who is on the hub's host itself: the secret alone stands in the way."""
     answer = hub.operator.call("/v1/runtime/acquire-task", AcquireTaskRequest(supported_task_types=["flwr-serverapp"]))
     return Result.of(answer.status == 200, answer)
 
 
-# --- code that no publisher signed: the hub itself, or who has taken it, starts the run ----------------------------------------
+# --- code that no publisher signed: the hub itself, or who has taken it, starts the run
+# ----------------------------------------
 
 
 def bundles(hub: Hub) -> dict[str, bytes]:
-    """Bundles to run at the hub's sites, by what is wrong with them; the signatures that a hub would pass them off with lie where it takes them from."""
-    apps = {name: WITNESS.replace("NAME", name).replace("SITES", repr(sorted(hub.own))) for name in ("signed", "unsigned", "stranger")}
+    """Bundles to run at the hub's sites, by what is wrong with them; the signatures that a hub would pass them off with
+    lie where it takes them from.
+    """
+    apps = {
+        name: WITNESS.replace("NAME", name).replace("SITES", repr(sorted(hub.own)))
+        for name in ("signed", "unsigned", "stranger")
+    }
     apps["altered"] = apps["signed"].replace("ran-signed", "ran-altered")
     made = {name: an_app(code.encode(), "client") for name, code in apps.items()}
     if hub.publisher and hub.signatures:
@@ -122,7 +135,9 @@ def runs_unsigned(hub: Hub) -> Result:
     return runs_at_sites(hub, "unsigned")
 
 
-@attack("trust", "a signed bundle with a word altered, passed off with the signature of the true one", "operator", "inside")
+@attack(
+    "trust", "a signed bundle with a word altered, passed off with the signature of the true one", "operator", "inside"
+)
 def runs_altered(hub: Hub) -> Result:
     return runs_at_sites(hub, "altered")
 

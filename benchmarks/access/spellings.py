@@ -1,7 +1,8 @@
-"""How a forbidden call can be spelled so that a proxy takes it for an allowed one: paths, request lines, two ends of one request.
+"""How a forbidden call can be spelled so that a proxy takes it for an allowed one: paths, request lines, two ends of
+one request.
 
-Every entry goes out byte for byte. The forbidden call is Control's list-runs, which an empty message is valid for, so that a
-SuperLink that is reached carries it out and answers 200.
+Every entry goes out byte for byte. The forbidden call is Control's list-runs, which an empty message is valid for, so
+that a SuperLink that is reached carries it out and answers 200.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ SPELLINGS = (
 )  # fmt: skip
 
 
-def post(target: str, version: str = "HTTP/1.1", host: str = "superlink:8000", more: str = "", method: str = "POST") -> bytes:
+def post(
+    target: str, version: str = "HTTP/1.1", host: str = "superlink:8000", more: str = "", method: str = "POST"
+) -> bytes:
     return f"{method} {target} {version}\r\nHost: {host}\r\nContent-Type: {MEDIA}\r\nContent-Length: 0\r\n{more}\r\n".encode()
 
 
@@ -41,7 +44,11 @@ REQUEST_LINES = (
 
 def smuggled(length: str, encoding: str, body: bytes = b"0\r\n\r\n") -> bytes:
     """An allowed call that two parsers end at two places, with a Control call in between."""
-    head = f"POST {ALLOWED} HTTP/1.1\r\nHost: x\r\nContent-Type: {MEDIA}\r\n" + length.replace("WHOLE", str(len(body) + len(post(LIST)))) + encoding
+    head = (
+        f"POST {ALLOWED} HTTP/1.1\r\nHost: x\r\nContent-Type: {MEDIA}\r\n"
+        + length.replace("WHOLE", str(len(body) + len(post(LIST))))
+        + encoding
+    )
     return head.encode() + b"\r\n" + body + post(LIST)
 
 

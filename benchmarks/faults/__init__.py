@@ -1,4 +1,5 @@
-"""Faults on purpose: a real deployment of three sites, one fault in the middle of a round, and the checker's verdict afterwards.
+"""Faults on purpose: a real deployment of three sites, one fault in the middle of a round, and the checker's verdict
+afterwards.
 
 bench.py      the deployment; whatever ends is started again at once, as Docker's restart policy does
 case.py       a case, one repeat of it, and the verdict

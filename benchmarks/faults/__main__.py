@@ -1,7 +1,8 @@
 """Faults on purpose, and whether anything was lost: `scripts/faults [--only PATTERN …] [--repeats 5] [--json FILE]`
 
-Three sites and a hub, as processes on loopback or as containers; runs of three rounds, one fault in the middle of the second; then the
-checker. Prints a line a repeat and the table at the end. Exit code 1 when something did not survive. docs/faults.md says what each case is.
+Three sites and a hub, as processes on loopback or as containers; runs of three rounds, one fault in the middle of the
+second; then the checker. Prints a line a repeat and the table at the end. Exit code 1 when something did not survive.
+docs/faults.md says what each case is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def undisturbed(bench: Hub) -> str:
     return model.adapter_hash(store.read_adapter(bench.adapters / run / "final"))
 
 
-def in_deployments(cases: list[Case], repeats: int, home: Callable[[], contextlib.AbstractContextManager[Path]], tell: Tell) -> None:
+def in_deployments(
+    cases: list[Case], repeats: int, home: Callable[[], contextlib.AbstractContextManager[Path]], tell: Tell
+) -> None:
     """Cases that share a world share its deployment, until one of them does not survive there."""
     for world in dict.fromkeys(case.world for case in cases):
         todo = [case for case in cases if case.world is world for _ in range(min(repeats, case.most))]
@@ -53,10 +56,16 @@ def in_deployments(cases: list[Case], repeats: int, home: Callable[[], contextli
 
 def chosen(patterns: list[str]) -> list[Case]:
     """The cases whose `group: name` has one of the patterns; all of them where there is none."""
-    return [case for case in CASES if not patterns or any(re.search(pattern, f"{case.group}: {case.name}") for pattern in patterns)]
+    return [
+        case
+        for case in CASES
+        if not patterns or any(re.search(pattern, f"{case.group}: {case.name}") for pattern in patterns)
+    ]
 
 
-def run(cases: list[Case], repeats: int, home: Callable[[], contextlib.AbstractContextManager[Path]], tell: Tell) -> None:
+def run(
+    cases: list[Case], repeats: int, home: Callable[[], contextlib.AbstractContextManager[Path]], tell: Tell
+) -> None:
     for case in [case for case in cases if case.needs()]:
         tell(Outcome(case.name, False, skipped=case.needs()))
     cases = [case for case in cases if not case.needs()]
@@ -67,12 +76,24 @@ def run(cases: list[Case], repeats: int, home: Callable[[], contextlib.AbstractC
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases whose `group: name` matches; --list shows them")
-    parser.add_argument("--repeats", type=int, default=5, help="times each; a case that takes minutes has its own smaller number")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the outcomes there; those that are there already count too")
-    parser.add_argument("--stock", action="store_true", help="tell the bad updates to Flower's own FedAvg, once each, and nothing else")
-    parser.add_argument("--home", type=Path, metavar="DIR", help="work there and leave the logs and volumes, to look at afterwards")
+    parser = argparse.ArgumentParser(
+        prog="scripts/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="cases whose `group: name` matches; --list shows them"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="times each; a case that takes minutes has its own smaller number"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep the outcomes there; those that are there already count too"
+    )
+    parser.add_argument(
+        "--stock", action="store_true", help="tell the bad updates to Flower's own FedAvg, once each, and nothing else"
+    )
+    parser.add_argument(
+        "--home", type=Path, metavar="DIR", help="work there and leave the logs and volumes, to look at afterwards"
+    )
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.list:

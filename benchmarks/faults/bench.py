@@ -1,7 +1,8 @@
 """A hub and three sites as processes, made to be broken.
 
-Enters: an empty folder. Leaves: everything that ran, ended. The base model is models/mini, a site has a dozen pictures of noise, and a
-round takes seconds. Whatever ends is started again at once, as Docker's restart policy does; a process that is being held is not.
+Enters: an empty folder. Leaves: everything that ran, ended. The base model is models/mini, a site has a dozen pictures
+of noise, and a round takes seconds. Whatever ends is started again at once, as Docker's restart policy does; a process
+that is being held is not.
 """
 
 from __future__ import annotations
@@ -38,11 +39,21 @@ HOSTILE = Path(__file__).parent / "hostile"
 class Bench(Hub, Processes):
     """The deployment; its state lies under `home`."""
 
-    def __init__(self, home: Path, env: Mapping[str, str] = {}, site_3: Mapping[str, str] = {}, hub_for_site_3: str = "") -> None:
-        """env: additions to every process's environment; site_3: to that site's alone; hub_for_site_3: where it finds the hub."""
+    def __init__(
+        self, home: Path, env: Mapping[str, str] = {}, site_3: Mapping[str, str] = {}, hub_for_site_3: str = ""
+    ) -> None:
+        """env: additions to every process's environment; site_3: to that site's alone; hub_for_site_3: where it finds
+        the hub.
+        """
         certs = certificates(home)
         sites = {name: pictures(home / "data" / name, count, seed) for seed, (name, count) in enumerate(PHOTOS.items())}
-        super().__init__(home, certs, free_port(), sites, {"BOUQUET_KEEP_SENT": "1", "BOUQUET_ADMITTED": "", "OMP_NUM_THREADS": "1", **env})
+        super().__init__(
+            home,
+            certs,
+            free_port(),
+            sites,
+            {"BOUQUET_KEEP_SENT": "1", "BOUQUET_ADMITTED": "", "OMP_NUM_THREADS": "1", **env},
+        )
         self.pids = home / "pids.json"  # not on the volume that may be full
         self.certs_ca = certs / "ca.crt"
         self.door = Door("127.0.0.1", self.port, self.certs_ca)
@@ -55,7 +66,8 @@ class Bench(Hub, Processes):
         self.closing = threading.Event()
         self.keeper = threading.Thread(target=self._keep, daemon=True)
 
-    # --- up and down ----------------------------------------------------------------------------------------------------------
+    # --- up and down
+    # ----------------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
         self.start_hub()
@@ -86,7 +98,9 @@ class Bench(Hub, Processes):
         self._note_pids()
 
     def _keep(self) -> None:
-        """Start again what has ended: at once, and with twice the delay each time while it does not live for 10 s, as Docker does."""
+        """Start again what has ended: at once, and with twice the delay each time while it does not live for 10 s, as
+        Docker does.
+        """
         while not self.closing.wait(0.05):
             for name, process in list(self.running.items()):
                 if name in self.held or process.poll() is None:
@@ -96,7 +110,8 @@ class Bench(Hub, Processes):
                 if lived >= self.delay[name] or not self.closing.wait(self.delay[name]):
                     self._spawn(name, *self.commands[name])
 
-    # --- processes ------------------------------------------------------------------------------------------------------------
+    # --- processes
+    # ------------------------------------------------------------------------------------------------------------
 
     def signal(self, name: str, number: int) -> None:
         """Send a signal to the one process `name`, by its id."""
@@ -132,7 +147,9 @@ def certificates(home: Path) -> Path:
         scripts.mkdir(parents=True)
         for name in ("certs", "_lib.sh"):
             shutil.copy(ROOT / "scripts" / name, scripts / name)
-        subprocess.run([scripts / "certs", *PHOTOS], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"HUB_HOST": ""})
+        subprocess.run(
+            [scripts / "certs", *PHOTOS], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"HUB_HOST": ""}
+        )
     return home / "certs"
 
 
@@ -142,7 +159,10 @@ def pictures(folder: Path, count: int, seed: int) -> Path:
     draw = np.random.default_rng(seed)
     for number in range(count):
         Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    lines = [json.dumps({"file_name": f"{number}.png", "text": f"a flower, background {number % 3}"}) for number in range(count)]
+    lines = [
+        json.dumps({"file_name": f"{number}.png", "text": f"a flower, background {number % 3}"})
+        for number in range(count)
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return everybodys(folder) if count > 1 else folder
 

@@ -1,8 +1,8 @@
 """A case, one repeat of it, and the verdict.
 
-Survived means: the run completed, or it ended in a declared state with its last good adapter in place and a second run went on from
-there; the checker (benchmarks/check.py) finds nothing in either; and where every site took part in every round, the result is that of
-an undisturbed run, bit for bit.
+Survived means: the run completed, or it ended in a declared state with its last good adapter in place and a second run
+went on from there; the checker (benchmarks/check.py) finds nothing in either; and where every site took part in every
+round, the result is that of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ World = Callable[[Path], AbstractContextManager[Hub]]  # a folder -> the deploym
 
 @dataclass(frozen=True)
 class Case:
-    """A fault in the middle of round 2. `fault` may wait; what must be undone it undoes itself, or does in what it returns."""
+    """A fault in the middle of round 2. `fault` may wait; what must be undone it undoes itself, or does in what it
+    returns.
+    """
 
     group: str
     name: str
@@ -71,7 +73,9 @@ def _play(case: Case, bench: Hub, reference: str) -> Outcome:
         whole = bench.start_run(config | resume)
         again = bench.wait_for_end(whole)
         problems += judge(bench, whole, again, check.adapters(bench.adapters), 0, case.limit)
-        problems += [f"the second run ended {again}: {bench.said(whole).get('error')}"] * (again != "finished:completed")
+        problems += [f"the second run ended {again}: {bench.said(whole).get('error')}"] * (
+            again != "finished:completed"
+        )
     if not problems:
         problems += differs(bench, whole, reference, case.same)
     return Outcome(case.name, not problems, recovered(bench, whole, done, fault), lost(problems), problems, how)
@@ -81,7 +85,11 @@ def judge(bench: Hub, run: str, state: str, before: Mapping[str, str], seconds: 
     """The checker's sentences; a run that left no history has only one."""
     evidence = bench.evidence(run, state=state, seconds=seconds, limit=limit, before=before)
     if not (evidence.run / "history.json").is_file():
-        return [*check.half_written(evidence.volume), *check.lost(evidence), f"the run ended {state} and left no history"]
+        return [
+            *check.half_written(evidence.volume),
+            *check.lost(evidence),
+            f"the run ended {state} and left no history",
+        ]
     return check.check(evidence)
 
 

@@ -1,9 +1,11 @@
-"""The hub and three sites as containers, and what happens to containers: kills, pauses, networks that are taken away, an engine that restarts.
+"""The hub and three sites as containers, and what happens to containers: kills, pauses, networks that are taken away,
+an engine that restarts.
 
-Enters: an empty folder. Leaves: a Compose project of its own, removed with its volumes. Everything is the product's: compose.yaml, the image,
-scripts/setup, scripts/add-site, signed code, Docker's restart policy; only that volumes are folders here, for the checker to read.
-Needs a Docker Engine on this host and root, since a container's process is killed by its id: `docker kill` would tell Docker not to
-start it again. Restarting the engine stops every container of the host, so BOUQUET_ENGINE_RESTART must name the command that does it.
+Enters: an empty folder. Leaves: a Compose project of its own, removed with its volumes. Everything is the product's:
+compose.yaml, the image, scripts/setup, scripts/add-site, signed code, Docker's restart policy; only that volumes are
+folders here, for the checker to read. Needs a Docker Engine on this host and root, since a container's process is
+killed by its id: `docker kill` would tell Docker not to start it again. Restarting the engine stops every container of
+the host, so BOUQUET_ENGINE_RESTART must name the command that does it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Containers(Hub):
         self.home = self.app = home / "bouquet"
         self.adapters = home / "adapters"
         self.caches = {site: home / "cache" / site for site in PHOTOS}
-        self.sites = {site: pictures(home / "data" / site, count, seed) for seed, (site, count) in enumerate(PHOTOS.items())}
+        self.sites = {
+            site: pictures(home / "data" / site, count, seed) for seed, (site, count) in enumerate(PHOTOS.items())
+        }
         self.project, self.control = f"bouquet-faults-{os.getpid()}", free_port()
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "SITE_"))}
         self.env["FLWR_HOME"] = str(home / "operator")
@@ -42,7 +46,13 @@ class Containers(Hub):
 
     def up(self) -> None:
         clone(self.home)
-        settings = {"COMPOSE_PROJECT_NAME": self.project, "IMAGE": "bouquet:faults", "HUB_PORT": free_port(), "CONTROL_PORT": self.control, "SITE_THREADS": 1}
+        settings = {
+            "COMPOSE_PROJECT_NAME": self.project,
+            "IMAGE": "bouquet:faults",
+            "HUB_PORT": free_port(),
+            "CONTROL_PORT": self.control,
+            "SITE_THREADS": 1,
+        }
         settings |= {f"SITE_{number}_DATA": self.sites[f"site-{number}"] for number in (1, 2)}
         (self.home / ".env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         self.sh("scripts/setup", "--engine", "docker")
@@ -60,17 +70,25 @@ class Containers(Hub):
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
             os.chown(folder, int(user), int(group))
-        volumes = {name: {"driver_opts": {"type": "none", "o": "bind", "device": str(folder)}} for name, folder in folders.items()}
-        services = {service(site): {"environment": {"BOUQUET_KEEP_SENT": "1", "OMP_NUM_THREADS": "1"}} for site in self.sites}
+        volumes = {
+            name: {"driver_opts": {"type": "none", "o": "bind", "device": str(folder)}}
+            for name, folder in folders.items()
+        }
+        services = {
+            service(site): {"environment": {"BOUQUET_KEEP_SENT": "1", "OMP_NUM_THREADS": "1"}} for site in self.sites
+        }
         (self.home / OVERLAY).write_text(json.dumps({"services": services, "volumes": volumes}, indent=1))
         file = self.home / ".env"
-        file.write_text(file.read_text().replace(files := f"COMPOSE_FILE={self.setting('COMPOSE_FILE')}", f"{files}:{OVERLAY}"))
+        file.write_text(
+            file.read_text().replace(files := f"COMPOSE_FILE={self.setting('COMPOSE_FILE')}", f"{files}:{OVERLAY}")
+        )
 
     def setting(self, key: str) -> str:
         lines = (self.home / ".env").read_text().splitlines()
         return next(line.partition("=")[2] for line in reversed(lines) if line.startswith(f"{key}="))
 
-    # --- Docker -----------------------------------------------------------------------------------------------------------------
+    # --- Docker
+    # -----------------------------------------------------------------------------------------------------------------
 
     def sh(self, *command: str) -> str:
         """Errors: OSError with the command's last words."""
@@ -91,7 +109,9 @@ class Containers(Hub):
         return int(self.sh("docker", "inspect", "--format", "{{.State.Pid}}", self.container(name)))
 
     def log(self, name: str) -> str:
-        done = subprocess.run(["docker", "logs", self.container(name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            ["docker", "logs", self.container(name)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         return done.stdout
 
 
@@ -112,10 +132,13 @@ def no_docker() -> str:
 
 
 def no_restart() -> str:
-    return no_docker() or ("" if os.environ.get(RESTART) else f"{RESTART} does not name the command that restarts the engine")
+    return no_docker() or (
+        "" if os.environ.get(RESTART) else f"{RESTART} does not name the command that restarts the engine"
+    )
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------------------
+# --- faults
+# -----------------------------------------------------------------------------------------------------------------------
 
 Fault = Callable[[Containers, str], None]
 
@@ -141,13 +164,17 @@ def for_a_while(do: Command, undo: Command, seconds: float) -> Fault:
 
 
 def paused(name: str, seconds: float) -> Fault:
-    return for_a_while(lambda bench: ("pause", bench.container(name)), lambda bench: ("unpause", bench.container(name)), seconds)
+    return for_a_while(
+        lambda bench: ("pause", bench.container(name)), lambda bench: ("unpause", bench.container(name)), seconds
+    )
 
 
 def cut_off(seconds: float) -> Fault:
     """Docker takes the network of a site's container away, and gives it back."""
     end: Command = lambda bench: (f"{bench.project}_sites", bench.container("site-3"))  # noqa: E731
-    return for_a_while(lambda bench: ("network", "disconnect", *end(bench)), lambda bench: ("network", "connect", *end(bench)), seconds)
+    return for_a_while(
+        lambda bench: ("network", "disconnect", *end(bench)), lambda bench: ("network", "connect", *end(bench)), seconds
+    )
 
 
 def engine(bench: Containers, run: str) -> None:

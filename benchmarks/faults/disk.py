@@ -36,7 +36,9 @@ TENTHS = "SIGKILL in each tenth of the adapter's write"
 def mount(folder: Path, size: str) -> str:
     """Mount a tmpfs there; '' or why not."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "bouquet-faults", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "bouquet-faults", folder], capture_output=True, text=True
+    )
     return done.stderr.strip() if done.returncode else ""
 
 
@@ -105,7 +107,9 @@ def locked(bench: Bench, run: str) -> None:
 
 
 def adapter_write(case: Case, repeats: int) -> list[Outcome]:
-    """Ten writings of round 2, each killed a tenth farther on: round 1 must still load, nothing is half-written, and the next writing succeeds."""
+    """Ten writings of round 2, each killed a tenth farther on: round 1 must still load, nothing is half-written, and
+    the next writing succeeds.
+    """
     return [_tenths() for _ in range(repeats)]
 
 

@@ -1,4 +1,5 @@
-"""A hub that is being watched: its runs are started and judged over the Control API, and what it writes is read from its volume.
+"""A hub that is being watched: its runs are started and judged over the Control API, and what it writes is read from
+its volume.
 
 Whether hub and sites are processes (bench.py) or containers (containers.py) does not matter here.
 """
@@ -68,12 +69,18 @@ class Hub(Control, ABC):
 
     def wait_for_end(self, run: str, seconds: float = LIMIT) -> str:
         """The state in which a run ended. Errors: Late."""
-        ended = lambda: (state if (state := self.state(run)).startswith("finished") else time.sleep(0.3))  # noqa: E731
+        ended = lambda: state if (state := self.state(run)).startswith("finished") else time.sleep(0.3)  # noqa: E731
         return str(self.until(ended, seconds, f"run {run}'s end"))
 
     def mid_round(self, run: str, number: int, site: str = "site-3") -> None:
         """Wait until that site works on round `number`: its ClientApp has read the photos, and trains."""
-        waiting = lambda: (self.said(run).get("round"), self.said(run).get("state")) == (number, "waiting")  # noqa: E731
+        waiting = lambda: (
+            (self.said(run).get("round"), self.said(run).get("state"))
+            == (
+                number,
+                "waiting",
+            )
+        )  # noqa: E731
         self.until(waiting, 200, f"round {number}")
         heard = self.log(site).count("usable .png")
         self.until(lambda: self.log(site).count("usable .png") > heard, 60, f"{site} at work in round {number}")

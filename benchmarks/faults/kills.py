@@ -48,7 +48,9 @@ CASES = [
     Case("kill", "SIGKILL of a ClientApp", ends_child("site-3", "flwr-clientapp")),
     Case("kill", "SIGKILL of a site's SuperExec", ends_child("site-3", "bouquet.flower.superexec")),
     Case("kill", "SIGKILL of a site's fork server", ends_child("site-3", "multiprocessing.forkserver")),
-    Case("kill", "SIGKILL of a SuperNode that stays away, min-sites 2", stays_away, config={"min-sites": 2}, same=False),
+    Case(
+        "kill", "SIGKILL of a SuperNode that stays away, min-sites 2", stays_away, config={"min-sites": 2}, same=False
+    ),
     Case("kill", "SIGKILL of the ServerApp", ends_child("serverapp", "flwr-serverapp")),
     Case("kill", "SIGKILL of the SuperExec", ends("serverapp", KILL)),
     Case("kill", "SIGKILL of the SuperExec and its ServerApp", lambda bench, run: bench.signal_all("serverapp", KILL)),

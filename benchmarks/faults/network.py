@@ -1,8 +1,9 @@
-"""What a network does to a site: cuts, resets in the middle of a push, slow lines. The site's SuperNode reaches the hub through a relay.
+"""What a network does to a site: cuts, resets in the middle of a push, slow lines. The site's SuperNode reaches the
+hub through a relay.
 
-Enters: cases that turn the relay's knobs. Leaves: what the relay let through. TLS goes through untouched: the relay sees bytes alone.
-Packets are lost by a rule of the kernel's firewall for the relay's own port on loopback, which takes root and iptables; the site's TCP
-then has to send them again.
+Enters: cases that turn the relay's knobs. Leaves: what the relay let through. TLS goes through untouched: the relay
+sees bytes alone. Packets are lost by a rule of the kernel's firewall for the relay's own port on loopback, which takes
+root and iptables; the site's TCP then has to send them again.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ class Relay:
         ways = []
         for source, to in ((site, hub), (hub, site)):
             line: queue.Queue[tuple[float, bytes]] = queue.Queue(maxsize=64)
-            ways.append(threading.Thread(target=self._read, args=(source, line, (site, hub) if source is site else ()), daemon=True))
+            ways.append(
+                threading.Thread(
+                    target=self._read, args=(source, line, (site, hub) if source is site else ()), daemon=True
+                )
+            )
             ways.append(threading.Thread(target=self._write, args=(line, to), daemon=True))
         for way in ways:
             way.start()
@@ -165,7 +170,10 @@ class Loss:
 
     def __init__(self, port: int, share: float) -> None:
         chance = ["-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
-        self.port, self.rules = port, [["INPUT", "-i", "lo", "-p", "tcp", way, str(port), *chance] for way in ("--dport", "--sport")]
+        self.port, self.rules = (
+            port,
+            [["INPUT", "-i", "lo", "-p", "tcp", way, str(port), *chance] for way in ("--dport", "--sport")],
+        )
 
     def begin(self) -> None:
         for rule in self.rules:
@@ -220,7 +228,9 @@ def lossy(share: float, delay: float = 0.0, rate: float = 0.0) -> Callable[[Benc
 
 CASES = [
     Case("network", "5 % of a site's packets lost", lossy(0.05), relayed, needs=no_loss),
-    Case("network", "5 % of its packets lost, 300 ms each way, 1 Mbit/s", lossy(0.05, 0.3, 1e6), relayed, needs=no_loss),
+    Case(
+        "network", "5 % of its packets lost, 300 ms each way, 1 Mbit/s", lossy(0.05, 0.3, 1e6), relayed, needs=no_loss
+    ),
     Case("network", "a connection reset in the middle of a push", reset, relayed),
     Case("network", "a site's line slow: 300 ms each way, 1 Mbit/s", slow, relayed),
     Case("network", "a site's network cut for 20 s", cut(20), relayed),

@@ -29,7 +29,9 @@ class Outcome:
         said = f"skipped: {self.skipped}" if self.skipped else "survived" if self.survived else "FAILED"
         recovery = "" if self.recovery is None else f"  recovery {self.recovery:g} s"
         more = [f"and {len(self.problems) - 3} more"] if len(self.problems) > 3 else []
-        return "\n    ".join([f"{said:<9} {self.case}{recovery}{'  ' + self.how if self.how else ''}", *self.problems[:3], *more])
+        return "\n    ".join(
+            [f"{said:<9} {self.case}{recovery}{'  ' + self.how if self.how else ''}", *self.problems[:3], *more]
+        )
 
 
 def failed(outcomes: list[Outcome]) -> bool:
@@ -81,7 +83,11 @@ def _stock(outcomes: list[Outcome]) -> str:
 
 def machine() -> str:
     """As a reader would name it: 2-core AMD EPYC, no GPU."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
+    found = (
+        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").is_file()
+        else None
+    )
     gpu = "with GPU" if Path("/dev/nvidiactl").exists() else "no GPU"
     return f"{os.cpu_count()}-core {found[1].strip() if found else platform.machine()}, {gpu}"
 
@@ -100,7 +106,10 @@ def markdown(outcomes: list[Outcome]) -> str:
             continue
         times = "–" if row["p50"] is None else f"{row['p50']:.0f} / {row['p95']:.0f} s"
         how = f" ({row['resumed']} by resume)" if row["resumed"] else ""
-        lines.append(f"| {row['case']} | {row['repeats']} | {row['survived']}{how} | {times} | {row['lost']} | {row['stock'] or '–'} |")
+        lines.append(
+            f"| {row['case']} | {row['repeats']} | {row['survived']}{how} | {times} | {row['lost']} |"
+            f" {row['stock'] or '–'} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
-"""Bad photos: a site's whole preparation and a training step, with one file among good ones that is no good, and folders with too few.
+"""Bad photos: a site's whole preparation and a training step, with one file among good ones that is no good, and
+folders with too few.
 
-Survived: the bad file is set aside for the right reason and the site trains on the others; or the site says by name what is wrong with
-its folder, in a sentence that names no file.
+Survived: the bad file is set aside for the right reason and the site trains on the others; or the site says by name
+what is wrong with its folder, in a sentence that names no file.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ def huge() -> bytes:
 
     packer = zlib.compressobj(9)
     rows = b"".join([packer.compress(bytes(60_001)) for _ in range(20_000)] + [packer.flush()])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
 
 
 def animated() -> bytes:
@@ -92,7 +98,9 @@ def _site(folder: Path) -> train.Site:
 def _trains(site: train.Site, usable: int, counts: dict[str, int]) -> list[str]:
     found = {reason: count for reason, count in site.partition.counts.items() if reason != "images"}
     photos = len(site.train.keys) + len(site.held_out.keys)
-    problems = [f"{photos} photos usable, set aside {found}; {usable} and {counts} were right"] * ((photos, found) != (usable, counts))
+    problems = [f"{photos} photos usable, set aside {found}; {usable} and {counts} were right"] * (
+        (photos, found) != (usable, counts)
+    )
     return problems + ["the loss is not finite"] * (not math.isfinite(site.fit(1) + site.evaluate()))
 
 

@@ -1,6 +1,8 @@
-"""Bad updates over the wire: site-3 does wrong in every round but the first, each time in another way, and the hub takes the honest sites' mean.
+"""Bad updates over the wire: site-3 does wrong in every round but the first, each time in another way, and the hub
+takes the honest sites' mean.
 
-Enters: the number of repeats. Leaves: an outcome a lie. stock() has the same lies told to Flower's own FedAvg, one a run.
+Enters: the number of repeats. Leaves: an outcome a lie. stock() has the same lies told to Flower's own FedAvg, one a
+run.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from bouquet import ROOT
 REFUSED = [*lies.LIES, *lies.WIRE, "no GPU memory, nor with half"]  # that round goes on without the site
 TAKEN = ["a replayed reply", "no GPU memory at first"]  # the site's true reply counts
 ALL = REFUSED + TAKEN
-SEEN = {"a replayed reply": "hostile: the first", "no GPU memory at first": "once more with 2 images a pass"}  # in that site's log, once it was so
+# in that site's log, once it was so
+SEEN = {"a replayed reply": "hostile: the first", "no GPU memory at first": "once more with 2 images a pass"}
 FIRST = 2  # round 1 is honest: there must be something to replay
-MEMORY = 12 << 30  # bytes of address space that the hub's ServerApp may have: what holds a bomb where nothing else does
+# bytes of address space that the hub's ServerApp may have: what holds a bomb where nothing else does
+MEMORY = 12 << 30
 
 
 @contextmanager
@@ -81,7 +85,8 @@ def verdict(name: str, entry: dict | None, log: str) -> list[str]:
     return problems + ["the fault did not happen"] * (SEEN.get(name, "") not in log)
 
 
-# --- the other column ------------------------------------------------------------------------------------------------------------
+# --- the other column
+# ------------------------------------------------------------------------------------------------------------
 
 
 def stock_app(home: Path) -> Path:
@@ -90,7 +95,11 @@ def stock_app(home: Path) -> Path:
     shutil.copytree(ROOT / "app", app / "app", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).with_name("stock.py"), app / "app" / "stock.py")
     project = (ROOT / "pyproject.toml").read_text()
-    (app / "pyproject.toml").write_text(project.replace("app.hub.server_app:app", "app.stock:app").replace("app.site.client_app:app", "app.stock:client"))
+    (app / "pyproject.toml").write_text(
+        project.replace("app.hub.server_app:app", "app.stock:app").replace(
+            "app.site.client_app:app", "app.stock:client"
+        )
+    )
     return app
 
 
@@ -115,7 +124,9 @@ def stock(names: list[str] = REFUSED[:-1], tell: Callable[[Outcome], None] = lam
 
 
 def against_the_honest(bench: Bench, run: str) -> list[str]:
-    """The checker's questions to the file that the plain FedAvg app saved; honest is the mean of what the two others sent last."""
+    """The checker's questions to the file that the plain FedAvg app saved; honest is the mean of what the two others
+    sent last.
+    """
     sent = {}
     for site in ("site-1", "site-2"):
         for line in journal.read(bench.caches[site]):

@@ -1,17 +1,20 @@
-"""Does a deployment work on this machine's GPU, and is it as fast as it should be? `scripts/bench accept`, six minutes, no network.
+"""Does a deployment work on this machine's GPU, and is it as fast as it should be? `scripts/bench accept`, six
+minutes, no network.
 
   scripts/bench accept [--device cuda|cpu] [--tiny] [--only REGEX] [--limit SECONDS] [--json FILE]
 
-One line a check as it ends, then a Markdown table. The JSON file is written anew after every check: whatever ends the command, it
-has what was found until then. `result` says whether it works, `target` whether it is as fast and as frugal as it should be. Exit code:
-0 when all is as it should be; 1 when something is not, or was not looked at for want of time; 2 without a GPU; 128 + a signal's number.
+One line a check as it ends, then a Markdown table. The JSON file is written anew after every check: whatever ends the
+command, it has what was found until then. `result` says whether it works, `target` whether it is as fast and as frugal
+as it should be. Exit code: 0 when all is as it should be; 1 when something is not, or was not looked at for want of
+time; 2 without a GPU; 128 + a signal's number.
 
   device     torch, driver, NVML's facts, memory, a bf16 matrix product, who else computes on the GPU
   fork       children of the SuperExec's fork server can use the GPU, whatever PYTORCH_NVML_BASED_CUDA_CHECK is
              target: a child starts within 2 s, for the server has the libraries
   preflight  a site's own checks, with a real step of a model of Stable Diffusion 1.5's sizes
              target: the estimate is the step's peak, 20 % more or less
-  mini       two sites on the one GPU, three rounds: the loss falls, the history has the GPU's name, memory, utilisation and joules
+  mini       two sites on the one GPU, three rounds: the loss falls, the history has the GPU's name, memory,
+             utilisation and joules
   sd15       one site, that model at 512 pixels, beside its floor: evaluation and steps in a warm process
              target: a steady round takes at most 1.25 floors
   resume     two rounds, then two more: one history, each round from the adapter of the one before
@@ -21,9 +24,10 @@ has what was found until then. `result` says whether it works, `target` whether 
   loop       scripts/bench gpu at fewer steps
              targets: twice diffusers' images/s at 8 images; at the best batch 40 % of the matrix product's rate
 
---device cpu --tiny is a dry run, which shows that the command works and says nothing of a GPU: `memory` is skipped, targets are told and
-not judged. The base model has random weights, the photos are drawn; hub and sites are processes on loopback with certificates of their own.
-All of it lies in one temporary folder (5 GB; 50 MB with --tiny), which is gone afterwards.
+--device cpu --tiny is a dry run, which shows that the command works and says nothing of a GPU: `memory` is skipped,
+targets are told and not judged. The base model has random weights, the photos are drawn; hub and sites are processes
+on loopback with certificates of their own. All of it lies in one temporary folder (5 GB; 50 MB with --tiny), which is
+gone afterwards.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ GRACE = 5.0  # seconds that a check has after its time, to end by itself
 
 @dataclass(frozen=True)
 class Check:
-    """`least`: seconds that must be left for it to begin; `most`: that it may take; `needs`: what must have been made (World.begin).
+    """`least`: seconds that must be left for it to begin; `most`: that it may take; `needs`: what must have been made
+    (World.begin).
 
     `waits`: most of its time it waits for Flower, and the next check runs meanwhile.
     """
@@ -102,7 +107,9 @@ class Running(threading.Thread):
                 except (Wrong, Late) as error:
                     row = self.result("fail", str(error), self.world.logs(desk))
                 except Exception as error:  # not foreseen: say so, and let the other checks go on
-                    row = self.result("fail", f"{type(error).__name__}: {' '.join(str(error).split())}", self.world.logs(desk))
+                    row = self.result(
+                        "fail", f"{type(error).__name__}: {' '.join(str(error).split())}", self.world.logs(desk)
+                    )
         except Exception as error:  # while ending its processes
             row = self.result("fail", f"{type(error).__name__}: {error}")
         self.row = self.row or row
@@ -163,7 +170,8 @@ def signals_end_it() -> Iterator[None]:
         hold_signals()
         sys.exit(128 + number)
 
-    ours = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+    # not under nohup
+    ours = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in ours}
     try:
         yield
@@ -187,7 +195,10 @@ def main(args: argparse.Namespace) -> int:
         return 1
     if args.device == "cuda" and (why := no_gpu()):
         print(f"bench accept: no GPU: {why}, so nothing was looked at.", file=sys.stderr)
-        print("  fix    run it where nvidia-smi shows a GPU; scripts/bench accept --device cpu --tiny shows that it runs", file=sys.stderr)
+        print(
+            "  fix    run it where nvidia-smi shows a GPU; scripts/bench accept --device cpu --tiny shows that it runs",
+            file=sys.stderr,
+        )
         return 2
     return accept(args, wanted, CHECKS, began)
 
@@ -218,7 +229,10 @@ def accept(args: argparse.Namespace, wanted: list[str], checks: dict[str, Check]
             report.about["seconds"] = round(time.monotonic() - began, 1)
             report.write(state)
     print(f"\n{report.table()}\n")
-    print(f"{verdict(report, args.device)}; {report.about['seconds']:.0f} s; {gpu_name(report) or about['machine']}; {args.json}")
+    print(
+        f"{verdict(report, args.device)}; {report.about['seconds']:.0f} s; {gpu_name(report) or about['machine']};"
+        f" {args.json}"
+    )
     return report.code
 
 

@@ -1,8 +1,10 @@
-"""What computes for `scripts/bench accept`: each piece of work has a process of its own, and its answer is the last line of stdout.
+"""What computes for `scripts/bench accept`: each piece of work has a process of its own, and its answer is the last
+line of stdout.
 
   python -m benchmarks.gpu.accept_child WORK '{"…": …}'
 
-Enters: the name of a function below, its settings as JSON, and CUDA_VISIBLE_DEVICES. Leaves: JSON. Errors: a traceback, exit code 1.
+Enters: the name of a function below, its settings as JSON, and CUDA_VISIBLE_DEVICES. Leaves: JSON. Errors: a
+traceback, exit code 1.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ def nvml() -> dict[str, Any]:
     from app.site import gpu
 
     driver, found = gpu.devices()
-    facts: dict[str, Any] = {"driver": driver.version, "driver's cuda": "{}.{}".format(*driver.cuda), "visible": len(found)}
+    facts: dict[str, Any] = {
+        "driver": driver.version,
+        "driver's cuda": "{}.{}".format(*driver.cuda),
+        "visible": len(found),
+    }
     if not found:
         return facts
     facts |= {"uuid": found[0].uuid, "processes": {str(pid): size // MIB for pid, size in found[0].processes.items()}}
@@ -73,7 +79,8 @@ def nvml() -> dict[str, Any]:
     return facts
 
 
-# --- the fork server -----------------------------------------------------------------------------------------------------
+# --- the fork server
+# -----------------------------------------------------------------------------------------------------
 
 
 def fork(asked: Asked) -> dict[str, Any]:
@@ -84,7 +91,8 @@ def fork(asked: Asked) -> dict[str, Any]:
     from bouquet.flower import superexec
 
     main = sys.modules["__main__"]
-    main.__file__, main.__spec__ = superexec.__file__, None  # as where superexec.py is the script: every child imports that
+    # as where superexec.py is the script: every child imports that
+    main.__file__, main.__spec__ = superexec.__file__, None
     children: list[dict[str, Any]] = []
     for _ in range(2):
         try:
@@ -106,7 +114,9 @@ def born(answer: Any, device: str) -> None:
     began = time.monotonic()  # the same clock in every process
     import torch
 
-    told: dict[str, Any] = {"bad fork": bool(torch._C._cuda_isInBadFork()) if hasattr(torch._C, "_cuda_isInBadFork") else False}
+    told: dict[str, Any] = {
+        "bad fork": bool(torch._C._cuda_isInBadFork()) if hasattr(torch._C, "_cuda_isInBadFork") else False
+    }
     try:
         held = torch.ones(MIB, device=device)
         told |= {"sum": held.sum().item(), "on": str(held.device)}
@@ -116,7 +126,8 @@ def born(answer: Any, device: str) -> None:
     answer.send(began)
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models
+# --------------------------------------------------------------------------------------------------------------
 
 
 def base(asked: Asked) -> dict[str, Any]:
@@ -132,11 +143,15 @@ def site_of(asked: Asked, **changes: Any) -> Any:
     from app.config import RunConfig
     from app.site import train
 
-    return train.Site(RunConfig.read(asked["config"] | changes), Path(asked["models"]), Path(asked["data"]), Path(asked["cache"]), "")
+    return train.Site(
+        RunConfig.read(asked["config"] | changes), Path(asked["models"]), Path(asked["data"]), Path(asked["cache"]), ""
+    )
 
 
 def floor(asked: Asked) -> dict[str, Any]:
-    """Seconds of each round's arithmetic in a warm process, after a first one: the app's own evaluation and steps, and nothing else."""
+    """Seconds of each round's arithmetic in a warm process, after a first one: the app's own evaluation and steps, and
+    nothing else.
+    """
     site, rounds = site_of(asked), []
     for number in range(asked["rounds"] + 1):
         began = time.monotonic()
@@ -169,13 +184,15 @@ def loop(asked: Asked) -> dict[str, Any]:
     return {"costs": {name: vars(cost) for name, cost in costs.items()}, "matmul TFLOP/s": rate}
 
 
-# --- the GPU's memory ----------------------------------------------------------------------------------------------------
+# --- the GPU's memory
+# ----------------------------------------------------------------------------------------------------
 
 
 def probe(asked: Asked) -> dict[str, Any]:
     """MiB of the GPU that a site's process needs, with the batch of the config and with half of it.
 
-    allocated: torch's tensors at most; reserved: what torch took from the driver for them; context: what the driver took besides.
+    allocated: torch's tensors at most; reserved: what torch took from the driver for them; context: what the driver
+    took besides.
     """
     import torch
 
@@ -188,7 +205,10 @@ def probe(asked: Asked) -> dict[str, Any]:
         site.evaluate()
         found["evaluate reserved"] = torch.cuda.max_memory_reserved() / MIB
         site.fit(1)
-        found |= {f"{name} allocated": torch.cuda.max_memory_allocated() / MIB, f"{name} reserved": torch.cuda.max_memory_reserved() / MIB}
+        found |= {
+            f"{name} allocated": torch.cuda.max_memory_allocated() / MIB,
+            f"{name} reserved": torch.cuda.max_memory_reserved() / MIB,
+        }
         if name == "half":
             found["context"] = (used() - before - torch.cuda.memory_reserved()) / MIB
         del site
@@ -214,7 +234,12 @@ def ballast(asked: Asked) -> dict[str, Any]:
     torch.zeros(1, device="cuda")
     while (more := torch.cuda.mem_get_info()[0] - int(asked["leave"] * MIB)) > step // 2:
         held.append(torch.empty(min(more, 1024 * MIB) // step * step or step, dtype=torch.uint8, device="cuda"))
-    print(json.dumps({"left MiB": torch.cuda.mem_get_info()[0] / MIB, "held MiB": sum(part.numel() for part in held) / MIB}), flush=True)
+    print(
+        json.dumps(
+            {"left MiB": torch.cuda.mem_get_info()[0] / MIB, "held MiB": sum(part.numel() for part in held) / MIB}
+        ),
+        flush=True,
+    )
     sys.stdin.read()
     return {}
 

@@ -1,7 +1,7 @@
 """A check's desk in `scripts/bench accept`: its time, its processes, and how it says that something is wrong.
 
-Enters: the world (accept_world.py) and seconds. Leaves: answers of commands and of accept_child.py's work. What it waits for ends with its
-time, what it started ends with it. Errors: Late, Wrong.
+Enters: the world (accept_world.py) and seconds. Leaves: answers of commands and of accept_child.py's work. What it
+waits for ends with its time, what it started ends with it. Errors: Late, Wrong.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Desk:
         self.until(made.done, self.left(), name)
         return made.result()
 
-    # --- processes -----------------------------------------------------------------------------------------------------------
+    # --- processes
+    # -----------------------------------------------------------------------------------------------------------
 
     def start(self, command: list[Any], cwd: Path = ROOT, env: Mapping[str, str] = {}) -> Child:
         with self.world.lock:
@@ -104,8 +105,12 @@ class Desk:
             self.all.append(process)
         return process
 
-    def command(self, command: list[Any], cwd: Path = ROOT, env: Mapping[str, str] = {}, codes: tuple[int, ...] = (0,)) -> str:
-        """What a command says on stdout. Errors: Wrong where it ends with another code; Late, and then it has been ended."""
+    def command(
+        self, command: list[Any], cwd: Path = ROOT, env: Mapping[str, str] = {}, codes: tuple[int, ...] = (0,)
+    ) -> str:
+        """What a command says on stdout. Errors: Wrong where it ends with another code; Late, and then it has been
+        ended.
+        """
         return self.answer(self.start(command, cwd, env), codes)
 
     def answer(self, process: Child, codes: tuple[int, ...] = (0,)) -> str:

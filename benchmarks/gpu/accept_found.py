@@ -1,7 +1,8 @@
 """What a check of `scripts/bench accept` found, and all of it as JSON, Markdown and an exit code.
 
-`state`: pass, fail, skip: whether the deployment works. `target`: pass, fail, or empty where there is none or none is judged: whether it
-is as fast and as frugal as it should be. A missed target does not hide that the check worked, and either is exit code 1.
+`state`: pass, fail, skip: whether the deployment works. `target`: pass, fail, or empty where there is none or none is
+judged: whether it is as fast and as frugal as it should be. A missed target does not hide that the check worked, and
+either is exit code 1.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Row:
 
 def json_able(target: Target) -> dict[str, Any]:
     """JSON has no infinity."""
-    return {key: value for key, value in asdict(target).items() if not isinstance(value, float) or isfinite(value)} | {"met": target.met}
+    return {key: value for key, value in asdict(target).items() if not isinstance(value, float) or isfinite(value)} | {
+        "met": target.met
+    }
 
 
 @dataclass
@@ -107,13 +110,19 @@ class Report:
         """state: running, cut off, or the verdict."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         checks = {row.name: asdict(row) for row in self.rows}
-        told = self.about | {"state": state, "checks": checks, "missing": [name for name in self.wanted if name not in checks]}
+        told = self.about | {
+            "state": state,
+            "checks": checks,
+            "missing": [name for name in self.wanted if name not in checks],
+        }
         temporary = self.file.with_name(f".{self.file.name}.tmp")
         temporary.write_text(json.dumps(told, indent=1) + "\n")
         temporary.replace(self.file)
 
     def table(self) -> str:
         lines = ["| check | result | target | found | s |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {r.name} | {r.state} | {r.target or '-'} | {r.text.replace('|', '/')} | {r.seconds:.0f} |" for r in self.rows]
+        lines += [
+            f"| {r.name} | {r.state} | {r.target or '-'} | {r.text.replace('|', '/')} | {r.seconds:.0f} |"
+            for r in self.rows
+        ]
         return "\n".join(lines)
-

@@ -1,6 +1,7 @@
 """The hub and the two sites of `scripts/bench accept`: started, asked and looked at from outside.
 
-Enters: a folder, certificates, the sites' photos, the base models and the one GPU. Leaves: states, histories, and who works at a site.
+Enters: a folder, certificates, the sites' photos, the base models and the one GPU. Leaves: states, histories, and who
+works at a site.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Deployment(Control, Processes):
         self.closed = False
         self.open: set[str] = set()  # runs whose end nobody has seen
 
-    # --- up and down ---------------------------------------------------------------------------------------------------------
+    # --- up and down
+    # ---------------------------------------------------------------------------------------------------------
 
     def _spawn(self, *args: Any, **more: Any) -> None:
         with self.closing:
@@ -49,7 +51,9 @@ class Deployment(Control, Processes):
             kill(process)
 
     def serve(self, names: Sequence[str], desk: Desk) -> None:
-        """Have these sites online, and no other, with nothing left of an earlier check: no run, and no worker at a site."""
+        """Have these sites online, and no other, with nothing left of an earlier check: no run, and no worker at a
+        site.
+        """
         for run in list(self.open):
             self.stop_run(run)
         self._have(names, desk)
@@ -68,7 +72,8 @@ class Deployment(Control, Processes):
                 self.start_site(name)
         desk.until(lambda: self.online() == len(names), 90, f"{', '.join(names)} online, and nobody else", 0.4)
 
-    # --- the hub's answers ---------------------------------------------------------------------------------------------------
+    # --- the hub's answers
+    # ---------------------------------------------------------------------------------------------------
 
     def start_run(self, config: Mapping[str, Any], app: Path | None = None) -> str:
         """The run's id. Errors: Wrong where the hub does not take it."""
@@ -88,7 +93,8 @@ class Deployment(Control, Processes):
             self.open.discard(run)
         return state
 
-    # --- what can be seen from outside ---------------------------------------------------------------------------------------
+    # --- what can be seen from outside
+    # ---------------------------------------------------------------------------------------
 
     def history(self, run: str) -> dict[str, Any]:
         """The run's history.json; {} where it left none."""

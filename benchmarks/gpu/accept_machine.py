@@ -1,4 +1,5 @@
-"""Checks of `scripts/bench accept` that need no run: the GPU, the fork server, a site's preflight, and the training loop beside diffusers'.
+"""Checks of `scripts/bench accept` that need no run: the GPU, the fork server, a site's preflight, and the training
+loop beside diffusers'.
 
 Enters: a Desk. Leaves: Found. Errors: Wrong, Skip, Late.
 """
@@ -32,16 +33,24 @@ def device(desk: Desk) -> Found:
         return Found(f"CPU, {facts['threads']} threads; torch {facts['torch']}; {rate}", facts)
     if not facts["bf16"]:
         raise Wrong(f"{facts['name']} has no bf16")
-    others = ", ".join(f"process {pid} {size} MiB" for pid, size in facts.get("processes", {}).items()) or "nobody else computes on it"
+    others = (
+        ", ".join(f"process {pid} {size} MiB" for pid, size in facts.get("processes", {}).items())
+        or "nobody else computes on it"
+    )
     if facts["free MiB"] < ROOM:
         raise Wrong(f"{facts['free MiB']} MiB free, and the checks need {ROOM}; {others}")
     energy = "counts its energy" if facts.get("energy counter") else "counts no energy"
-    about = f"{facts['name']}, {facts['free MiB'] / 1024:.1f} of {facts['total MiB'] / 1024:.1f} GiB free, {energy}; {others}"
+    about = (
+        f"{facts['name']}, {facts['free MiB'] / 1024:.1f} of {facts['total MiB'] / 1024:.1f} GiB free, {energy};"
+        f" {others}"
+    )
     return Found(f"{about}; driver {facts.get('driver')}, torch {facts['torch']}; {rate}", facts)
 
 
 def fork(desk: Desk) -> Found:
-    """Children of the SuperExec's fork server can use the GPU, whatever the user's environment says of PyTorch's own check for one."""
+    """Children of the SuperExec's fork server can use the GPU, whatever the user's environment says of PyTorch's own
+    check for one.
+    """
     states: dict[str, dict[str, str]] = {"unset": {}, "0": {NVML_CHECK: "0"}, "1": {NVML_CHECK: "1"}}
     work = {name: desk.begin("fork", {"device": desk.world.device}, env) for name, env in states.items()}
     facts: dict[str, Any] = {name: last(desk.answer(process)) for name, process in work.items()}
@@ -50,14 +59,20 @@ def fork(desk: Desk) -> Found:
             if child.get("error") or child["bad fork"]:
                 raise Wrong(f"{NVML_CHECK} {name}: {child.get('error') or 'a bad fork'}")
     seconds = max(told["children"][-1]["seconds"] for told in facts.values())
-    holds = "has the libraries" if all(told["server has torch"] for told in facts.values()) else "does NOT have the libraries"
+    holds = (
+        "has the libraries"
+        if all(told["server has torch"] for told in facts.values())
+        else "does NOT have the libraries"
+    )
     count = sum(len(told["children"]) for told in facts.values())
     text = f"{count} children of 3 servers on {facts['unset']['children'][-1]['on']}; the server {holds}"
     return Found(text, facts, [Target("a later child's start, s", seconds, most=BORN)])
 
 
 def preflight(desk: Desk) -> Found:
-    """A site's own checks before it joins, with the large base model and a real step; the estimate beside what the step took."""
+    """A site's own checks before it joins, with the large base model and a real step; the estimate beside what the step
+    took.
+    """
     world, sizes, name = desk.world, desk.world.sizes, BOTH[0]
     hub, fingerprint = world.have("hub", desk), world.have("base", desk)
     world.have("photos", desk)
@@ -91,12 +106,16 @@ def estimate_and_peak(texts: dict[str, str]) -> tuple[float, float]:
 def loop(desk: Desk) -> Found:
     """scripts/bench gpu at fewer steps."""
     world = desk.world
-    facts = desk.child("loop", {"device": world.device, "kind": world.sizes.kind, "loop": world.sizes.loop, "leave": BESIDE})
+    facts = desk.child(
+        "loop", {"device": world.device, "kind": world.sizes.kind, "loop": world.sizes.loop, "leave": BESIDE}
+    )
     costs, rate = facts["costs"], facts["matmul TFLOP/s"]
     ratio, (best, share) = ours_to_diffusers(costs), best_share(costs, rate)
     ours, theirs = (costs[name]["images_a_second"] for name in (OURS, DIFFUSERS))
     text = f"{ours:.1f} images/s at 8, diffusers' {theirs:.1f}; best: {best}"
-    return Found(text, facts, [Target("ours / diffusers'", ratio, RATIO, inf), Target("of the matrix rate", share, SHARE, inf)])
+    return Found(
+        text, facts, [Target("ours / diffusers'", ratio, RATIO, inf), Target("of the matrix rate", share, SHARE, inf)]
+    )
 
 
 OURS, DIFFUSERS = "ours, 8 images", "diffusers' loop, 8 images"
@@ -108,6 +127,8 @@ def ours_to_diffusers(costs: dict[str, dict[str, float]]) -> float:
 
 def best_share(costs: dict[str, dict[str, float]], rate: float) -> tuple[str, float]:
     """(contender, its FLOP/s as a share of the matrix product's) of our fastest batch."""
-    shares = {name: cost["images_a_second"] * cost["flops"] / 1e12 / rate for name, cost in costs.items() if name != DIFFUSERS}
+    shares = {
+        name: cost["images_a_second"] * cost["flops"] / 1e12 / rate for name, cost in costs.items() if name != DIFFUSERS
+    }
     name = max(shares, key=lambda name: shares[name])
     return name, shares[name]

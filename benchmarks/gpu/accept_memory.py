@@ -1,7 +1,9 @@
-"""The check of `scripts/bench accept` for a GPU that is really full: a ballast leaves room for half of the wanted batch, then for less.
+"""The check of `scripts/bench accept` for a GPU that is really full: a ballast leaves room for half of the wanted
+batch, then for less.
 
-Enters: a Desk. Leaves: Found. Errors: Wrong, Skip, Late. How much a site's process needs is measured first, in a process that does a
-site's work; the ballast's holder looks at what is free while it takes, so that nothing else on the GPU has to be known.
+Enters: a Desk. Leaves: Found. Errors: Wrong, Skip, Late. How much a site's process needs is measured first, in a
+process that does a site's work; the ballast's holder looks at what is free while it takes, so that nothing else on the
+GPU has to be known.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ APART = 256.0  # MiB, at least, between what two sizes need: else no ballast wou
 
 
 def memory(desk: Desk) -> Found:
-    """A batch that does not fit is halved; where half does not fit either, the site refuses (SITE-13) and the run ends (HUB-02)."""
+    """A batch that does not fit is halved; where half does not fit either, the site refuses (SITE-13) and the run ends
+    (HUB-02).
+    """
     if not desk.world.cuda:
         raise Skip("needs a GPU")
     hub, world = served(desk), desk.world
@@ -37,14 +41,18 @@ def memory(desk: Desk) -> Found:
 
 
 def rooms(needs: Mapping[str, float]) -> tuple[float, float]:
-    """MiB to leave free of the GPU: for half of the batch and not for the whole one; for an evaluation and not for half of the batch.
+    """MiB to leave free of the GPU: for half of the batch and not for the whole one; for an evaluation and not for
+    half of the batch.
 
-    What fits is what torch reserved for it, what does not is what it allocated; in the middle between the two. Errors: Wrong.
+    What fits is what torch reserved for it, what does not is what it allocated; in the middle between the two. Errors:
+    Wrong.
     """
     fits = (needs["half reserved"], needs["evaluate reserved"])
     fits_not = (needs["whole allocated"], needs["half allocated"])
     if any(above - below < APART for below, above in zip(fits, fits_not, strict=True)):
-        raise Wrong(f"no ballast tells the sizes apart: {', '.join(f'{name} {mib:.0f} MiB' for name, mib in needs.items())}")
+        raise Wrong(
+            f"no ballast tells the sizes apart: {', '.join(f'{name} {mib:.0f} MiB' for name, mib in needs.items())}"
+        )
     tight, tighter = (needs["context"] + (below + above) / 2 for below, above in zip(fits, fits_not, strict=True))
     return tight, tighter
 
@@ -52,7 +60,8 @@ def rooms(needs: Mapping[str, float]) -> tuple[float, float]:
 @contextmanager
 def ballast(desk: Desk, hub: Deployment, leave: float) -> Iterator[dict[str, float]]:
     """`leave` MiB of the GPU are free inside, and the rest is held. Leaves: what the holder says of it."""
-    desk.until(lambda: not hub.workers(), GONE, "an earlier run's workers gone")  # it holds memory that would come on top
+    # it holds memory that would come on top
+    desk.until(lambda: not hub.workers(), GONE, "an earlier run's workers gone")
     holder = desk.begin("ballast", {"leave": leave})
     try:
         if not (line := holder.stdout.readline()):
@@ -80,5 +89,7 @@ def refused(desk: Desk, hub: Deployment, config: Mapping[str, object]) -> str:
     run = hub.start_run(config)
     state, error = ended(desk, hub, run), str(hub.said(run).get("error", ""))
     if state != "finished:failed" or not error.startswith("HUB-02") or "SITE-13" not in error:
-        raise Wrong(f"with room for less than half of the batch the run ended {state}: {error or hub.history(run).get('state')}")
+        raise Wrong(
+            f"with room for less than half of the batch the run ended {state}: {error or hub.history(run).get('state')}"
+        )
     return error

@@ -1,7 +1,7 @@
 """Checks of `scripts/bench accept` that run the app on a real hub with one or two sites, all on the same GPU.
 
-Enters: a Desk. Leaves: Found. Errors: Wrong, Skip, Late. What a run did is read from its history on the shared volume, which a person
-would read too; who worked on it, from the processes in the site's session.
+Enters: a Desk. Leaves: Found. Errors: Wrong, Skip, Late. What a run did is read from its history on the shared volume,
+which a person would read too; who worked on it, from the processes in the site's session.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def mini_run(desk: Desk, **more: Any) -> Told:
 
 def ended(desk: Desk, hub: Deployment, run: str) -> str:
     """The state in which a run ended."""
-    return desk.until(lambda: state if (state := hub.state(run)).startswith("finished") else "", desk.left(), f"run {run}'s end", 0.4)
+    return desk.until(
+        lambda: state if (state := hub.state(run)).startswith("finished") else "", desk.left(), f"run {run}'s end", 0.4
+    )
 
 
 def went_well(desk: Desk, hub: Deployment, config: Mapping[str, object]) -> tuple[str, Told]:
@@ -66,7 +68,8 @@ def went_well(desk: Desk, hub: Deployment, config: Mapping[str, object]) -> tupl
     return run, hub.history(run)
 
 
-# --- mini ----------------------------------------------------------------------------------------------------------------
+# --- mini
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def mini(desk: Desk) -> Found:
@@ -90,11 +93,18 @@ def mini(desk: Desk) -> Found:
 def unmetered(history: Told, wanted: set[str]) -> list[str]:
     """What the history does not say of a site's GPU in a round: its name, and the wanted figures."""
     sites = [(entry["round"], name, metrics) for entry in history["rounds"] for name, metrics in entry["sites"].items()]
-    unnamed = [f"round {number} {name}: a GPU's name" for number, name, told in sites if told.get("gpu", gpu.NO_GPU) == gpu.NO_GPU]
-    return unnamed + [f"round {number} {name}: {key}" for number, name, told in sites for key in sorted(wanted) if key not in told]
+    unnamed = [
+        f"round {number} {name}: a GPU's name"
+        for number, name, told in sites
+        if told.get("gpu", gpu.NO_GPU) == gpu.NO_GPU
+    ]
+    return unnamed + [
+        f"round {number} {name}: {key}" for number, name, told in sites for key in sorted(wanted) if key not in told
+    ]
 
 
-# --- Stable Diffusion 1.5's sizes ------------------------------------------------------------------------------------------
+# --- Stable Diffusion 1.5's sizes
+# ------------------------------------------------------------------------------------------
 
 
 def sd15(desk: Desk) -> Found:
@@ -107,7 +117,13 @@ def sd15(desk: Desk) -> Found:
     } | ADAPTER  # fmt: skip
     _, told = went_well(desk, hub, config)
     desk.until(lambda: not hub.workers(), GONE, "the run's worker gone")
-    asked = {"config": config, "device": world.device, "rounds": 2, "models": str(world.models), "data": str(world.sites[ONE[0]])}
+    asked = {
+        "config": config,
+        "device": world.device,
+        "rounds": 2,
+        "models": str(world.models),
+        "data": str(world.sites[ONE[0]]),
+    }
     alone = desk.child("floor", asked | {"cache": str(hub.caches[ONE[0]])})["rounds"]
     return beside(told["rounds"], alone, sizes.sd15_steps * sizes.sd15_batch)
 
@@ -119,7 +135,9 @@ def beside(rounds: list[Told], alone: list[dict[str, float]], images: int) -> Fo
     facts = {"rounds": rounds, "first": first, "steady": ours, "floor": floor}
     facts |= {"images/s": images / ours["train"], "floor's images/s": images / floor["train"]}
     shown = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in ours.items() if phase != "round")
-    text = f"a steady round {ours['round']:.2f} s ({shown}), the first {first['round']:.1f}; floor {floor['round']:.2f} s"
+    text = (
+        f"a steady round {ours['round']:.2f} s ({shown}), the first {first['round']:.1f}; floor {floor['round']:.2f} s"
+    )
     target = Target("round / floor", ours["round"] / floor["round"], most=ROUND)
     return Found(f"{text}; {facts['images/s']:.1f} images/s", facts, [target])
 
@@ -136,15 +154,16 @@ def steady(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(entry.get(name, 0.0) for entry in rounds) for name in names}
 
 
-# --- runs that go on, or follow one another --------------------------------------------------------------------------------
+# --- runs that go on, or follow one another
+# --------------------------------------------------------------------------------
 
 
 @dataclass
 class Pair:
     """Two runs one after another: their ids, the last one's history, and what of each was seen at the site.
 
-    workers: ids of the processes that took its messages; left: those of them that were still there 30 s after it; before, after: bytes of
-    the GPU in use, None where nobody can say.
+    workers: ids of the processes that took its messages; left: those of them that were still there 30 s after it;
+    before, after: bytes of the GPU in use, None where nobody can say.
     """
 
     before: int | None
@@ -179,7 +198,12 @@ def pair(desk: Desk) -> Pair:
 def settled(desk: Desk, before: int | None) -> int | None:
     """Bytes of the GPU in use, as soon as they are back at `before`, and 10 s later at the latest."""
     end = time.monotonic() + 10
-    while (after := desk.world.gpu_used()) is not None and before is not None and after > before + SLACK and time.monotonic() < end:
+    while (
+        (after := desk.world.gpu_used()) is not None
+        and before is not None
+        and after > before + SLACK
+        and time.monotonic() < end
+    ):
         time.sleep(0.2)
     return after
 
@@ -192,7 +216,10 @@ def resume(desk: Desk) -> Found:
     if torn := breaks(seen.told["rounds"], 4):
         raise Wrong("; ".join(torn))
     adapters = [entry["adapter"] for entry in seen.told["rounds"]]
-    return Found("rounds 1, 2 | 3, 4 in one history, each from the adapter of the one before", {"runs": seen.runs, "adapters": adapters})
+    return Found(
+        "rounds 1, 2 | 3, 4 in one history, each from the adapter of the one before",
+        {"runs": seen.runs, "adapters": adapters},
+    )
 
 
 def breaks(rounds: list[Told], wanted: int) -> list[str]:
@@ -204,7 +231,9 @@ def breaks(rounds: list[Told], wanted: int) -> list[str]:
 
 
 def again(desk: Desk) -> Found:
-    """Each of two runs has a worker of its own, which is gone when it is over, with all that it held of the GPU (`resume`'s two runs)."""
+    """Each of two runs has a worker of its own, which is gone when it is over, with all that it held of the GPU
+    (`resume`'s two runs).
+    """
     return judged(desk.world.seen or pair(desk))
 
 
@@ -223,7 +252,8 @@ def judged(seen: Pair) -> Found:
     return Found(f"{text}; GPU memory {seen.before / MIB:.0f} MiB before, {seen.after / MIB:.0f} after", facts)
 
 
-# --- a worker that dies ----------------------------------------------------------------------------------------------------
+# --- a worker that dies
+# ----------------------------------------------------------------------------------------------------
 
 
 def in_training(desk: Desk, hub: Deployment, run: str, number: int) -> None:
@@ -236,17 +266,29 @@ def in_training(desk: Desk, hub: Deployment, run: str, number: int) -> None:
 
     heard = hub.log(ONE[0]).count(AT_WORK)
     desk.until(waiting, desk.left(), f"round {number}", 0.02)
-    desk.until(lambda: hub.log(ONE[0]).count(AT_WORK) == heard + number, desk.left(), f"{ONE[0]} at work in round {number}", 0.02)
+    desk.until(
+        lambda: hub.log(ONE[0]).count(AT_WORK) == heard + number,
+        desk.left(),
+        f"{ONE[0]} at work in round {number}",
+        0.02,
+    )
     time.sleep(0.5)
 
 
 def killed(desk: Desk) -> Found:
-    """SIGKILL for the site's worker in the middle of a round's training: the hub tries the round again, and the run completes.
+    """SIGKILL for the site's worker in the middle of a round's training: the hub tries the round again, and the run
+    completes.
 
-    Nobody answers for the dead process before Flower has missed two of its heartbeats, 60 s; the deadline of the round lies behind that.
+    Nobody answers for the dead process before Flower has missed two of its heartbeats, 60 s; the deadline of the round
+    lies behind that.
     """
     hub = served(desk)
-    deadline = {"round-timeout": int(KILLED) - 5, "round-patience": 0.0, "round-retries": 2, "local-steps": desk.world.sizes.long_steps}
+    deadline = {
+        "round-timeout": int(KILLED) - 5,
+        "round-patience": 0.0,
+        "round-retries": 2,
+        "local-steps": desk.world.sizes.long_steps,
+    }
     run = hub.start_run(mini_run(desk, rounds=2) | deadline)
     in_training(desk, hub, run, 2)
     died, victims, heard = time.monotonic(), hub.workers(), hub.log(ONE[0]).count(AT_WORK)

@@ -1,8 +1,10 @@
-"""What the checks of `scripts/bench accept` share: one folder, one GPU, photos, base models, a hub with two sites, and an end to all of it.
+"""What the checks of `scripts/bench accept` share: one folder, one GPU, photos, base models, a hub with two sites, and
+an end to all of it.
 
 Enters: the device and the sizes. Leaves: nothing; the folder is removed, and every process that was started is ended.
-This process never uses CUDA itself, so that each check has the GPU as a site would find it: what computes runs in a process of its own
-(accept_child.py), and the GPU is looked at through NVML. Photos, base model and hub are made beside the first checks.
+This process never uses CUDA itself, so that each check has the GPU as a site would find it: what computes runs in a
+process of its own (accept_child.py), and the GPU is looked at through NVML. Photos, base model and hub are made beside
+the first checks.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ from bouquet import ROOT
 from bouquet.hub.deployment import pin
 
 ONE, BOTH = ("site-1",), ("site-1", "site-2")
-METERED = {"gpu-utilisation": pynvml.nvmlDeviceGetUtilizationRates, "gpu-joules": pynvml.nvmlDeviceGetTotalEnergyConsumption}
+METERED = {
+    "gpu-utilisation": pynvml.nvmlDeviceGetUtilizationRates,
+    "gpu-joules": pynvml.nvmlDeviceGetTotalEnergyConsumption,
+}
 WORDS = 3000  # characters of each log that are kept where a check fails
 
 
@@ -62,7 +67,11 @@ class World:
         self.home, self.device, self.sizes = home, device, sizes
         self.cuda = device == "cuda"
         self.pin = first_gpu() if self.cuda else "none"
-        self.models, self.certs, self.sites = home / "models", home / "certs", {name: home / "data" / name for name in BOTH}
+        self.models, self.certs, self.sites = (
+            home / "models",
+            home / "certs",
+            {name: home / "data" / name for name in BOTH},
+        )
         self.children: set[Child] = set()
         self.lock, self.closed = threading.Lock(), False
         self.makers = ThreadPoolExecutor(max_workers=3, thread_name_prefix="accept")
@@ -85,10 +94,13 @@ class World:
         self.makers.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self.home, ignore_errors=True)
 
-    # --- what is made beside the first checks ------------------------------------------------------------------------------
+    # --- what is made beside the first checks
+    # ------------------------------------------------------------------------------
 
     def begin(self, wanted: Iterable[str], sites: Sequence[str] = ()) -> None:
-        """Start to make what is wanted of `hub` (with these sites), `photos` and `base`; each is waited for where it is used."""
+        """Start to make what is wanted of `hub` (with these sites), `photos` and `base`; each is waited for where it is
+        used.
+        """
         makers = {"hub": lambda: self._hub(sites), "photos": self._photos, "base": self._base}
         for name, make in makers.items():
             if name in wanted:
@@ -149,7 +161,8 @@ class World:
         bundled(ROOT)
         return self.deployment
 
-    # --- looking -------------------------------------------------------------------------------------------------------------
+    # --- looking
+    # -------------------------------------------------------------------------------------------------------------
 
     def env(self) -> dict[str, str]:
         """Of a process that may use the GPU that the sites are pinned to, and no other."""
@@ -166,7 +179,9 @@ class World:
         return None
 
     def gpu_says(self) -> set[str]:
-        """Which figures of a site's meter (app/site/gpu.py) there must be: an older GPU counts no energy, a slice of one has no figures."""
+        """Which figures of a site's meter (app/site/gpu.py) there must be: an older GPU counts no energy, a slice of
+        one has no figures.
+        """
         says = {"gpu-peak-mib"}  # torch's own
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
@@ -181,7 +196,9 @@ class World:
 
     def logs(self, desk: Desk) -> dict[str, str]:
         """The last words of the check's own processes, of the sites and of the hub: the folder will be gone."""
-        files = [process.log for process in desk.all] + (sorted(self.deployment.logs.glob("*.log")) if self.deployment else [])
+        files = [process.log for process in desk.all] + (
+            sorted(self.deployment.logs.glob("*.log")) if self.deployment else []
+        )
         return {file.name: file.read_text(errors="replace")[-WORDS:] for file in files if file.is_file()}
 
 

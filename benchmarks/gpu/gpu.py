@@ -1,8 +1,10 @@
-"""Stable Diffusion 1.5's UNet on a GPU: the app's loop beside diffusers' text-to-image LoRA script, in one run. `scripts/bench gpu`.
+"""Stable Diffusion 1.5's UNet on a GPU: the app's loop beside diffusers' text-to-image LoRA script, in one run.
+`scripts/bench gpu`.
 
-859.5 M parameters by its config, random weights; LoRA rank 8 on attention, 512 pixels, bf16. Ours trains from encoded photos;
-diffusers' loop (examples/text_to_image/train_text_to_image_lora.py, written out here) decodes, encodes and reads its loss in every step.
-Both at 8 images, ours also at the most that fit. Leaves a Markdown table. Without a GPU: exit code 2; --device cpu --tiny shows that it runs.
+859.5 M parameters by its config, random weights; LoRA rank 8 on attention, 512 pixels, bf16. Ours trains from encoded
+photos; diffusers' loop (examples/text_to_image/train_text_to_image_lora.py, written out here) decodes, encodes and
+reads its loss in every step. Both at 8 images, ours also at the most that fit. Leaves a Markdown table. Without a GPU:
+exit code 2; --device cpu --tiny shows that it runs.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ TINY = Shape(unet=(16, 32), layers=1, vae=(8, 8), text=16, text_layers=1, tokens
 
 
 def schedule() -> DDPMScheduler:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
 
 
 def new_unet(shape: Shape, device: str) -> torch.nn.Module:
@@ -95,7 +99,9 @@ def build_encoders(shape: Shape, device: str) -> tuple[torch.nn.Module, torch.nn
 def random_photos(shape: Shape, count: int) -> Encoded:
     draw = torch.Generator().manual_seed(1)
     text = torch.randn(count, shape.tokens, shape.text, generator=draw)
-    return Encoded.of(torch.randn(count, 4, shape.side, shape.side, generator=draw), text, text[0], [str(n) for n in range(count)])
+    return Encoded.of(
+        torch.randn(count, 4, shape.side, shape.side, generator=draw), text, text[0], [str(n) for n in range(count)]
+    )
 
 
 def random_files(shape: Shape, count: int) -> list[bytes]:
@@ -109,7 +115,17 @@ def random_files(shape: Shape, count: int) -> list[bytes]:
     return files
 
 
-def diffusers_fit(unet, vae, text_encoder, scheduler, files: list[bytes], shape: Shape, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
+def diffusers_fit(
+    unet,
+    vae,
+    text_encoder,
+    scheduler,
+    files: list[bytes],
+    shape: Shape,
+    config: RunConfig,
+    accelerator: Accelerator,
+    seed: int,
+) -> float:
     """`local-steps` steps as diffusers' script takes them; the mean loss."""
     draw, total, device = torch.Generator().manual_seed(seed), 0.0, accelerator.device
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -157,7 +173,12 @@ def measure(work: Callable[[], object], count: int, device: str) -> Cost:
 
 
 def median(costs: list[Cost]) -> Cost:
-    return Cost(*(statistics.median(getattr(c, name) for c in costs) for name in ("images_a_second", "peak_mib", "joules_an_image", "flops")))
+    return Cost(
+        *(
+            statistics.median(getattr(c, name) for c in costs)
+            for name in ("images_a_second", "peak_mib", "joules_an_image", "flops")
+        )
+    )
 
 
 def matmul_rate(device: str, size: int) -> float:
@@ -189,28 +210,48 @@ def largest_batch(fits: Callable[[int], bool], start: int, most: int) -> int:
 
 
 def table(rows: dict[str, Cost], rate: float) -> str:
-    lines = ["| | images/s | of diffusers' | TFLOP/s | of the matrix rate | peak VRAM, GiB | J an image |", "| --- |" + " --- |" * 6]
+    lines = [
+        "| | images/s | of diffusers' | TFLOP/s | of the matrix rate | peak VRAM, GiB | J an image |",
+        "| --- |" + " --- |" * 6,
+    ]
     reference = rows["diffusers' loop, 8 images"].images_a_second
     for name, cost in rows.items():
         speed = cost.images_a_second * cost.flops / 1e12
-        numbers = (f"{cost.images_a_second:.2f}", f"{cost.images_a_second / reference:.2f}", f"{speed:.2f}", f"{speed / rate:.0%}")
-        lines.append(f"| {name} | " + " | ".join((*numbers, f"{cost.peak_mib / 1024:.1f}", f"{cost.joules_an_image:.1f}")) + " |")
+        numbers = (
+            f"{cost.images_a_second:.2f}",
+            f"{cost.images_a_second / reference:.2f}",
+            f"{speed:.2f}",
+            f"{speed / rate:.0%}",
+        )
+        lines.append(
+            f"| {name} | " + " | ".join((*numbers, f"{cost.peak_mib / 1024:.1f}", f"{cost.joules_an_image:.1f}")) + " |"
+        )
     return "\n".join(lines)
 
 
 def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> tuple[dict[str, Cost], float]:
     """(costs by contender, TFLOP/s of a matrix product)."""
-    settings = {"resolution": shape.resolution, "batch-size": 8, "lora-rank": 8, "lora-targets": "attention", "learning-rate": 1e-4}
+    settings = {
+        "resolution": shape.resolution,
+        "batch-size": 8,
+        "lora-rank": 8,
+        "lora-targets": "attention",
+        "learning-rate": 1e-4,
+    }
     config = RunConfig.read(settings | {"local-steps": steps, "precision": "bf16" if device == "cuda" else "fp32"})
     accelerator, scheduler, unet = train.accelerator(config), schedule(), build_unet(shape, config, device)
     vae, text_encoder = build_encoders(shape, device)
     photos, files = random_photos(shape, 64), random_files(shape, 16)
 
     def ours(size: int, steps: int) -> Callable[[], object]:
-        return lambda: train.fit(unet, scheduler, photos, replace(config, batch_size=size, local_steps=steps), accelerator, 1)
+        return lambda: train.fit(
+            unet, scheduler, photos, replace(config, batch_size=size, local_steps=steps), accelerator, 1
+        )
 
     def theirs(steps: int) -> Callable[[], object]:
-        return lambda: diffusers_fit(unet, vae, text_encoder, scheduler, files, shape, replace(config, local_steps=steps), accelerator, 1)
+        return lambda: diffusers_fit(
+            unet, vae, text_encoder, scheduler, files, shape, replace(config, local_steps=steps), accelerator, 1
+        )
 
     def fits(size: int) -> bool:
         try:
@@ -235,8 +276,14 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
 
 
 def no_gpu(command: str) -> int:
-    print(f"bench {command}: no GPU: torch {torch.__version__} finds no CUDA device here, so nothing was measured.", file=sys.stderr)
-    print(f"  fix    run it where nvidia-smi shows a GPU; scripts/bench {command} --device cpu --tiny shows that it runs", file=sys.stderr)
+    print(
+        f"bench {command}: no GPU: torch {torch.__version__} finds no CUDA device here, so nothing was measured.",
+        file=sys.stderr,
+    )
+    print(
+        f"  fix    run it where nvidia-smi shows a GPU; scripts/bench {command} --device cpu --tiny shows that it runs",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -1,10 +1,12 @@
-"""What could make the loop on a GPU cheaper, one change after another against the app's own loop: `scripts/bench gpu-tries`.
+"""What could make the loop on a GPU cheaper, one change after another against the app's own loop: `scripts/bench
+gpu-tries`.
 
-Stable Diffusion 1.5's UNet by its config with random weights, rank 8 on attention, 512 pixels, bf16, 8 images and 64. A variant is the app's
-arithmetic in a plain step, so that what differs is one thing: a step that is one CUDA graph; norms outside autocast (it computes them in
-float32, and what they leave is twice as large); cuDNN's own choice of algorithm; channels last; blocks compiled one by one, or the whole net.
-Each line comes as it is measured and the JSON is written after each, so that a machine that is taken away leaves what it has. Four
-minutes; --limit SECONDS starts no variant after that. Without a GPU: exit code 2; --device cpu --tiny shows that it runs.
+Stable Diffusion 1.5's UNet by its config with random weights, rank 8 on attention, 512 pixels, bf16, 8 images and 64.
+A variant is the app's arithmetic in a plain step, so that what differs is one thing: a step that is one CUDA graph;
+norms outside autocast (it computes them in float32, and what they leave is twice as large); cuDNN's own choice of
+algorithm; channels last; blocks compiled one by one, or the whole net. Each line comes as it is measured and the JSON
+is written after each, so that a machine that is taken away leaves what it has. Four minutes; --limit SECONDS starts no
+variant after that. Without a GPU: exit code 2; --device cpu --tiny shows that it runs.
 """
 
 from __future__ import annotations
@@ -43,8 +45,22 @@ VARIANTS = (
     Variant("graph, norms in bf16", graph=True, norms=True),
     Variant("graph, norms in bf16, cuDNN's choice", graph=True, norms=True, benchmark=True),
     Variant("graph, norms in bf16, cuDNN's choice, channels last", graph=True, norms=True, benchmark=True, last=True),
-    Variant("… and transformer and residual blocks compiled", graph=True, norms=True, benchmark=True, last=True, compiled="regions"),
-    Variant("… and diffusers' repeated blocks compiled", graph=True, norms=True, benchmark=True, last=True, compiled="blocks"),
+    Variant(
+        "… and transformer and residual blocks compiled",
+        graph=True,
+        norms=True,
+        benchmark=True,
+        last=True,
+        compiled="regions",
+    ),
+    Variant(
+        "… and diffusers' repeated blocks compiled",
+        graph=True,
+        norms=True,
+        benchmark=True,
+        last=True,
+        compiled="blocks",
+    ),
     Variant("… and the whole net compiled", graph=True, norms=True, benchmark=True, last=True, compiled="whole"),
     Variant("blocks compiled, norms as autocast has them", graph=True, benchmark=True, last=True, compiled="regions"),
 )
@@ -87,7 +103,9 @@ class Step:
         self.net, self.device, self.graph = net, device, None
         self.trained = [p for p in net.parameters() if p.requires_grad]
         cuda = device == "cuda"
-        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=cuda or None, capturable=graph and cuda)
+        self.optimiser = torch.optim.AdamW(
+            self.trained, lr=1e-4, weight_decay=0.0, fused=cuda or None, capturable=graph and cuda
+        )
         self.alphas, self.draw = schedule().alphas_cumprod.to(device), torch.Generator().manual_seed(1)
         self.clean = torch.randn(size, 4, shape.side, shape.side, device=device)
         self.text = torch.randn(size, shape.tokens, shape.text, device=device)
@@ -173,16 +191,31 @@ def apps_loop(size: int, shape: Shape, config: RunConfig, device: str, steps: in
     start = time.monotonic()
     train.fit(unet, schedule(), photos, replace(config, local_steps=steps), train.accelerator(config), 1)
     wait(device)
-    return {"seconds": (time.monotonic() - start) / steps, "first": 0.0, "gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0}
+    return {
+        "seconds": (time.monotonic() - start) / steps,
+        "first": 0.0,
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
+    }
 
 
 def row(name: str, size: int, found: dict[str, float], plain: float, flops: float, rate: float) -> str:
     speed = size / found["seconds"]
-    cells = (f"{size}", f"{1000 * found['seconds']:.1f}", f"{speed:.1f}", f"{plain / found['seconds']:.2f}", f"{speed * flops / 1e12 / rate:.0%}", f"{found['gib']:.1f}", f"{found['first']:.0f}")
+    cells = (
+        f"{size}",
+        f"{1000 * found['seconds']:.1f}",
+        f"{speed:.1f}",
+        f"{plain / found['seconds']:.2f}",
+        f"{speed * flops / 1e12 / rate:.0%}",
+        f"{found['gib']:.1f}",
+        f"{found['first']:.0f}",
+    )
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-HEAD = "| try | images a step | ms a step | images/s | of the app's speed | of the matrix rate | GiB | s until the first step |\n| --- |" + " --- |" * 7
+HEAD = (
+    "| try | images a step | ms a step | images/s | of the app's speed | of the matrix rate | GiB | s until the first"
+    " step |\n| --- |" + " --- |" * 7
+)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -193,9 +226,13 @@ def main(args: argparse.Namespace) -> int:
     shape, end = TINY if args.tiny else Shape(), time.monotonic() + args.limit
     sizes, steps = ((8,), 1) if args.tiny else ((8, 64), 8)
     settings = {"resolution": shape.resolution, "lora-rank": 8, "lora-targets": "attention", "learning-rate": 1e-4}
-    config = RunConfig.read(settings | {"precision": "bf16" if args.device == "cuda" else "fp32", "local-steps": 1, "batch-size": 8})
+    config = RunConfig.read(
+        settings | {"precision": "bf16" if args.device == "cuda" else "fp32", "local-steps": 1, "batch-size": 8}
+    )
     rate, net = matmul_rate(args.device, 256 if args.tiny else 8192), build_unet(shape, config, args.device)
-    flops = flops_an_image(lambda: train.fit(net, schedule(), random_photos(shape, 8), config, train.accelerator(config), 1), 8)
+    flops = flops_an_image(
+        lambda: train.fit(net, schedule(), random_photos(shape, 8), config, train.accelerator(config), 1), 8
+    )
     del net
     found: dict[str, dict[str, float]] = {}
     print(HEAD, flush=True)
@@ -209,7 +246,11 @@ def main(args: argparse.Namespace) -> int:
             try:
                 got = found[f"{variant.name}, {size}"] = measure(variant, size, shape, config, args.device, steps)
             except Exception as error:  # a try that does not work is a finding too
-                print(f"| {variant.name} | {size} | {type(error).__name__}: {' '.join(str(error).split())[:80]} |" + " |" * 5, flush=True)
+                print(
+                    f"| {variant.name} | {size} | {type(error).__name__}: {' '.join(str(error).split())[:80]} |"
+                    + " |" * 5,
+                    flush=True,
+                )
                 continue
             print(row(variant.name, size, got, plain["seconds"], flops, rate), flush=True)
             keep(args.json, {"matmul TFLOP/s": rate, "flops an image": flops, "found": found})

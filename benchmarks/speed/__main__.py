@@ -2,9 +2,10 @@
 
   scripts/bench [--quick] [--repeats N] [--base sd|mini] [--photos FOLDER] [--json FILE] [--plot FILE]
 
-naive: a quickstart's way, made correct (naive/); ours: this app; floor: the bare loop over encoded photos in a warm process.
-All three in this run, on this machine, on the same photos; medians of the rounds after the first. Leaves a Markdown table on
-stdout, all numbers as JSON, and the phases as stacked bars. A quarter of an hour; --quick, four minutes.
+naive: a quickstart's way, made correct (naive/); ours: this app; floor: the bare loop over encoded photos in a warm
+process. All three in this run, on this machine, on the same photos; medians of the rounds after the first. Leaves a
+Markdown table on stdout, all numbers as JSON, and the phases as stacked bars. A quarter of an hour; --quick, four
+minutes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ MORE = {
 def steady(results: Sequence[Result]) -> dict[str, float]:
     """Median seconds by phase, and of the whole round (`round`), over every round but each run's first."""
     rounds = [entry for result in results for entry in result.rounds[1:]]
-    return {p: statistics.median(r[p] for r in rounds) for p in PHASES} | {"round": statistics.median(sum(r.values()) for r in rounds)}
+    return {p: statistics.median(r[p] for r in rounds) for p in PHASES} | {
+        "round": statistics.median(sum(r.values()) for r in rounds)
+    }
 
 
 def row(name: str, values: Sequence[float], digits: int = 1) -> str:
@@ -55,10 +58,18 @@ def table(found: Mapping[str, Sequence[Result]]) -> str:
     lines = ["| seconds of a steady round | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
     lines += [row(phase, [m[phase] for m in medians]) for phase in PHASES]
     lines += [row("**whole round**", [m["round"] for m in medians])]
-    lines += [row("largest process of a site, peak MB", [max(r.peak_mb for r in results) for results in found.values()], 0)]
-    lines += [row("all processes of a site, peak MB", [max(r.site_mb for r in results) for results in found.values()], 0)]
-    lines += [row("all processes of the hub, peak MB", [max(r.hub_mb for r in results) for results in found.values()], 0)]
-    lines += [row("through the hub a round, MB", [results[0].facts.get("wire-mb", 0.0) for results in found.values()], 2)]
+    lines += [
+        row("largest process of a site, peak MB", [max(r.peak_mb for r in results) for results in found.values()], 0)
+    ]
+    lines += [
+        row("all processes of a site, peak MB", [max(r.site_mb for r in results) for results in found.values()], 0)
+    ]
+    lines += [
+        row("all processes of the hub, peak MB", [max(r.hub_mb for r in results) for results in found.values()], 0)
+    ]
+    lines += [
+        row("through the hub a round, MB", [results[0].facts.get("wire-mb", 0.0) for results in found.values()], 2)
+    ]
     return "\n".join(lines)
 
 
@@ -74,7 +85,11 @@ def ratios(found: Mapping[str, Sequence[Result]]) -> dict[str, float]:
 
 
 def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{len(names)} cores of {names[0] if names else platform.machine()}, {time.strftime('%Y-%m-%d')}"
 
 
@@ -86,8 +101,15 @@ def prepare(home: Path, sites: int, images: int, kind: str, photos: Path | None 
     for script in ("certs", "_lib.sh"):
         shutil.copy(ROOT / "scripts" / script, home / "scripts")  # it makes certificates in the folder above its own
     subprocess.run([home / "scripts/certs", *names], cwd=home, check=True, stdout=subprocess.DEVNULL)
-    wanted = [f"--dataset={photos or 'mini'}", f"--sites={sites}", f"--images-per-site={images}", f"--out={home / 'data'}"]
-    subprocess.run([sys.executable, "-m", "bouquet", "data", "partition", *wanted], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    wanted = [
+        f"--dataset={photos or 'mini'}",
+        f"--sites={sites}",
+        f"--images-per-site={images}",
+        f"--out={home / 'data'}",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "bouquet", "data", "partition", *wanted], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
     return {name: home / "data" / name for name in names}
 
 
@@ -96,15 +118,23 @@ def compare(args: argparse.Namespace) -> int:
     found: dict[str, list[Result]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="bouquet-bench-") as folder:
         home = Path(folder)
-        task = Task(home, prepare(home, 2, train + held_out, args.base, args.photos), train, held_out, steps, 8, args.rounds)
+        task = Task(
+            home, prepare(home, 2, train + held_out, args.base, args.photos), train, held_out, steps, 8, args.rounds
+        )
         for number in range(args.repeats):
             for name in CONTENDERS:
                 show(f"{name}, {number + 1} of {args.repeats}")
                 idle = {"idle": 5.0 if args.quick else 30.0} if name == "ours" and not number else {}
                 found[name].append(getattr(contenders, name)(task, show, **idle))
-    said = {"machine": machine(), "base": args.base, "task": {k: v for k, v in vars(task).items() if k not in ("home", "sites")}}
+    said = {
+        "machine": machine(),
+        "base": args.base,
+        "task": {k: v for k, v in vars(task).items() if k not in ("home", "sites")},
+    }
     said |= {"steady": {n: steady(r) for n, r in found.items()}, "ratios": ratios(found)}
-    said |= {"encode": {"first run": found["ours"][0].rounds[0]["encode"], "last run": found["ours"][-1].rounds[0]["encode"]}}
+    said |= {
+        "encode": {"first run": found["ours"][0].rounds[0]["encode"], "last run": found["ours"][-1].rounds[0]["encode"]}
+    }
     said["contenders"] = {name: [vars(result) for result in results] for name, results in found.items()}
     keep(args.json, said)
     print(table(found) + "\n")
@@ -112,7 +142,10 @@ def compare(args: argparse.Namespace) -> int:
         print(f"{name}: {value:.2f}")
     print("ours: " + "  ".join(f"{name} {value:.2f}" for name, value in found["ours"][0].facts.items()))
     print("ours: encode, round 1 of " + ", ".join(f"{name} {value:.2f} s" for name, value in said["encode"].items()))
-    print(f"{said['machine']}; 2 sites of {train} + {held_out} photos, {steps} steps of 8, {args.repeats} x {args.rounds} rounds; {args.json}")
+    print(
+        f"{said['machine']}; 2 sites of {train} + {held_out} photos, {steps} steps of 8, {args.repeats} x {args.rounds}"
+        f" rounds; {args.json}"
+    )
     if args.plot:
         from benchmarks.speed import plot
 
@@ -130,7 +163,9 @@ def show(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command")
     for name, about in MORE.items():
         command = commands.add_parser(name, help=about)
@@ -141,19 +176,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "accept":
             command.add_argument("--only", default="", metavar="REGEX", help="only the checks whose names it finds")
         if name in ("gpu-tries", "accept"):
-            command.add_argument("--limit", type=float, default=360, metavar="SECONDS", help="what does not end by then is left out (360)")
+            command.add_argument(
+                "--limit",
+                type=float,
+                default=360,
+                metavar="SECONDS",
+                help="what does not end by then is left out (360)",
+            )
         if name == "sites":
-            command.add_argument("--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites")
+            command.add_argument(
+                "--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites"
+            )
     parser.add_argument("--quick", action="store_true", help="a tenth of the images and steps")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--base", choices=("sd", "mini"), default="sd", help="a random model in Stable Diffusion's shape, or mini")
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="divide these photos among the sites (drawn flowers)")
+    parser.add_argument(
+        "--base", choices=("sd", "mini"), default="sd", help="a random model in Stable Diffusion's shape, or mini"
+    )
+    parser.add_argument(
+        "--photos", type=Path, metavar="FOLDER", help="divide these photos among the sites (drawn flowers)"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / ".bouquet/bench.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the phases as stacked bars")
     args = parser.parse_args(arguments)
     if args.command:
-        return import_module(f"benchmarks.{'gpu' if args.command in GPU else 'speed'}.{args.command.replace('-', '_')}").main(args)
+        return import_module(
+            f"benchmarks.{'gpu' if args.command in GPU else 'speed'}.{args.command.replace('-', '_')}"
+        ).main(args)
     return compare(args)
 
 

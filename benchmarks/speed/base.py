@@ -1,8 +1,9 @@
 """The base models of the benchmark: `mini`, or one with random weights, for which training means nothing.
 
-sd: Stable Diffusion's shape, small: 7.6 M-parameter UNet on 8x8 latents of 64-pixel images (autoencoder of factor 8, half as wide as
-Stable Diffusion's), mini's text encoder. tiny: the same, as narrow as can be, where only the way there and back matters.
-sd15: Stable Diffusion 1.5's own sizes (859.5 M, 83.7 M and 123.1 M parameters), in bf16 files (2.1 GB); sd15-tiny: for a dry run of that.
+sd: Stable Diffusion's shape, small: 7.6 M-parameter UNet on 8x8 latents of 64-pixel images (autoencoder of factor 8,
+half as wide as Stable Diffusion's), mini's text encoder. tiny: the same, as narrow as can be, where only the way there
+and back matters. sd15: Stable Diffusion 1.5's own sizes (859.5 M, 83.7 M and 123.1 M parameters), in bf16 files (2.1
+GB); sd15-tiny: for a dry run of that.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from pathlib import Path
 from bouquet import ROOT
 
 MINI = ROOT / "models" / "mini"
-WIDTHS = {"sd": ((128, 160), (64, 128, 256, 256)), "tiny": ((16, 32), (32, 32, 32, 32))}  # of the UNet and of the autoencoder
+# of the UNet and of the autoencoder
+WIDTHS = {"sd": ((128, 160), (64, 128, 256, 256)), "tiny": ((16, 32), (32, 32, 32, 32))}
 SHAPED = ("sd15", "sd15-tiny")  # by benchmarks/gpu/gpu.py's Shape
 
 
 def build(models: Path, kind: str) -> Path:
     """`models`/bench, in diffusers layout."""
     target = models / "bench"
-    shutil.copytree(MINI, target, ignore=shutil.ignore_patterns("*.py", "*.md", "*.png", "judge*", "loss*", "comparison*", "__pycache__"))
+    shutil.copytree(
+        MINI,
+        target,
+        ignore=shutil.ignore_patterns("*.py", "*.md", "*.png", "judge*", "loss*", "comparison*", "__pycache__"),
+    )
     if kind in SHAPED:
         _shape(target, kind)
     elif kind != "mini":
@@ -36,7 +42,10 @@ def _narrow(target: Path, kind: str) -> None:
 
     channels, wide = WIDTHS[kind]
     torch.manual_seed(0)
-    config = json.loads((MINI / "unet" / "config.json").read_text()) | {"block_out_channels": channels, "sample_size": 8}
+    config = json.loads((MINI / "unet" / "config.json").read_text()) | {
+        "block_out_channels": channels,
+        "sample_size": 8,
+    }
     UNet2DConditionModel.from_config(config).save_pretrained(target / "unet")
     AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=wide,
@@ -52,7 +61,9 @@ def _shape(target: Path, kind: str) -> None:
 
     shape = gpu.Shape() if kind == "sd15" else gpu.TINY
     torch.manual_seed(0)
-    for part, net in zip(("unet", "vae", "text_encoder"), (gpu.new_unet(shape, "cpu"), *gpu.build_encoders(shape, "cpu")), strict=True):
+    for part, net in zip(
+        ("unet", "vae", "text_encoder"), (gpu.new_unet(shape, "cpu"), *gpu.build_encoders(shape, "cpu")), strict=True
+    ):
         shutil.rmtree(target / part)
         net.to(torch.bfloat16).save_pretrained(target / part)
     file = target / "tokenizer" / "tokenizer_config.json"

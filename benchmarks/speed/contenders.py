@@ -80,7 +80,12 @@ class Stock(Processes):
     """The same deployment with Flower's own SuperNode, asking as often as Flower asks."""
 
     def start_site(self, name: str, hub: str = "") -> None:
-        settings = {"site-name": name, "data-path": self.sites[name], "models-path": self.models, "cache-path": self.home / "cache" / name}
+        settings = {
+            "site-name": name,
+            "data-path": self.sites[name],
+            "models-path": self.models,
+            "cache-path": self.home / "cache" / name,
+        }
         self._spawn(name, [
             BIN / "flower-supernode", f"--superlink={self.address}", f"--root-certificates={self.certs}/ca.crt",
             f"--auth-supernode-private-key={self.certs}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
@@ -121,7 +126,13 @@ def watched(running: Processes, show: Show, start: Callable[[], str]) -> tuple[s
 def result(rounds: list[dict[str, float]], watch: Watch, task: Task, ended: dict, **facts: float) -> Result:
     peak = max(watch.message_mb.values())
     wire = ended["network-traffic"]["total-bytes"] / task.rounds / 1e6
-    return Result(rounds, peak, max(watch.whole_mb.get(site, 0.0) for site in task.sites), watch.whole_mb.get(HUB, 0.0), facts | {"wire-mb": wire})
+    return Result(
+        rounds,
+        peak,
+        max(watch.whole_mb.get(site, 0.0) for site in task.sites),
+        watch.whole_mb.get(HUB, 0.0),
+        facts | {"wire-mb": wire},
+    )
 
 
 def ours(task: Task, show: Show, idle: float = 0, kind: type[Processes] = Processes) -> Result:
@@ -133,22 +144,44 @@ def ours(task: Task, show: Show, idle: float = 0, kind: type[Processes] = Proces
             time.sleep(15)  # the fork servers import their libraries first
             facts |= {f"idle-{name}-percent": percent for name, percent in idle_cpu(sessions(running), idle).items()}
         start = time.time()
-        run, ended, watch = watched(running, lambda line: (told.append((time.time(), line)), show(line)), lambda: start_run(text))
+        run, ended, watch = watched(
+            running, lambda line: (told.append((time.time(), line)), show(line)), lambda: start_run(text)
+        )
         facts["run"] = time.time() - start
         folder = running.fetch(run)
         history = json.loads((folder / "history.json").read_text())
         rounds = []
         for entry in history["rounds"]:
-            rounds.append(by_phase(entry["seconds"], [phases(metrics) for metrics in entry["sites"].values()], entry.get("transfer", 0.0)))
+            rounds.append(
+                by_phase(
+                    entry["seconds"],
+                    [phases(metrics) for metrics in entry["sites"].values()],
+                    entry.get("transfer", 0.0),
+                )
+            )
         first = next(at for at, line in told if line.startswith("bouquet: round 1/"))
-        facts["first-step"] = up + first - start - rounds[0]["train"]  # what is left of round 1 after its training is too short to see
+        # what is left of round 1 after its training is too short to see
+        facts["first-step"] = up + first - start - rounds[0]["train"]
         facts["adapter-mb"] = (folder / "final" / "adapter_model.safetensors").stat().st_size / 1e6
         return result(rounds, watch, task, ended, **facts)
 
 
 def naive(task: Task, show: Show) -> Result:
-    config = {"rounds": task.rounds, "steps": task.steps, "batch": task.batch, "held-out": task.held_out, "rank": task.rank, "resolution": task.resolution}
-    command = ["run", str(ROOT / "benchmarks/speed/naive"), CONNECTION, "--run-config", " ".join(f"{k}={v}" for k, v in config.items())]
+    config = {
+        "rounds": task.rounds,
+        "steps": task.steps,
+        "batch": task.batch,
+        "held-out": task.held_out,
+        "rank": task.rank,
+        "resolution": task.resolution,
+    }
+    command = [
+        "run",
+        str(ROOT / "benchmarks/speed/naive"),
+        CONNECTION,
+        "--run-config",
+        " ".join(f"{k}={v}" for k, v in config.items()),
+    ]
     with deployed(task, Stock, "naive") as (running, up):
         start = time.time()
         run, ended, watch = watched(running, show, lambda: flwr(*command)["run-id"])
@@ -169,7 +202,13 @@ def floor(task: Task, show: Show) -> Result:
     """All sites at once, each in its own warm process, as busy with each other as they are in a federation."""
     running = []
     for name, data in task.sites.items():
-        settings = {"config": task.config(), "models": str(task.models), "data": str(data), "cache": str(task.home / "floor" / name), "rounds": task.rounds}
+        settings = {
+            "config": task.config(),
+            "models": str(task.models),
+            "data": str(data),
+            "cache": str(task.home / "floor" / name),
+            "rounds": task.rounds,
+        }
         Path(settings["cache"]).mkdir(parents=True, exist_ok=True)
         file = task.home / f"floor-{name}.json"
         file.write_text(json.dumps(settings))

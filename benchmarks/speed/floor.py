@@ -2,7 +2,8 @@
 
   python -m benchmarks.speed.floor SETTINGS.json      {"config", "models", "data", "cache", "rounds"}; prints seconds a round as JSON
 
-The training loop is written out once more, in plain PyTorch, so that nothing of the app's own loop can hide in the floor.
+The training loop is written out once more, in plain PyTorch, so that nothing of the app's own loop can hide in the
+floor.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float
 def evaluate(unet, scheduler, photos: Encoded, config: RunConfig) -> float:
     unet.eval()
     size = train.WIDER * config.batch_size
-    return diffusion.validation_loss(unet, scheduler, photos, torch.device("cpu"), timesteps=config.validation_timesteps, batch_size=size)
+    return diffusion.validation_loss(
+        unet, scheduler, photos, torch.device("cpu"), timesteps=config.validation_timesteps, batch_size=size
+    )
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""One round at the hub with many sites that answer at once: its seconds and memory, through app/hub/exchange.py and app/hub/strategy.py.
+"""One round at the hub with many sites that answer at once: its seconds and memory, through app/hub/exchange.py and
+app/hub/strategy.py.
 
   python -m benchmarks.speed.hub SITES MEGABYTES        prints JSON; a process of its own, so that its memory is its own
 
-The sites are stubs: each replies with one of a few adapters of that size, packed beforehand. Everything the hub does is real: it
-unpacks, checks, hashes, measures, keeps on disk and aggregates every reply.
+The sites are stubs: each replies with one of a few adapters of that size, packed beforehand. Everything the hub does
+is real: it unpacks, checks, hashes, measures, keeps on disk and aggregates every reply.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class StubGrid(Grid):
         node = order.metadata.dst_node_id
         numbers = MetricRecord({"num-examples": 400, "train-loss": 0.1, "validation-loss": 0.1})
         info = ConfigRecord({"site": f"site-{node}", "applied": self.sent, "gpu": ""})
-        reply = Message(RecordDict({"arrays": self.replies[node % len(self.replies)], "metrics": numbers, "info": info}), reply_to=order)
+        reply = Message(
+            RecordDict({"arrays": self.replies[node % len(self.replies)], "metrics": numbers, "info": info}),
+            reply_to=order,
+        )
         self.stub += time.monotonic() - start
         return [reply]
 
@@ -71,7 +75,11 @@ def adapter_of_size(megabytes: float, seed: int) -> model.Adapter:
     width = max(1, round(megabytes * 1e6 / (4 * 2 * LAYERS * RANK)))
     draw = torch.Generator().manual_seed(seed)
     shapes = {"lora_A": (RANK, width), "lora_B": (width, RANK)}
-    return {f"layer.{n:03d}.{half}.weight": torch.randn(shape, generator=draw) for n in range(LAYERS) for half, shape in shapes.items()}
+    return {
+        f"layer.{n:03d}.{half}.weight": torch.randn(shape, generator=draw)
+        for n in range(LAYERS)
+        for half, shape in shapes.items()
+    }
 
 
 def round_at_the_hub(sites: int, megabytes: float) -> dict[str, float]:
@@ -94,7 +102,13 @@ def round_at_the_hub(sites: int, megabytes: float) -> dict[str, float]:
         spooled = sum(file.stat().st_size for file in (folder / ".replies").iterdir()) / 1e6
         assert len(kept) == sites and not refused
         volume.write_round(folder, 1, new, config, {}, {})
-        return {"sites": sites, "adapter-mb": megabytes, "seconds": seconds, "more-mb": memory_mb("VmHWM") - before, "replies-mb": spooled}
+        return {
+            "sites": sites,
+            "adapter-mb": megabytes,
+            "seconds": seconds,
+            "more-mb": memory_mb("VmHWM") - before,
+            "replies-mb": spooled,
+        }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What a site's process needs with a model of Stable Diffusion 1.5's size, where weights and not libraries fill the memory.
+"""What a site's process needs with a model of Stable Diffusion 1.5's size, where weights and not libraries fill the
+memory.
 
   scripts/bench memory        builds the model with random weights (4.3 GB on disk), then one process a contender; a Markdown table
 
-Each process does the least that a round does: a photo encoded, one step, on the CPU in float32. `again`: ours with the photos in its cache.
+Each process does the least that a round does: a photo encoded, one step, on the CPU in float32. `again`: ours with the
+photos in its cache.
 """
 
 from __future__ import annotations
@@ -21,14 +23,19 @@ from benchmarks.speed.watch import memory_mb
 from bouquet import ROOT
 
 PHOTOS = 4
-LIBRARIES = "import accelerate, peft, diffusers.models.unets.unet_2d_condition; from benchmarks.speed.watch import memory_mb; print(memory_mb('VmHWM'))"
+LIBRARIES = (
+    "import accelerate, peft, diffusers.models.unets.unet_2d_condition; from benchmarks.speed.watch import memory_mb;"
+    " print(memory_mb('VmHWM'))"
+)
 
 
 def build(models: Path, tiny: bool) -> None:
     from benchmarks.gpu import gpu
 
     folder, shape = base.build(models, "mini"), gpu.TINY if tiny else gpu.Shape()
-    for part, net in zip(("unet", "vae", "text_encoder"), (gpu.new_unet(shape, "cpu"), *gpu.build_encoders(shape, "cpu")), strict=True):
+    for part, net in zip(
+        ("unet", "vae", "text_encoder"), (gpu.new_unet(shape, "cpu"), *gpu.build_encoders(shape, "cpu")), strict=True
+    ):
         shutil.rmtree(folder / part)
         net.save_pretrained(folder / part)
 
@@ -40,7 +47,10 @@ def work(contender: str, home: Path) -> float:
     if contender == "naive":
         from benchmarks.speed.naive import naive
 
-        pipe, rows = naive.pipeline(str(home / "models"), {"base": "bench", "rank": 8}), naive.photos(str(home / "data/site-1"))
+        pipe, rows = (
+            naive.pipeline(str(home / "models"), {"base": "bench", "rank": 8}),
+            naive.photos(str(home / "data/site-1")),
+        )
         trained = [p for p in pipe.unet.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained)
         latents, text = naive.encode(pipe, str(home / "data/site-1"), rows[:1], 64)
@@ -50,7 +60,9 @@ def work(contender: str, home: Path) -> float:
         from app.config import RunConfig
         from app.site import train
 
-        config = RunConfig.read(TASK | {"batch-size": 1, "local-steps": 1, "validation-timesteps": 1, "validation-fraction": 0.25})
+        config = RunConfig.read(
+            TASK | {"batch-size": 1, "local-steps": 1, "validation-timesteps": 1, "validation-fraction": 0.25}
+        )
         site = train.Site(config, home / "models", home / "data/site-1", home / "cache", "")
         site.evaluate()
         site.fit(1)
@@ -63,12 +75,31 @@ def main(args: argparse.Namespace) -> int:
         home = Path(folder)
         build(home / "models", args.tiny)
         (home / "cache").mkdir()
-        command = [sys.executable, "-m", "bouquet", "data", "partition", "--dataset=mini", "--sites=1", f"--images-per-site={PHOTOS}", f"--out={home / 'data'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "bouquet",
+            "data",
+            "partition",
+            "--dataset=mini",
+            "--sites=1",
+            f"--images-per-site={PHOTOS}",
+            f"--out={home / 'data'}",
+        ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for contender in ("libraries", "naive", "ours", "again"):
             show(contender)
-            alone = f"from pathlib import Path; from benchmarks.speed import memory; print(memory.work({contender!r}, Path({folder!r})))"
-            done = subprocess.run([sys.executable, "-c", LIBRARIES if contender == "libraries" else alone], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            alone = (
+                f"from pathlib import Path; from benchmarks.speed import memory; print(memory.work({contender!r},"
+                f" Path({folder!r})))"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", LIBRARIES if contender == "libraries" else alone],
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             found[contender] = float(done.stdout.splitlines()[-1])
     print("| a site's process | peak MB | of naive's |\n| --- | --- | --- |")
     for name, mb in found.items():

@@ -32,13 +32,25 @@ Row = dict[str, float]
 
 
 def photos(folder: Path, count: int) -> data.Partition:
-    command = [sys.executable, "-m", "bouquet", "data", "partition", "--dataset=mini", "--sites=1", f"--images-per-site={count}", f"--out={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "bouquet",
+        "data",
+        "partition",
+        "--dataset=mini",
+        "--sites=1",
+        f"--images-per-site={count}",
+        f"--out={folder}",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return data.scan(folder / "site-1")
 
 
 def cost(home: Path, config: RunConfig, partition: data.Partition) -> Row:
-    """Seconds and bytes of one site: encoding everything anew, reading it again, a round's evaluation and steps, its adapter on the wire."""
+    """Seconds and bytes of one site: encoding everything anew, reading it again, a round's evaluation and steps, its
+    adapter on the wire.
+    """
     folder = home / "models" / "bench"
     sums = model.fingerprint(folder)
     with tempfile.TemporaryDirectory(dir=home) as cached:
@@ -49,15 +61,31 @@ def cost(home: Path, config: RunConfig, partition: data.Partition) -> Row:
             laps.append(time.monotonic() - start)
         kept = sum(file.stat().st_size for file in Path(cached).iterdir()) / 1e6
         site = train.Site(config, home / "models", home / f"data-{len(partition.photos)}" / "site-1", Path(cached), "")
-    seconds, adapter = take_turns({"evaluate": site.evaluate, "train": lambda: site.fit(1)}, 3), wire.pack(model.adapter_of(site.unet))
+    seconds, adapter = (
+        take_turns({"evaluate": site.evaluate, "train": lambda: site.fit(1)}, 3),
+        wire.pack(model.adapter_of(site.unet)),
+    )
     each = {"evaluate": seconds["evaluate"], "step-ms": 1000 * seconds["train"] / config.local_steps}
-    return {"encode": laps[0], "again": laps[1], "cache-mb": kept, **each, "adapter-mb": len(adapter[wire.NAME].data) / 1e6}
+    return {
+        "encode": laps[0],
+        "again": laps[1],
+        "cache-mb": kept,
+        **each,
+        "adapter-mb": len(adapter[wire.NAME].data) / 1e6,
+    }
 
 
 def table(found: dict[str, Row]) -> str:
     lines = ["| | encode, s | again, s | cache, MB | evaluate, s | ms a step | adapter, MB |", "| --- |" + " --- |" * 6]
     for name, r in found.items():
-        numbers = (f"{r['encode']:.1f}", f"{r['again']:.2f}", f"{r['cache-mb']:.1f}", f"{r['evaluate']:.1f}", f"{r['step-ms']:.0f}", f"{r['adapter-mb']:.2f}")
+        numbers = (
+            f"{r['encode']:.1f}",
+            f"{r['again']:.2f}",
+            f"{r['cache-mb']:.1f}",
+            f"{r['evaluate']:.1f}",
+            f"{r['step-ms']:.0f}",
+            f"{r['adapter-mb']:.2f}",
+        )
         lines.append(f"| {name} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
@@ -78,6 +106,9 @@ def main(args: argparse.Namespace) -> int:
         for resolution in resolutions:
             found[f"{resolution} pixels"] = cost(home, replace(plain, resolution=resolution), sets[counts[0]])
     print(table(found))
-    print(f"\n64 pixels, rank 8 and {counts[0]} images where nothing else is said, a sixth of them held out; {machine()}; {args.json}")
+    print(
+        f"\n64 pixels, rank 8 and {counts[0]} images where nothing else is said, a sixth of them held out; {machine()};"
+        f" {args.json}"
+    )
     keep(args.json, {"machine": machine(), "found": found})
     return 0

@@ -1,7 +1,8 @@
-"""What was tried to make a site's arithmetic cheaper, one change at a time against the app's own loop: `scripts/bench tries`.
+"""What was tried to make a site's arithmetic cheaper, one change at a time against the app's own loop: `scripts/bench
+tries`.
 
-One process with as many threads as a site of two has here, random latents; variants take turns, so that a machine that slows down
-slows them all. Leaves a Markdown table: milliseconds and the ratio to the plain variant.
+One process with as many threads as a site of two has here, random latents; variants take turns, so that a machine that
+slows down slows them all. Leaves a Markdown table: milliseconds and the ratio to the plain variant.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def random_photos(count: int, side: int = 8, tokens: int = 24, width: int = 128)
     """`count` encoded photos that are noise."""
     draw = torch.Generator().manual_seed(1)
     text = torch.randn(count, tokens, width, generator=draw)
-    return Encoded.of(torch.randn(count, 4, side, side, generator=draw), text, text[0], [f"{n:064x}" for n in range(count)])
+    return Encoded.of(
+        torch.randn(count, 4, side, side, generator=draw), text, text[0], [f"{n:064x}" for n in range(count)]
+    )
 
 
 def take_turns(variants: dict[str, Work], turns: int) -> dict[str, float]:
@@ -105,12 +108,18 @@ def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Wo
     def at(size: int, unet=net, mode: Callable = contextlib.nullcontext) -> Work:
         def work() -> float:
             with mode():
-                return diffusion.validation_loss(unet.eval(), scheduler, photos, CPU, timesteps=config.validation_timesteps, batch_size=size)
+                return diffusion.validation_loss(
+                    unet.eval(), scheduler, photos, CPU, timesteps=config.validation_timesteps, batch_size=size
+                )
 
         return work
 
     sizes = {f"{size} images a pass": at(size) for size in (16, 32, 64, 128)}
-    return {"the app's evaluation, 8 images a pass": at(8)} | sizes | {"inference_mode": at(8, mode=torch.inference_mode), "adapter merged": at(8, merged)}
+    return (
+        {"the app's evaluation, 8 images a pass": at(8)}
+        | sizes
+        | {"inference_mode": at(8, mode=torch.inference_mode), "adapter merged": at(8, merged)}
+    )
 
 
 def compiled(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, float]:
@@ -123,11 +132,16 @@ def compiled(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, floa
     first = time.monotonic() - start
     start = time.monotonic()
     train.fit(net, scheduler, photos, config, accelerator, 1)
-    return {"seconds until two steps were taken": first, "seconds a step, then": (time.monotonic() - start) / config.local_steps}
+    return {
+        "seconds until two steps were taken": first,
+        "seconds a step, then": (time.monotonic() - start) / config.local_steps,
+    }
 
 
 def rounds_alone() -> dict[str, float]:
-    """A round of the smallest model, which is fixed cost: under this deployment's SuperNode, and under Flower's own with its 3 s."""
+    """A round of the smallest model, which is fixed cost: under this deployment's SuperNode, and under Flower's own
+    with its 3 s.
+    """
     took = {}
     for name, kind in (("this deployment", Processes), ("Flower's own SuperNode", Stock)):
         with tempfile.TemporaryDirectory(prefix="bouquet-bench-") as home:
@@ -139,7 +153,9 @@ def rounds_alone() -> dict[str, float]:
 def markdown(title: str, seconds: dict[str, float], unit: float, name: str) -> str:
     plain = next(iter(seconds.values()))
     lines = [f"| {title} | {name} | of the app's |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {what} | {took / unit * 1000:.1f} | {took / plain:.2f} |" for what, took in seconds.items()])
+    return "\n".join(
+        lines + [f"| {what} | {took / unit * 1000:.1f} | {took / plain:.2f} |" for what, took in seconds.items()]
+    )
 
 
 def main(args: argparse.Namespace) -> int:

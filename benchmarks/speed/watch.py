@@ -1,4 +1,5 @@
-"""A deployment's processes, looked at from outside: memory of each site, when each message's process began, CPU while idle.
+"""A deployment's processes, looked at from outside: memory of each site, when each message's process began, CPU while
+idle.
 
 Enters: the process groups that _deployment.Processes started, by name. Every process of one of them has its session id.
 """
@@ -22,7 +23,10 @@ class Process:
         name, _, rest = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")
         fields = rest.split()
         self.pid, self.name, self.session = pid, name.partition("(")[2], int(fields[3])
-        self.cpu, self.began = (int(fields[11]) + int(fields[12])) / TICKS, int(fields[19]) / TICKS - time.clock_gettime(time.CLOCK_BOOTTIME) + time.time()
+        self.cpu, self.began = (
+            (int(fields[11]) + int(fields[12])) / TICKS,
+            int(fields[19]) / TICKS - time.clock_gettime(time.CLOCK_BOOTTIME) + time.time(),
+        )
 
     def megabytes(self, file: str, key: str) -> float:
         """A line of kB of /proc/PID/`file`, in MB."""
@@ -33,7 +37,9 @@ class Process:
 
 
 def memory_mb(key: str) -> float:
-    """This process's line of /proc/self/status, in MB: VmRSS now, VmHWM at most since it began (getrusage's is inherited from its parent)."""
+    """This process's line of /proc/self/status, in MB: VmRSS now, VmHWM at most since it began (getrusage's is
+    inherited from its parent).
+    """
     return Process(os.getpid()).megabytes("status", key)
 
 
@@ -56,7 +62,8 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.sessions, self.ended = dict(sessions), threading.Event()
         self.message_mb: dict[str, float] = {}  # largest resident memory of one message's process (VmHWM), by site
-        self.whole_mb: dict[str, float] = {}  # largest memory of all of a site's or the hub's processes, shared pages once (PSS)
+        # largest memory of all of a site's or the hub's processes, shared pages once (PSS)
+        self.whole_mb: dict[str, float] = {}
         self.began: dict[str, dict[int, float]] = {}  # name -> pid -> time
 
     def run(self) -> None:
@@ -68,7 +75,9 @@ class Watch(threading.Thread):
                 try:
                     if process.name == MESSAGE:
                         self.began.setdefault(name, {})[process.pid] = process.began
-                        self.message_mb[name] = max(self.message_mb.get(name, 0.0), process.megabytes("status", "VmHWM"))
+                        self.message_mb[name] = max(
+                            self.message_mb.get(name, 0.0), process.megabytes("status", "VmHWM")
+                        )
                     if look % 10 == 0:  # the kernel walks every page for this one
                         whole[name] = whole.get(name, 0.0) + process.megabytes("smaps_rollup", "Pss")
                 except OSError:

@@ -13,8 +13,18 @@ from app import text
 from app.config import RunConfig
 from app.errors import AdapterError
 
-LICENCES = {"mini": "apache-2.0", "stable-diffusion-v1-5": "creativeml-openrail-m"}  # an adapter inherits its base model's
-TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion", "federated-learning", "flower", "bouquet")
+# an adapter inherits its base model's
+LICENCES = {"mini": "apache-2.0", "stable-diffusion-v1-5": "creativeml-openrail-m"}
+TAGS = (
+    "text-to-image",
+    "diffusers",
+    "lora",
+    "template:sd-lora",
+    "stable-diffusion",
+    "federated-learning",
+    "flower",
+    "bouquet",
+)
 
 
 def licence(config: RunConfig, asked: str | None) -> str:
@@ -24,7 +34,14 @@ def licence(config: RunConfig, asked: str | None) -> str:
     return known
 
 
-def card(repo: str, config: RunConfig, provenance: dict[str, Any], pictures: Sequence[tuple[str, str]], under: str, base_id: str) -> str:
+def card(
+    repo: str,
+    config: RunConfig,
+    provenance: dict[str, Any],
+    pictures: Sequence[tuple[str, str]],
+    under: str,
+    base_id: str,
+) -> str:
     """`pictures` are (prompt, path in the repository); the first prompt is the instance prompt. `base_id` may be empty."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -41,7 +58,9 @@ def card(repo: str, config: RunConfig, provenance: dict[str, Any], pictures: Seq
     )
     body = BODY.format(
         name=repo.rsplit("/", 1)[-1],
-        picture="![Without and with the adapter, same prompts and seeds](images/before-after.png)\n\n" if pictures else "",
+        picture=(
+            "![Without and with the adapter, same prompts and seeds](images/before-after.png)\n\n" if pictures else ""
+        ),
         repo=repo,
         base=base_id or config.base_model,
         load=base_id or f"models/{config.base_model}",
@@ -59,7 +78,9 @@ def table(config: RunConfig, provenance: dict[str, Any], sites: int) -> str:
     rows = {
         "sites": sites or "not recorded",
         "training images": images(provenance),
-        "rounds × local steps × batch": f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}",
+        "rounds × local steps × batch": (
+            f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}"
+        ),
         "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the UNet",
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",

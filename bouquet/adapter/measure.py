@@ -4,12 +4,13 @@
   scripts/measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
   scripts/measure collect RUN COLUMN...
 
-pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the pictures of one
-          prompt are (diversity); --judge, for the demo's base model: how often the judge sees what was asked for; --photos: their
-          kernel distance (KID) to the photos in DIR; --clip: CLIP score by the model in DIR. KID and CLIP score are torchmetrics', and
-          need it and their weights on this machine. Goes into RUN/measures.json.
-memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training photo. Only
-          distances are in FILE (default: NAME.memory.json).
+pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the
+          pictures of one prompt are (diversity); --judge, for the demo's base model: how often the judge sees what was
+          asked for; --photos: their kernel distance (KID) to the photos in DIR; --clip: CLIP score by the model in
+          DIR. KID and CLIP score are torchmetrics', and need it and their weights on this machine. Goes into
+          RUN/measures.json.
+memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training
+          photo. Only distances are in FILE (default: NAME.memory.json).
 collect   at the hub: memory.json in RUN's folder, for scripts/report.
 
 Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that cannot be read or do not fit).
@@ -60,16 +61,26 @@ def measure(asked: SimpleNamespace) -> list[str]:
         told["judge"] = {name: pictures.judged(config.prompts, rows) for name, rows in drawn.items()}
     if asked.photos:
         photos = pictures.photos(asked.photos, config.resolution)
-        told["kid"] = {name: pictures.kid(sum(rows, []), photos, asked.kid, config.seed) for name, rows in drawn.items()}
+        told["kid"] = {
+            name: pictures.kid(sum(rows, []), photos, asked.kid, config.seed) for name, rows in drawn.items()
+        }
         told["kid"] |= {"features": asked.kid, "photos": len(photos)}
     if asked.clip:
-        told["clip"] = {name: pictures.clip(config.prompts, rows, asked.clip) for name, rows in drawn.items()} | {"model": asked.clip.name}
+        told["clip"] = {name: pictures.clip(config.prompts, rows, asked.clip) for name, rows in drawn.items()} | {
+            "model": asked.clip.name
+        }
     folder = asked.run if asked.run.is_dir() else asked.run.parent
     target = (folder.parent if folder.name == "final" else folder) / "measures.json"
     target.write_text(json.dumps(told, indent=1) + "\n")
     kinds = [kind for kind in ("diversity", "judge", "kid", "clip") if kind in told]
     lines = [f"{kind:<10} base {shown(told[kind]['base'])}  adapter {shown(told[kind]['adapter'])}" for kind in kinds]
-    return [*lines, f"measured   {target}   {asked.count} pictures for each of {len(config.prompts)} prompts, seeds {told['seeds'][0]} to {told['seeds'][1]}"]
+    return [
+        *lines,
+        (
+            f"measured   {target}   {asked.count} pictures for each of {len(config.prompts)} prompts, seeds"
+            f" {told['seeds'][0]} to {told['seeds'][1]}"
+        ),
+    ]
 
 
 def shown(value: float | dict[str, float]) -> str:
@@ -82,17 +93,23 @@ def remember(asked: SimpleNamespace) -> list[str]:
 
     out = asked.out or Path(f"{asked.name}.memory.json")
     with tempfile.TemporaryDirectory() as scratch:
-        column = memorised.look(asked.name, asked.data, asked.run, asked.models, asked.cache or Path(scratch), asked.count)
+        column = memorised.look(
+            asked.name, asked.data, asked.run, asked.models, asked.cache or Path(scratch), asked.count
+        )
     out.write_text(json.dumps(column, indent=1) + "\n")
     return [memorisation.found(asked.name, column).sentence, f"measured   {out}"]
 
 
 def collect(run: Path, columns_at: list[Path]) -> list[str]:
-    """memory.json in the run's folder. Errors: MEASURE-02 unless every column is of another site and of the same adapter."""
+    """memory.json in the run's folder. Errors: MEASURE-02 unless every column is of another site and of the same
+    adapter.
+    """
     from bouquet.report import memorisation
 
     columns = [json.loads(file.read_text()) for file in columns_at]
-    if len({column.get("adapter") for column in columns}) > 1 or len({column.get("site") for column in columns}) < len(columns):
+    if len({column.get("adapter") for column in columns}) > 1 or len({column.get("site") for column in columns}) < len(
+        columns
+    ):
         raise BouquetError(
             "MEASURE-02",
             "The sites' distances do not fit each other.",

@@ -1,9 +1,10 @@
 """Does an adapter draw photos it was trained on? A site's photos and a run in; distances, and nothing else, out.
 
-Each sample is drawn from the caption of a training photo. Pictures and photos are compared in the latents of the base model's
-own autoencoder, which knows no captions. A picture's number is its distance to the nearest training photo over its mean distance
-to the next NEIGHBOURS nearest: a picture near to everything, a blurred one, has a number near 1, a copy of one photo one near 0.
-Held-out photos, which nobody trained on, have the same number: theirs say what is ordinary at this site.
+Each sample is drawn from the caption of a training photo. Pictures and photos are compared in the latents of the base
+model's own autoencoder, which knows no captions. A picture's number is its distance to the nearest training photo over
+its mean distance to the next NEIGHBOURS nearest: a picture near to everything, a blurred one, has a number near 1, a
+copy of one photo one near 0. Held-out photos, which nobody trained on, have the same number: theirs say what is
+ordinary at this site.
 Source: Carlini et al. 2023, Extracting Training Data from Diffusion Models, arXiv:2301.13188, section 5.1.
 """
 
@@ -26,7 +27,9 @@ SPACE = "latents of the base model's autoencoder"
 
 
 def numbers(rows_ND: torch.Tensor, photos_MD: torch.Tensor, neighbours: int = NEIGHBOURS) -> list[float]:
-    """For each of N rows: distance to the nearest of M photos over the mean distance to the next `neighbours` (fewer: all others)."""
+    """For each of N rows: distance to the nearest of M photos over the mean distance to the next `neighbours` (fewer:
+    all others).
+    """
     far = torch.cdist(rows_ND.double(), photos_MD.double()).sort(dim=1).values[:, : neighbours + 1]
     return (far[:, 0] / far[:, 1:].mean(dim=1)).tolist()
 
@@ -37,7 +40,9 @@ def latents(pipe, images: Sequence[Image.Image]) -> torch.Tensor:
     import numpy as np
 
     pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
-    rows = [pipe.vae.encode(one[None].to(pipe.device)).latent_dist.mean * pipe.vae.config.scaling_factor for one in pixels]
+    rows = [
+        pipe.vae.encode(one[None].to(pipe.device)).latent_dist.mean * pipe.vae.config.scaling_factor for one in pixels
+    ]
     return torch.cat(rows).flatten(1)
 
 
@@ -61,6 +66,8 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
         "space": SPACE,
         "seed": config.seed,
         "photos": len(photos),
-        "held_out": sorted(site.privacy.number(round(value, 5)) for value in numbers(site.held_out.latents_NChw.flatten(1), known)),
+        "held_out": sorted(
+            site.privacy.number(round(value, 5)) for value in numbers(site.held_out.latents_NChw.flatten(1), known)
+        ),
         "samples": sorted(site.privacy.number(round(value, 5)) for value in numbers(latents(pipe, drawn), known)),
     }

@@ -1,12 +1,14 @@
-"""Whether every file of a final folder draws the same picture: a folder and its base model in; a table out, or EXPORT-01.
+"""Whether every file of a final folder draws the same picture: a folder and its base model in; a table out, or
+EXPORT-01.
 
-Each path is what a person types: PEFT onto the UNet, `load_lora_weights` on the diffusers and on the kohya file, in both
-precisions, and the merged pipeline from disk. The reference is the adapter as the app itself applies it while training.
+Each path is what a person types: PEFT onto the UNet, `load_lora_weights` on the diffusers and on the kohya file, in
+both precisions, and the merged pipeline from disk. The reference is the adapter as the app itself applies it while
+training.
 
-A path's number is the mean absolute difference of its picture from the reference, as a share of what the adapter changes in the
-picture. LIMIT says how much is arithmetic and no fault. Measured on models/mini, trained, and on Stable Diffusion 1.5's
-architecture: fp32 at most 0.00001 (rounding of W + BA in the merged weights), fp16 at most 0.0003; alpha wrong by a factor of 2
-gives 0.5 and more, one layer of 69 or 128 missing 0.006 and more.
+A path's number is the mean absolute difference of its picture from the reference, as a share of what the adapter
+changes in the picture. LIMIT says how much is arithmetic and no fault. Measured on models/mini, trained, and on Stable
+Diffusion 1.5's architecture: fp32 at most 0.00001 (rounding of W + BA in the merged weights), fp16 at most 0.0003;
+alpha wrong by a factor of 2 gives 0.5 and more, one layer of 69 or 128 missing 0.006 and more.
 """
 
 from __future__ import annotations
@@ -71,12 +73,21 @@ PATHS: dict[str, Callable] = {"PEFT": with_peft, "diffusers": with_diffusers, "k
 
 
 def check(final: Path, base: Path, config: RunConfig) -> list[Drawn]:
-    """Draw through every path and compare. Errors: EXPORT-01 when one differs, EXPORT-05 when the adapter changes nothing."""
+    """Draw through every path and compare. Errors: EXPORT-01 when one differs, EXPORT-05 when the adapter changes
+    nothing.
+    """
     rows = list(differences(final, base, config))
     if wrong := [row for row in rows if not row.same]:
-        shares = ", ".join(f"{row.path} {row.precision} {row.difference:.2%} (at most {LIMIT[row.precision]:.1%})" for row in wrong)
-        fix = "publish an untouched copy of the run's final folder; if it is one, provenance.json has the versions to report"
-        raise AdapterError("EXPORT-01", "The adapter's files do not draw the same picture.", found=f"{final}: {shares}", fix=fix)
+        shares = ", ".join(
+            f"{row.path} {row.precision} {row.difference:.2%} (at most {LIMIT[row.precision]:.1%})" for row in wrong
+        )
+        fix = (
+            "publish an untouched copy of the run's final folder; if it is one, provenance.json has the versions to"
+            " report"
+        )
+        raise AdapterError(
+            "EXPORT-01", "The adapter's files do not draw the same picture.", found=f"{final}: {shares}", fix=fix
+        )
     return rows
 
 
@@ -88,7 +99,9 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
     effect = np.abs(expected - plain).mean()
     if effect < 1 / 255:
         found = f"the picture with it and without it differ by {effect * 255:.2f} of 255 in the mean"
-        raise AdapterError("EXPORT-05", "The adapter changes nothing that could be compared.", found=found, fix="train it first")
+        raise AdapterError(
+            "EXPORT-05", "The adapter changes nothing that could be compared.", found=found, fix="train it first"
+        )
     for precision, folder in (("fp32", final), ("fp16", final / "fp16")):
         for path, load in PATHS.items():
             pipe = stock(base)
@@ -119,4 +132,11 @@ def drawn(pipe, config: RunConfig) -> np.ndarray:
     seed = torch.Generator().manual_seed(config.seed)
     prompt = config.prompts[0] if config.prompts else ""
     side = {"height": config.resolution, "width": config.resolution}
-    return pipe(prompt, **side, num_inference_steps=config.sample_steps, guidance_scale=config.sample_guidance, generator=seed, output_type="np").images[0]
+    return pipe(
+        prompt,
+        **side,
+        num_inference_steps=config.sample_steps,
+        guidance_scale=config.sample_guidance,
+        generator=seed,
+        output_type="np",
+    ).images[0]

@@ -1,6 +1,8 @@
-"""Measures of drawn pictures: diversity, the demo's judge, and torchmetrics' KID and CLIP score where they are on this machine.
+"""Measures of drawn pictures: diversity, the demo's judge, and torchmetrics' KID and CLIP score where they are on this
+machine.
 
-Enters: pictures, a list for each prompt. Leaves: numbers. Errors: MEASURE-01 before anything is drawn; nothing is downloaded.
+Enters: pictures, a list for each prompt. Leaves: numbers. Errors: MEASURE-01 before anything is drawn; nothing is
+downloaded.
 Sources: KID, Binkowski et al. 2018, arXiv:1801.01401; CLIP score, Hessel et al. 2021, arXiv:2104.08718.
 """
 
@@ -22,7 +24,9 @@ SUBSETS = 100
 
 
 def diversity(pipe, rows: Sequence[Sequence[Image.Image]]) -> float:
-    """Mean distance between two pictures of one prompt, per number of the autoencoder's latents (root mean square); 0: all alike."""
+    """Mean distance between two pictures of one prompt, per number of the autoencoder's latents (root mean square); 0:
+    all alike.
+    """
     from bouquet.adapter.memorised import latents
 
     def one(images: Sequence[Image.Image]) -> float:
@@ -37,10 +41,17 @@ def judged(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> flo
     from models.mini import draw
     from models.mini.judge import judge
 
-    wanted = [next((species for species in draw.SPECIES if species in prompt.split(",")[0].split()), None) for prompt in prompts]
+    wanted = [
+        next((species for species in draw.SPECIES if species in prompt.split(",")[0].split()), None)
+        for prompt in prompts
+    ]
     if None in wanted:
-        raise _missing("the judge knows the demo's species alone", f"prompts that name one of {', '.join(draw.SPECIES)}")
-    return statistics.fmean(seen == species for species, images in zip(wanted, rows, strict=True) for seen in judge(images))
+        raise _missing(
+            "the judge knows the demo's species alone", f"prompts that name one of {', '.join(draw.SPECIES)}"
+        )
+    return statistics.fmean(
+        seen == species for species, images in zip(wanted, rows, strict=True) for seen in judge(images)
+    )
 
 
 def photos(folder: Path, resolution: int) -> list[Image.Image]:
@@ -48,7 +59,9 @@ def photos(folder: Path, resolution: int) -> list[Image.Image]:
     from app.site.photos import data
 
     arrays = [data.pixels(photo, resolution) for photo in data.scan(folder).photos]
-    return [Image.fromarray(((array.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)) for array in arrays]
+    return [
+        Image.fromarray(((array.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)) for array in arrays
+    ]
 
 
 def kid(drawn: Sequence[Image.Image], real: Sequence[Image.Image], features: str, seed: int) -> dict[str, float]:
@@ -56,7 +69,9 @@ def kid(drawn: Sequence[Image.Image], real: Sequence[Image.Image], features: str
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(50, len(drawn), len(real))
-    metric = KernelInceptionDistance(_judge_features() if features == "judge" else 2048, subsets=SUBSETS, subset_size=size)
+    metric = KernelInceptionDistance(
+        _judge_features() if features == "judge" else 2048, subsets=SUBSETS, subset_size=size
+    )
     metric.update(_pixels(real), real=True)
     metric.update(_pixels(drawn), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -80,7 +95,9 @@ def clip(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]], folder: 
             return super().get_text_features(*args, **more).pooler_output
 
     def load() -> tuple:  # by name torchmetrics would fetch
-        return Plain.from_pretrained(folder, local_files_only=True).eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        return Plain.from_pretrained(folder, local_files_only=True).eval(), CLIPProcessor.from_pretrained(
+            folder, local_files_only=True
+        )
 
     metric = CLIPScore(load)
     for prompt, images in zip(prompts, rows, strict=True):
@@ -104,7 +121,10 @@ def need_clip(folder: Path) -> None:
 
 def _need(package: str) -> None:
     if find_spec(package) is None:
-        raise _missing(f"the package {package} is not installed", f"pip install {package.replace('_', '-')}, or leave this measure out")
+        raise _missing(
+            f"the package {package} is not installed",
+            f"pip install {package.replace('_', '-')}, or leave this measure out",
+        )
 
 
 def _missing(found: str, fix: str) -> BouquetError:

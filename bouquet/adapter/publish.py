@@ -1,8 +1,9 @@
 """An adapter's way to Hugging Face: a final folder in; a repository with files, card and pictures out.
 
-The steps: the base model is the run's, every file draws the same picture (parity.py), pictures and README.md are written into
-the folder, and the files that are named here, no others, go up in one commit. Without `--upload` it stops before that.
-The token is read by huggingface_hub alone and never printed. Errors: EXPORT-01 to EXPORT-07, MODEL-01, MODEL-02, MODEL-04.
+The steps: the base model is the run's, every file draws the same picture (parity.py), pictures and README.md are
+written into the folder, and the files that are named here, no others, go up in one commit. Without `--upload` it stops
+before that. The token is read by huggingface_hub alone and never printed. Errors: EXPORT-01 to EXPORT-07, MODEL-01,
+MODEL-02, MODEL-04.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from app.errors import AdapterError, ModelError
 from bouquet.adapter.sample import chosen
 
 CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
-PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", "config", "versions")  # what of the provenance goes out
+# what of the provenance goes out
+PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", "config", "versions")
 
 
 def publish(args: SimpleNamespace) -> None:
@@ -31,17 +33,25 @@ def publish(args: SimpleNamespace) -> None:
 
     final = whole(chosen(args))
     adapter, config = formats.open_adapter(final, args.base)
-    base, provenance = model.locate(config.base_model, args.models), text.tidy(json.loads((final / PROVENANCE).read_text()))
+    base, provenance = (
+        model.locate(config.base_model, args.models),
+        text.tidy(json.loads((final / PROVENANCE).read_text())),
+    )
     under = card.licence(config, args.licence)
     check_origin(final, adapter, base, provenance)
     for row in parity.check(final, base, config):
-        print(f"same     {row.path:<10}{row.precision}   differs by {row.difference:.4%} of the adapter's effect, at most {parity.LIMIT[row.precision]:.1%}")
+        print(
+            f"same     {row.path:<10}{row.precision}   differs by {row.difference:.4%} of the adapter's effect, at most"
+            f" {parity.LIMIT[row.precision]:.1%}"
+        )
     pictures = draw(final, adapter, base, config)
     public = provenance_for(provenance, args.name_sites)
     base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
     (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id), encoding="utf-8")
     if not base_id:
-        print(f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is")
+        print(
+            f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is"
+        )
     files = contents(final, public, [path for _, path in pictures])
     for path, content in files.items():
         print(f"file     {len(content) if isinstance(content, bytes) else content.stat().st_size:>11,}   {path}")
@@ -56,10 +66,17 @@ def whole(path: Path) -> Path:
     from app.adapter.formats import FILES
 
     final = path / "final" if (path / "final").is_dir() else path
-    missing = [name for name in (*FILES, *(f"fp16/{name}" for name in FILES), PROVENANCE) if not (final / name).is_file()]
+    missing = [
+        name for name in (*FILES, *(f"fp16/{name}" for name in FILES), PROVENANCE) if not (final / name).is_file()
+    ]
     if missing:
-        fix = "name the folder of a run that has finished; docker compose cp serverapp:/adapters ./adapters brings the runs here"
-        raise AdapterError("EXPORT-02", "There is no adapter here.", found=f"{final} lacks {', '.join(missing)}", fix=fix)
+        fix = (
+            "name the folder of a run that has finished; docker compose cp serverapp:/adapters ./adapters brings the"
+            " runs here"
+        )
+        raise AdapterError(
+            "EXPORT-02", "There is no adapter here.", found=f"{final} lacks {', '.join(missing)}", fix=fix
+        )
     return final
 
 
@@ -69,11 +86,18 @@ def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, An
 
     if (ours := model.adapter_hash(adapter)) != (run := provenance.get("adapter_sha256", ours)):
         found = f"{final}: adapter {ours[:12]}, but {PROVENANCE} tells of {run[:12]}"
-        raise AdapterError("EXPORT-01", "The adapter's files do not draw the same picture.", found=found, fix="copy the run's final folder again")
+        raise AdapterError(
+            "EXPORT-01",
+            "The adapter's files do not draw the same picture.",
+            found=found,
+            fix="copy the run's final folder again",
+        )
     ours, run = model.fingerprint(base)["base"], provenance.get("base", {}).get("fingerprint", "")
     if run and not model.is_base(base, ours, run):
         found = f"{base} is {ours[:12]}, the run used {run[:12]}"
-        raise ModelError("MODEL-04", "The base model here is not the one the hub uses.", found=found, fix="copy the hub's version")
+        raise ModelError(
+            "MODEL-04", "The base model here is not the one the hub uses.", found=found, fix="copy the hub's version"
+        )
 
 
 def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, str]]:
@@ -87,7 +111,9 @@ def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, 
         image.save(final / f"images/{number}.png")
         pictures.append((prompt, f"images/{number}.png"))
     if pictures:
-        sample.grid(rows, ["without", "with"], config.prompts, cell=max(128, min(256, config.resolution))).save(final / SHEET)
+        sample.grid(rows, ["without", "with"], config.prompts, cell=max(128, min(256, config.resolution))).save(
+            final / SHEET
+        )
     return pictures
 
 
@@ -119,9 +145,13 @@ def upload(repo: str, files: dict[str, Path | bytes], private: bool) -> str:
     disable_progress_bars()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path, str(content) if isinstance(content, Path) else content) for path, content in files.items()]
+        operations = [
+            CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
+            for path, content in files.items()
+        ]
         return api.create_commit(repo, operations, commit_message="Adapter, card and pictures").commit_url
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:  # the hub's and the network's, a card's, an object's
+    # the hub's and the network's, a card's, an object's
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise refused(words(error)) from error
 
 
@@ -135,5 +165,8 @@ def words(error: BaseException) -> str:
 
 
 def refused(found: str) -> AdapterError:
-    fix = "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run this again"
+    fix = (
+        "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run"
+        " this again"
+    )
     return AdapterError("EXPORT-07", "Hugging Face did not take the adapter.", found=found, fix=fix)

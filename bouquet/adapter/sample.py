@@ -1,7 +1,7 @@
 """Pictures of an adapter: an adapter and prompts in; one labelled sheet out. `scripts/sample` says what a person types.
 
-Rows are strengths of the adapter (0 is the base model alone), columns are prompts; picture i of every row starts from noise
-seeded by (seed + i). Runs on the GPU where there is one.
+Rows are strengths of the adapter (0 is the base model alone), columns are prompts; picture i of every row starts from
+noise seeded by (seed + i). Runs on the GPU where there is one.
 Errors: EXPORT-02 to EXPORT-04, MODEL-01 to -03, MODEL-05, ADAPTER-01, ADAPTER-02.
 """
 
@@ -23,7 +23,8 @@ from bouquet import ROOT
 
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDERS = [ROOT / ".bouquet" / "adapters", ROOT / "adapters"]  # of runs, after scripts/demo; after docker compose cp
-VOLUME = [Path(os.environ["BOUQUET_ADAPTERS"])] if os.environ.get("BOUQUET_ADAPTERS") else []  # in the operator's container
+# in the operator's container
+VOLUME = [Path(os.environ["BOUQUET_ADAPTERS"])] if os.environ.get("BOUQUET_ADAPTERS") else []
 LATEST = [folder / "latest" for folder in VOLUME + FOLDERS]
 
 
@@ -55,7 +56,10 @@ def draw(args: SimpleNamespace) -> None:
     for strength in strengths:
         unet, text = (sample.scaled(adapter, strength) if strength else None for adapter in file)
         rows.append(sample.render(pipe, unet, prompts, config, text=text))
-    names = ["base" if not strength else f"{strength:g}" if args.grid else "adapter" + f" × {strength:g}" * (strength < 1) for strength in strengths]
+    names = [
+        "base" if not strength else f"{strength:g}" if args.grid else "adapter" + f" × {strength:g}" * (strength < 1)
+        for strength in strengths
+    ]
     sheet = sample.grid(rows, names, prompts, cell=max(128, min(256, config.resolution)))
     seeds = f"seed {config.seed}" + f" to {config.seed + len(prompts) - 1}" * (len(prompts) > 1)
     drawn = f"drawn    {args.out}   {len(prompts)} prompts, {', '.join(names)}, {seeds}, on {pipe.device}"
@@ -76,7 +80,12 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
         yield
     except (OSError, *also) as error:
         fix = "name another place: --out FILE.png, --merge DIR; in the operator's container: --out - >FILE.png"
-        raise BouquetError("EXPORT-08", "The result cannot be written there.", found=f"{place}: {getattr(error, 'strerror', '') or error}", fix=fix) from None
+        raise BouquetError(
+            "EXPORT-08",
+            "The result cannot be written there.",
+            found=f"{place}: {getattr(error, 'strerror', '') or error}",
+            fix=fix,
+        ) from None
 
 
 def merge(args: SimpleNamespace) -> None:

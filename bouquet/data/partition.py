@@ -35,7 +35,11 @@ MINI_IMAGES = 200  # mini draws as many as it is asked for
 
 def divide(args: SimpleNamespace) -> None:
     """Make the sites' folders, and say what comes next."""
-    print("next     flwr run . remote-deployment --stream" if partition(args) else "nothing to do: the same partition is there")
+    print(
+        "next     flwr run . remote-deployment --stream"
+        if partition(args)
+        else "nothing to do: the same partition is there"
+    )
 
 
 def partition(args: SimpleNamespace) -> bool:
@@ -93,7 +97,8 @@ def already(folder: Path, made_from: dict[str, Any]) -> bool:
 def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], public: bool) -> None:
     """Fill the folder beside its place, then move it there; pictures keep their bytes. Errors: SITE-11 fewer than 2.
 
-    public: say of these photos that everybody has them, so that the site's figures can be repeated (app/site/privacy.py).
+    public: say of these photos that everybody has them, so that the site's figures can be repeated
+    (app/site/privacy.py).
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

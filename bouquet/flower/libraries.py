@@ -1,7 +1,8 @@
-"""What every message of a site needs, imported once by the fork server (superexec.py) from which the processes of all runs begin.
+"""What every message of a site needs, imported once by the fork server (superexec.py) from which the processes of all
+runs begin.
 
-Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question to CUDA, after
-which no process forked from this one could use the GPU.
+Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question
+to CUDA, after which no process forked from this one could use the GPU.
 Errors: RuntimeError (GPU-07) when it could not.
 """
 
@@ -12,15 +13,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LIBRARIES = ["accelerate", "peft", "diffusers.models.unets.unet_2d_condition", "diffusers.schedulers.scheduling_ddpm", "flwr.supernode.cli.flwr_clientapp"]
+LIBRARIES = [
+    "accelerate",
+    "peft",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_ddpm",
+    "flwr.supernode.cli.flwr_clientapp",
+]
 
 
 @contextmanager
 def gpu_asked_by_nvml() -> Iterator[None]:
     """While a library is imported, torch answers whether there is a GPU by NVML instead of by CUDA.
 
-    diffusers asks it at import, and CUDA's own answer marks every process that is forked afterwards as one that cannot use the GPU
-    (torch's "bad fork"). Everything that torch knows of the number of GPUs comes from this one function.
+    diffusers asks it at import, and CUDA's own answer marks every process that is forked afterwards as one that cannot
+    use the GPU (torch's "bad fork"). Everything that torch knows of the number of GPUs comes from this one function.
     """
     import torch
 

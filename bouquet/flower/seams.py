@@ -4,8 +4,8 @@ A seam says what it is, why it is, what would make it needless, and the contract
 looks it up when, and what else its use takes for granted. superlink.py, supernode.py, superexec.py, serverapp.py and
 database.py have what goes there, and take() of contracts.py puts it in. Seams that are not `ours` are read, called or
 counted on; two of them the app replaces itself, as its bundle brings no other file along.
-Enters: nothing. Leaves: the seams; `python -m bouquet.flower.seams` holds all of them against the Flower that is installed, starts
-nothing, and exits 1 where one does not fit.
+Enters: nothing. Leaves: the seams; `python -m bouquet.flower.seams` holds all of them against the Flower that is
+installed, starts nothing, and exits 1 where one does not fit.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class Runs:
     def start(self, arguments: list[str]) -> None:
         mine, theirs = os.pipe()
         command = [sys.executable, "-m", "bouquet.flower.serverapp", RUN, str(theirs), *arguments]
-        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # as Flower does: it is in the run's log
+        # as Flower does: it is in the run's log
+        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.alive.append(subprocess.Popen(command, pass_fds=[theirs], **nowhere))
         os.close(theirs)
         threading.Thread(target=keep, args=(mine, cache(lambda: speaker(options(arguments)))), daemon=True).start()

@@ -1,13 +1,16 @@
 """Flower's SuperExec of a SuperNode, with the libraries already in memory and one process for all messages of a run.
 
-Flower starts a new process for every message. Importing torch, peft and diffusers takes that process 4 to 6 s, and on a GPU the
-start of CUDA, the base model and the first kernels take it 20 s more, each round, before it trains. Here Python's own fork server
-imports the libraries once, and a run's first message forks a worker from it, which takes the later messages of that run too, so that
-the app may keep in it what the next message needs again (client_app.py says what). A worker
+Flower starts a new process for every message. Importing torch, peft and diffusers takes that process 4 to 6 s, and on
+a GPU the start of CUDA, the base model and the first kernels take it 20 s more, each round, before it trains. Here
+Python's own fork server imports the libraries once, and a run's first message forks a worker from it, which takes the
+later messages of that run too, so that the app may keep in it what the next message needs again (client_app.py says
+what). A worker
 
-  - serves one run: another run's message gets a process of its own, and ends the worker if that is idle (it holds the GPU's memory);
+  - serves one run: another run's message gets a process of its own, and ends the worker if that is idle (it holds the
+    GPU's memory);
   - ends when the app keeps nothing (the run's last message, an error), or after SITE_KEEP seconds without a message;
-  - takes nobody along when it dies: the message that it had becomes an error reply, as Flower does it, the next one a fresh worker.
+  - takes nobody along when it dies: the message that it had becomes an error reply, as Flower does it, the next one a
+    fresh worker.
 
 The fork server holds the libraries (libraries.py) and nothing else. Flower's log begins with warnings in all of these
 processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the app is.
@@ -36,9 +39,11 @@ from bouquet.flower import seams
 
 PR_SET_NAME = 15  # prctl(2)
 KEEP = 300.0  # seconds that a worker waits for its run's next message
-LEAST, SHARE = 0.05, 0.05  # seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
+# seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
+LEAST, SHARE = 0.05, 0.05
 
-# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at
+# most.
 SOON = {"initial_backoff": LEAST, "backoff_cap": 0.2, "max_tries_per_object": None}
 
 
@@ -63,7 +68,8 @@ def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
     return silent
 
 
-# --- the fork server ---------------------------------------------------------------------------------------------------
+# --- the fork server
+# ---------------------------------------------------------------------------------------------------
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -81,12 +87,16 @@ def server() -> multiprocessing.context.BaseContext:
     return fork
 
 
-# --- in a worker ---------------------------------------------------------------------------------------------------------
+# --- in a worker
+# ---------------------------------------------------------------------------------------------------------
 
 
 def work(orders: Connection, keep: bool) -> None:
-    """Messages of one run, one after another, until the SuperExec hangs up; tells it after each whether there is a reason to wait."""
-    gc.freeze()  # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
+    """Messages of one run, one after another, until the SuperExec hangs up; tells it after each whether there is a
+    reason to wait.
+    """
+    # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
+    gc.freeze()
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"flwr-clientapp")  # its name in ps and top
     os.environ["BOUQUET_KEEP"] = "1" if keep else ""
     stay()
@@ -133,12 +143,15 @@ def stay() -> None:
 
 
 def watched_already(arguments: list[str]) -> list[str]:
-    """Without --parent-pid: Flower starts a thread for it, which ends this process with the SuperExec, and one is enough."""
+    """Without --parent-pid: Flower starts a thread for it, which ends this process with the SuperExec, and one is
+    enough.
+    """
     at = arguments.index("--parent-pid")
     return arguments[:at] + arguments[at + 2 :]
 
 
-# --- in the SuperExec ----------------------------------------------------------------------------------------------------
+# --- in the SuperExec
+# ----------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -152,7 +165,9 @@ class Worker:
         theirs.close()
 
     def take(self, arguments: list[str]) -> None:
-        """A message; with it the time, from which the app counts what it took. Errors: OSError when the process has died."""
+        """A message; with it the time, from which the app counts what it took. Errors: OSError when the process has
+        died.
+        """
         self.busy = True
         self.orders.send((arguments, time.monotonic()))
 

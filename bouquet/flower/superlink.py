@@ -1,12 +1,13 @@
 """A SuperLink that sends the publisher's signatures along with the app, and takes a reply from nobody but its sender.
 
-Flower's SuperLink has signatures only for apps of Flower's own app hub: a bundle that `flwr run .` uploads reaches the sites
-without one, and a SuperNode that pins publishers (--trusted-entities) refuses it. Here the answer to every site that fetches
-a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, which bouquet/hub/sign.py writes.
-Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key it pinned.
-Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed the request,
-and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site fills it.
-Its database is made, or brought to this version, before Flower opens it (database.py). How all of that is put into
+Flower's SuperLink has signatures only for apps of Flower's own app hub: a bundle that `flwr run .` uploads reaches the
+sites without one, and a SuperNode that pins publishers (--trusted-entities) refuses it. Here the answer to every site
+that fetches a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bundle>.json, which bouquet/hub/sign.py
+writes. Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key
+it pinned. Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed
+the request, and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site
+fills it. Its database is made, or brought to this version, before Flower opens it (database.py). How all of that is
+put into
 Flower: seams.py.
 Enters: flower-superlink's own arguments. Leaves: its exit code.
 Errors: STATE-01 to -03 and FLWR-01 at the start.
@@ -45,9 +46,13 @@ def signatures(bundle: str, folder: Path) -> dict[str, str]:
     try:
         signed = json.loads((folder / f"{bundle}.json").read_text())
     except (OSError, ValueError) as error:
-        tell(f"bouquet: bundle {bundle[:12]} has no signature here, sites refuse it; scripts/hub sign signs it ({type(error).__name__})")
+        tell(
+            f"bouquet: bundle {bundle[:12]} has no signature here, sites refuse it; scripts/hub sign signs it"
+            f" ({type(error).__name__})"
+        )
         signed = {}
-    # valid_license: how Flower's app hub says that it was asked; without it a site logs that this hub cannot verify apps
+    # valid_license: how Flower's app hub says that it was asked; without it a site logs that this hub cannot verify
+    # apps
     return {publisher: json.dumps(record) for publisher, record in signed.items()} | {"valid_license": "Valid"}
 
 
@@ -109,9 +114,11 @@ def wait_for_database() -> None:
 
 
 def ask_to_come_back() -> None:
-    """Answer 503 when the database cannot be written (a full volume, a lock that stays): Flower's programs ask again after a 503.
+    """Answer 503 when the database cannot be written (a full volume, a lock that stays): Flower's programs ask again
+    after a 503.
 
-    After a 500 its SuperExec ends, with the run, and a SuperNode's heartbeat ends, which leaves that site offline for ever.
+    After a 500 its SuperExec ends, with the run, and a SuperNode's heartbeat ends, which leaves that site offline for
+    ever.
     """
 
     def with_503(translate: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:

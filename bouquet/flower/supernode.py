@@ -1,10 +1,10 @@
 """A SuperNode that says whether the hub answers it, and whose process ends when it can do nothing any more.
 
-Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process lives,
-answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle when its SuperExec
-has. Here the end of any of them is the end of the process, whoever started it can start it again, and every answer of the hub is
-noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flower verifies who signed a bundle; how
-long ago that may be is judged here (trust.py).
+Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process
+lives, answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle
+when its SuperExec has. Here the end of any of them is the end of the process, whoever started it can start it again,
+and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flower
+verifies who signed a bundle; how long ago that may be is judged here (trust.py).
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable; SITE_TRUST_DAYS.
 Leaves: its exit code, 1 when the loop raised.
 How all of that is put into Flower: seams.py.
@@ -38,7 +38,8 @@ from bouquet.flower import seams, trust
 LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
 LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
 SHARE = 0.05  # of the time since it last worked: the longer it has been idle, the less often it asks
-# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at most.
+# A message is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, 500 times, for two hours at
+# most.
 SOON = {"initial_backoff": LEAST, "backoff_cap": 1.0, "max_tries_per_object": None}
 IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
 GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
@@ -114,16 +115,19 @@ def judge_age(memory: Path, limit: int) -> None:
 
 
 def preflight() -> None:
-    """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here on a failure."""
+    """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here
+    on a failure.
+    """
     if subprocess.run([sys.executable, "-m", "bouquet", "site", "check", "--fast"], cwd=ROOT).returncode:
         sys.exit(1)
 
 
 def hasten() -> None:
-    """Ask the hub at once where work is likely, and start messages from a process that has the libraries (superexec.py).
+    """Ask the hub at once where work is likely, and start messages from a process that has the libraries
+    (superexec.py).
 
-    Flower's SuperNode asks every 3 s. Within a round the next message comes seconds after the last reply; a site that has been
-    idle for a minute or more may ask as seldom as Flower's, which is what lets one hub have hundreds of them.
+    Flower's SuperNode asks every 3 s. Within a round the next message comes seconds after the last reply; a site that
+    has been idle for a minute or more may ask as seldom as Flower's, which is what lets one hub have hundreds of them.
     """
 
     class Warm:

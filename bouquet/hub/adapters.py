@@ -1,6 +1,8 @@
-"""The hub's shared volume as its operator sees it: a folder of this host, or a Docker volume that a container reads for us.
+"""The hub's shared volume as its operator sees it: a folder of this host, or a Docker volume that a container reads
+for us.
 
-Enters: BOUQUET_ADAPTERS or .bouquet/adapters; under Docker the service `serverapp`. Leaves: runs' history.json and status.json.
+Enters: BOUQUET_ADAPTERS or .bouquet/adapters; under Docker the service `serverapp`. Leaves: runs' history.json and
+status.json.
 Errors: REPORT-01 (no run there).
 """
 
@@ -42,20 +44,29 @@ def histories() -> Iterator[dict[str, Any]]:
 
 
 def run(name: str, copies: Path) -> Path:
-    """The folder of a run, or of the newest where `name` is empty; from a Docker volume its small files are copied below `copies`."""
+    """The folder of a run, or of the newest where `name` is empty; from a Docker volume its small files are copied
+    below `copies`.
+    """
     if (here := folder()) is None:
-        choose = f"cd /adapters && run={name} && " if name else "cd /adapters && run=$(ls -t */history.json | head -n 1) && run=${run%/*} && "
+        choose = (
+            f"cd /adapters && run={name} && "
+            if name
+            else "cd /adapters && run=$(ls -t */history.json | head -n 1) && run=${run%/*} && "
+        )
         archive = _inside(choose + "tar -c $(ls " + " ".join(f"$run/{file}" for file in SMALL) + " 2>/dev/null)")
         if archive:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 names = tar.getnames()
-                tar.extractall(copies, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python before 3.11.4 has none
+                # Python before 3.11.4 has none
+                tar.extractall(copies, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
             return copies / names[0].split("/")[0]
         here = copies
     files = [file for file in here.glob(f"{name or '*'}/history.json") if not file.parent.is_symlink()]
     if not files:
         fix = "start one: flwr run . remote-deployment; under Docker the hub must be up: docker compose up -d"
-        raise BouquetError("REPORT-01", "There is no run here.", found=f"{name or 'none'} on the shared volume", fix=fix)
+        raise BouquetError(
+            "REPORT-01", "There is no run here.", found=f"{name or 'none'} on the shared volume", fix=fix
+        )
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 

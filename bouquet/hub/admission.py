@@ -1,7 +1,7 @@
 """The sites of this hub: invite, admit, revoke, list; and its run. `scripts/hub` says what a person types.
 
-Enters: names, a site's public key. Leaves: a join kit below .bouquet/kits; a registration at the SuperLink under the site's
-name and its copy in certs/admitted (what `docker compose up` registers again in a new state); a table of sites.
+Enters: names, a site's public key. Leaves: a join kit below .bouquet/kits; a registration at the SuperLink under the
+site's name and its copy in certs/admitted (what `docker compose up` registers again in a new state); a table of sites.
 Cut off between two steps, a command lets nobody in, and the same command again ends what it began.
 Errors: JOIN-01 to JOIN-06, CERT-01, CERT-04, HOST-08 (the hub's own words).
 """
@@ -35,7 +35,10 @@ def invite(name: str, hub: str | None = None) -> None:
     print(f"sum    {digest}   sha256sum, for the site to compare")
     print(f"image  {kit.image()}   for a site that cannot pull it: docker save -o bouquet-image.tar {kit.image()}")
     if kit.setting("HUB_BIND", "127.0.0.1").startswith("127."):
-        print("note   the hub's port is open on this host alone; for others: HUB_BIND=0.0.0.0 in .env, then docker compose up -d")
+        print(
+            "note   the hub's port is open on this host alone; for others: HUB_BIND=0.0.0.0 in .env, then docker"
+            " compose up -d"
+        )
     print(f"next   scripts/hub admit {name} {name}.pub   when the site has sent its public key")
 
 
@@ -43,14 +46,17 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
     """Register the key under the name. The same key under the same name again is no mistake.
 
     The hub is asked first: what it refuses leaves all as it was. A site that only the hub knows is in no round.
-    Errors: JOIN-02 not a public key, JOIN-03 not the key that was meant, JOIN-04 name or key belongs to another, JOIN-05 revoked.
+    Errors: JOIN-02 not a public key, JOIN-03 not the key that was meant, JOIN-04 name or key belongs to another,
+    JOIN-05 revoked.
     """
     check_name(name)
     key = roster.Key.read(file)
     print(f"{name}   {key.fingerprint}   {file}")
     if not (fingerprint == key.fingerprint if fingerprint else confirmed()):
         fix = "ask the site for its key and its fingerprint again; somebody may have exchanged the file"
-        raise BouquetError("JOIN-03", "This is not the key that the site read out.", found=fingerprint or "you said no", fix=fix)
+        raise BouquetError(
+            "JOIN-03", "This is not the key that the site read out.", found=fingerprint or "you said no", fix=fix
+        )
     known = roster.registered()
     for site in known:
         if site.key == key and site.state == "revoked":
@@ -58,7 +64,12 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
             raise BouquetError("JOIN-05", "This key was revoked.", found=f"as {site.name}, {key.fingerprint}", fix=fix)
         if site.state != "revoked" and (site.name == name) != (site.key == key):
             fix = f"choose another name, or first: scripts/hub revoke {site.name}"
-            raise BouquetError("JOIN-04", "The name or the key belongs to another site.", found=f"{site.name} has {site.key.fingerprint}", fix=fix)
+            raise BouquetError(
+                "JOIN-04",
+                "The name or the key belongs to another site.",
+                found=f"{site.name} has {site.key.fingerprint}",
+                fix=fix,
+            )
     if not any(site.key == key for site in known):
         control.register(name, key.pem)
     ADMITTED.mkdir(parents=True, exist_ok=True)
@@ -86,7 +97,10 @@ def confirmed() -> bool:
 def revoke(name: str) -> None:
     """End the name's registration; its next request is refused with 401. Errors: JOIN-06 no such site."""
     check_name(name)
-    file, nodes = ADMITTED / f"{name}.pub", [s.node for s in roster.registered() if s.name == name and s.state != "revoked"]
+    file, nodes = (
+        ADMITTED / f"{name}.pub",
+        [s.node for s in roster.registered() if s.name == name and s.state != "revoked"],
+    )
     if not nodes and not file.exists():
         raise BouquetError("JOIN-06", "There is no such site.", found=name, fix="scripts/hub sites shows them all")
     file.unlink(missing_ok=True)

@@ -61,7 +61,10 @@ class Compose:
 
     def _compose(self, *args: str, capture: bool = False) -> str:
         done = subprocess.run(
-            ["docker", "compose", "--progress", "quiet", *args], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True
+            ["docker", "compose", "--progress", "quiet", *args],
+            cwd=ROOT,
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
         )
         if done.returncode:
             fix = "docker compose ps -a, docker compose logs"
@@ -76,8 +79,10 @@ class Processes:
         self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None,
         models: Path = ROOT / "models", gpus: Mapping[str, str] = {},
     ) -> None:  # fmt: skip
-        """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the sites pin.
-        gpus: site -> the one GPU that it sees, by nvidia-smi's index or UUID, or none; a site that is not in it sees them all."""
+        """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the
+        sites pin. gpus: site -> the one GPU that it sees, by nvidia-smi's index or UUID, or none; a site that is not
+        in it sees them all.
+        """
         self.models = models
         self.home, self.certs, self.port, self.sites, self.trusted = home, certs, port, dict(sites), trusted
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
@@ -131,7 +136,14 @@ class Processes:
 
     def register(self) -> None:
         """Admit every key of certs/admitted; a known one is left alone."""
-        command = [sys.executable, "-m", "bouquet.flower.register", self.address, self.certs / "ca.crt", self.certs / "admitted"]
+        command = [
+            sys.executable,
+            "-m",
+            "bouquet.flower.register",
+            self.address,
+            self.certs / "ca.crt",
+            self.certs / "admitted",
+        ]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         if done.returncode:
             raise self._error("HOST-06", "The hub refused a site's key.", done.stdout + done.stderr)
@@ -157,7 +169,9 @@ class Processes:
             dead = [name for name in self.sites if name in self.running and self.running[name].poll() is not None]
             if dead or time.monotonic() > end:
                 logs = "".join((self.logs / f"{name}.log").read_text()[-800:] for name in dead)
-                raise self._error("HOST-07", "A site did not join.", f"{online} of {count} online; ended: {dead} {logs}")
+                raise self._error(
+                    "HOST-07", "A site did not join.", f"{online} of {count} online; ended: {dead} {logs}"
+                )
             time.sleep(1)
 
     def stop_site(self, name: str) -> None:
@@ -209,7 +223,9 @@ class Processes:
         try:
             yield
         except OSError as error:
-            raise self._error("HOST-06", "The deployment's folder cannot be written.", f"{self.home}: {error.strerror or error}") from None
+            raise self._error(
+                "HOST-06", "The deployment's folder cannot be written.", f"{self.home}: {error.strerror or error}"
+            ) from None
 
     def _wait_for_superlink(self, timeout: float = 120) -> None:
         """Until it answers, unless it has ended, or has neither spoken nor computed for `timeout` seconds.
@@ -268,14 +284,20 @@ def toml(path: Path) -> str:
 
 
 def pin(gpu: str) -> dict[str, str]:
-    """The environment of a process that sees this GPU alone; CUDA numbers them as nvidia-smi does, where it would by speed."""
+    """The environment of a process that sees this GPU alone; CUDA numbers them as nvidia-smi does, where it would by
+    speed.
+    """
     return {"SITE_GPU": gpu, "CUDA_VISIBLE_DEVICES": "" if gpu == "none" else gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def files() -> list[str]:
-    """The names of the project's files: what git has or would take; in a folder that is none of git's, by the rules of .gitignore."""
+    """The names of the project's files: what git has or would take; in a folder that is none of git's, by the rules of
+    .gitignore.
+    """
     if (ROOT / ".git").exists() and shutil.which("git"):
-        done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return sorted(filter(None, done.stdout.split("\0")))
     ignored = GitIgnoreSpec.from_lines([".git/", ".ruff_cache/", *(ROOT / ".gitignore").read_text().splitlines()])
     found = []

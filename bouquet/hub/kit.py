@@ -2,8 +2,8 @@
 
 Enters: the site's name; .env (HUB_HOST, HUB_PORT, IMAGE or TORCH, MODELS), certs/ca.crt, the base model. Leaves:
 .bouquet/kits/NAME/ and NAME.tar.gz, the same bytes for the same hub, whenever and by whomever it is made.
-Errors: JOIN-01 (no address), JOIN-14 (nowhere to put it), CERT-01 (the certificate lacks it), CERT-03 (no CA), CERT-05, HOST-14,
-HOST-15, MODEL-01 to -03, MODEL-05, TRUST-02.
+Errors: JOIN-01 (no address), JOIN-14 (nowhere to put it), CERT-01 (the certificate lacks it), CERT-03 (no CA),
+CERT-05, HOST-14, HOST-15, MODEL-01 to -03, MODEL-05, TRUST-02.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def make(name: str, hub: str | None = None) -> tuple[Path, str]:
     check_certificate(facts["HUB"].rpartition(":")[0])
     files = {file.name: file.read_bytes() for file in TEMPLATES.iterdir() if file.is_file()}
     files["README.md"] = string.Template(files["README.md"].decode()).substitute(facts).encode()
-    files[".env"] = ("# From the hub; ./site init adds this site's own settings.\n" + "".join(f"{k}='{v}'\n" for k, v in facts.items())).encode()
+    files[".env"] = (
+        "# From the hub; ./site init adds this site's own settings.\n"
+        + "".join(f"{k}='{v}'\n" for k, v in facts.items())
+    ).encode()
     files["ca.crt"], files["trusted.yaml"] = ca(), trusted()
     files["site"], files["env.awk"] = (ROOT / "scripts" / "site").read_bytes(), dotenv.READER.read_bytes()
     archive = KITS / f"{name}.tar.gz"
@@ -49,13 +52,20 @@ def make(name: str, hub: str | None = None) -> tuple[Path, str]:
                 place(KITS / name / file, content, mode_of(file))
         place(archive, packed(name, files), 0o644)
     except OSError as error:
-        fix = "make room on the disk, or the folder writable for the user that runs this; for the operator's container: scripts/setup"
-        raise BouquetError("JOIN-14", "The kit cannot be written.", found=f"{KITS}: {error.strerror or error}", fix=fix) from None
+        fix = (
+            "make room on the disk, or the folder writable for the user that runs this; for the operator's container:"
+            " scripts/setup"
+        )
+        raise BouquetError(
+            "JOIN-14", "The kit cannot be written.", found=f"{KITS}: {error.strerror or error}", fix=fix
+        ) from None
     return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 def place(file: Path, content: bytes, mode: int) -> None:
-    """A new file in place of what was there, whole or not at all; never through a link, as the operator's container writes here too."""
+    """A new file in place of what was there, whole or not at all; never through a link, as the operator's container
+    writes here too.
+    """
     half = file.with_name(f".{file.name}.half")
     half.unlink(missing_ok=True)  # of an invitation that was cut off
     try:
@@ -103,7 +113,10 @@ def setting(key: str, default: str = "") -> str:
 def address() -> str:
     """HOST:PORT by which sites reach the hub. Errors: JOIN-01, CERT-05, HOST-15."""
     if not (hosts := dotenv.hosts(setting("HUB_HOST"))):
-        fix = "put the hub's public name into .env, HUB_HOST=hub.example.org, then: scripts/certs; or name it: --hub HOST:PORT"
+        fix = (
+            "put the hub's public name into .env, HUB_HOST=hub.example.org, then: scripts/certs; or name it: --hub"
+            " HOST:PORT"
+        )
         raise BouquetError("JOIN-01", "The hub has no address for sites.", found="no HUB_HOST", fix=fix)
     return f"[{hosts[0]}]:{port()}" if ":" in hosts[0] else f"{hosts[0]}:{port()}"
 
@@ -130,7 +143,8 @@ def base_model() -> dict[str, str]:
 
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["base-model"]
     models = Path(os.environ.get("BOUQUET_MODELS") or dotenv.path(ROOT, setting("MODELS", "models")))
-    family.check(folder := model.locate(name, models))  # of a kind that can't be trained, no site should get the fingerprint
+    # of a kind that can't be trained, no site should get the fingerprint
+    family.check(folder := model.locate(name, models))
     return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(folder)["base"]}
 
 
@@ -139,7 +153,9 @@ def ca() -> bytes:
     for file in (CERTS / "ca.crt", Path("/ca.crt")):
         if file.is_file():
             return file.read_bytes()
-    raise BouquetError("CERT-03", "The hub has no certificate.", found=f"no {CERTS / 'ca.crt'}", fix="run scripts/certs")
+    raise BouquetError(
+        "CERT-03", "The hub has no certificate.", found=f"no {CERTS / 'ca.crt'}", fix="run scripts/certs"
+    )
 
 
 def trusted() -> bytes:
@@ -157,10 +173,16 @@ def check_certificate(host: str) -> None:
 
     if not (file := CERTS / "superlink.crt").is_file():
         return
-    names = x509.load_pem_x509_certificate(file.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = (
+        x509.load_pem_x509_certificate(file.read_bytes())
+        .extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        .value
+    )
     if canonical(host) not in {canonical(str(name.value)) for name in names}:
-        fix = 'add it to HUB_HOST in .env, then: scripts/certs && docker compose restart superlink gateway'
-        raise BouquetError("CERT-01", "The hub's certificate lacks a name that is used.", found=f"missing: {host}", fix=fix)
+        fix = "add it to HUB_HOST in .env, then: scripts/certs && docker compose restart superlink gateway"
+        raise BouquetError(
+            "CERT-01", "The hub's certificate lacks a name that is used.", found=f"missing: {host}", fix=fix
+        )
 
 
 def canonical(host: str) -> str:

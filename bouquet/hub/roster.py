@@ -42,8 +42,12 @@ class Key:
         try:
             return cls.of(load_ssh_public_key(file.read_bytes()))
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            found = f"{file}: {error.strerror if isinstance(error, OSError) else 'no public ECDSA key in OpenSSH format'}"
-            raise BouquetError("JOIN-02", "That is no site's public key.", found=found, fix="take the NAME.pub that ./site init made") from None
+            found = (
+                f"{file}: {error.strerror if isinstance(error, OSError) else 'no public ECDSA key in OpenSSH format'}"
+            )
+            raise BouquetError(
+                "JOIN-02", "That is no site's public key.", found=found, fix="take the NAME.pub that ./site init made"
+            ) from None
 
     @classmethod
     def of(cls, key: Any) -> Key:
@@ -75,7 +79,9 @@ class Site:
 
 
 def registered() -> list[Site]:
-    """Every registration the SuperLink remembers, oldest first. `flwr supernode ls` would give no names. Errors: HOST-08."""
+    """Every registration the SuperLink remembers, oldest first. `flwr supernode ls` would give no names. Errors:
+    HOST-08.
+    """
     return [site_of(node) for node in control.nodes()]
 
 
@@ -89,9 +95,15 @@ def site_of(node: Any) -> Site:
 
 
 def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
-    """A row for every name: registered ones, then those that wait for the next `up`, then those that have a kit and no key yet."""
-    rows = {site.name: {"name": site.name, "state": site.state, "last-seen": site.seen} for site in registered()}  # the latest counts
-    names = {"waiting": sorted(file.stem for file in admitted.glob("*.pub")), "invited": sorted(folder.name for folder in kits.glob("*/"))}
+    """A row for every name: registered ones, then those that wait for the next `up`, then those that have a kit and no
+    key yet.
+    """
+    # the latest counts
+    rows = {site.name: {"name": site.name, "state": site.state, "last-seen": site.seen} for site in registered()}
+    names = {
+        "waiting": sorted(file.stem for file in admitted.glob("*.pub")),
+        "invited": sorted(folder.name for folder in kits.glob("*/")),
+    }
     for state in names:
         for name in names[state]:
             rows.setdefault(name, {"name": name, "state": state, "last-seen": None})

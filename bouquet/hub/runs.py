@@ -34,7 +34,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def spared(env: Mapping[str, str]) -> dict[str, str]:
     """NO_PROXY with this host's own loopback, where there is a proxy: no proxy reaches the hub that listens there."""
     spare = env.get("no_proxy") or env.get("NO_PROXY") or ""
-    if not any(env.get(f"{kind}_proxy") or env.get(f"{kind.upper()}_PROXY") for kind in ("http", "https", "all")) or spare == "*":
+    if (
+        not any(env.get(f"{kind}_proxy") or env.get(f"{kind.upper()}_PROXY") for kind in ("http", "https", "all"))
+        or spare == "*"
+    ):
         return {}
     missing = [host for host in LOOPBACK if host not in re.split(r"[\s,]+", spare)]
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join([*filter(None, [spare]), *missing]))
@@ -72,11 +75,15 @@ def start_run(run_config: str = "") -> str:
 
 
 def status(run_id: str) -> tuple[str, str]:
-    """(state, details) of a run; state is pending, starting, running or finished:completed|failed|stopped. Errors: HOST-08."""
+    """(state, details) of a run; state is pending, starting, running or finished:completed|failed|stopped. Errors:
+    HOST-08.
+    """
     from bouquet.hub import control
 
     if (run := control.run(run_id)) is None:
-        raise BouquetError("HOST-08", "The hub knows no such run.", found=run_id, fix="flwr ls remote-deployment lists those it knows")
+        raise BouquetError(
+            "HOST-08", "The hub knows no such run.", found=run_id, fix="flwr ls remote-deployment lists those it knows"
+        )
     return run.state, run.details
 
 
@@ -92,7 +99,9 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
     shown, end = 0, time.monotonic() + timeout
     while True:
         command = [BIN / "flwr", "log", run_id, CONNECTION, "--stream"]
-        with subprocess.Popen(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as log:
+        with subprocess.Popen(
+            command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as log:
             try:
                 ours = 0
                 for line in log.stdout:
@@ -112,7 +121,8 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
 def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
     """Write [superlink.remote-deployment] to Flower's config.toml; everything else in the file stays as it is.
 
-    An entry of that name that is not of these certificates is another project's: what the file was is kept beside it. Errors: HOST-16.
+    An entry of that name that is not of these certificates is another project's: what the file was is kept beside it.
+    Errors: HOST-16.
     """
     import tomli_w
     from flwr.cli.flower_config import init_flwr_config
@@ -133,7 +143,10 @@ def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
         after = with_entry(before, wanted)
         if old is not None and not (isinstance(old, dict) and old.get("root-certificates") == str(ca)):
             where = text.line(old.get("address", "nowhere") if isinstance(old, dict) else old)
-            say(f"connection: {CONNECTION} was another project's, to {where}; what {file} was is now {kept(file, before)}")
+            say(
+                f"connection: {CONNECTION} was another project's, to {where}; what {file} was is now"
+                f" {kept(file, before)}"
+            )
         elif "#" in before and after == tomli_w.dumps(wanted):
             say(f"connection: {file} is written anew, without its comments; what it was is now {kept(file, before)}")
         half = file.with_name(f".{file.name}.{os.getpid()}")
@@ -142,18 +155,25 @@ def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
         half.replace(file)
     except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8
         fix = "mend that file or move it away (Flower makes a new one), then again"
-        raise BouquetError("HOST-16", "Flower's configuration cannot be used.", found=f"{file}: {error}", fix=fix) from None
+        raise BouquetError(
+            "HOST-16", "Flower's configuration cannot be used.", found=f"{file}: {error}", fix=fix
+        ) from None
 
 
 def with_entry(before: str, wanted: dict[str, Any]) -> str:
-    """The file's text with the entry, comments and all; where it is spelled in another way than a table of its own, written anew."""
+    """The file's text with the entry, comments and all; where it is spelled in another way than a table of its own,
+    written anew.
+    """
     import tomli_w
 
     head = re.compile(rf"""\s*\[\s*["']?superlink["']?\s*\.\s*["']?{CONNECTION}["']?\s*\]\s*(#.*)?""")
     lines = before.split("\n")
     for first in (number for number, line in enumerate(lines) if head.fullmatch(line)):
-        after = next((number for number in range(first + 1, len(lines)) if lines[number].lstrip().startswith("[")), len(lines))
-        while after > first + 1 and not lines[after - 1].split("#")[0].strip():  # a comment before the next table is that one's
+        after = next(
+            (number for number in range(first + 1, len(lines)) if lines[number].lstrip().startswith("[")), len(lines)
+        )
+        # a comment before the next table is that one's
+        while after > first + 1 and not lines[after - 1].split("#")[0].strip():
             after -= 1
         del lines[first:after]
         break

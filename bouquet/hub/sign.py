@@ -4,13 +4,14 @@
 
 APP is a checkout (default: this one); what is signed is the bundle that `flwr run APP` sends, byte for byte. The key is
 made when there is none, with publisher.pub and, for the sites, trusted.yaml beside it. Leaves: FOLDER/<SHA-256 of the
-bundle>.json, the signatures of all its publishers, which the hub sends along (bouquet/flower/superlink.py). Errors: TRUST-02.
+bundle>.json, the signatures of all its publishers, which the hub sends along (bouquet/flower/superlink.py). Errors:
+TRUST-02.
 
-Sites take a signature for so many days, and nothing older than what they ran (bouquet/flower/trust.py). One of half that age is
-made anew here, a younger one stays; --again makes it anew in any case, to go back to an older checkout on purpose.
-Several that sites run by turns are named in one command: signed in the same second, none is older than another.
-A publisher on another machine signs there, and the hub copies that one file; here, without the key, the command says
-how long it is good.
+Sites take a signature for so many days, and nothing older than what they ran (bouquet/flower/trust.py). One of half
+that age is made anew here, a younger one stays; --again makes it anew in any case, to go back to an older checkout on
+purpose. Several that sites run by turns are named in one command: signed in the same second, none is older than
+another. A publisher on another machine signs there, and the hub copies that one file; here, without the key, the
+command says how long it is good.
 """
 
 from __future__ import annotations
@@ -95,8 +96,10 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
                 "TRUST-02",
                 "The publisher's private key is not here.",
                 found=f"{public if public.is_file() else trusted} without {file}",
-                fix="sign where the key is and copy the signature here, or name the key: --key FILE; "
-                f"for a new publisher remove {public.name} and {trusted.name} (every site then pins the new key)",
+                fix=(
+                    "sign where the key is and copy the signature here, or name the key: --key FILE; "
+                    f"for a new publisher remove {public.name} and {trusted.name} (every site then pins the new key)"
+                ),
             )
         write_key(generate_key_pair()[0], file)
     try:
@@ -112,11 +115,13 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
 
 
 def closed(found: str) -> BouquetError:
-    """The key is on this host and not to be had here: the operator's container does not see it, or runs as somebody else."""
+    """The key is on this host and not to be had here: the operator's container does not see it, or runs as somebody
+    else.
+    """
     fix = (
-        "on the host: scripts/hub sign; without Python there, in a container that is given the key for this once: "
-        'docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" '
-        "operator scripts/hub sign"
+        "on the host: scripts/hub sign; without Python there, in a container that is given the key for this once:"
+        ' docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v'
+        ' "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" operator scripts/hub sign'
     )
     return BouquetError("TRUST-02", "The publisher's private key is not here.", found=found, fix=fix)
 
@@ -152,7 +157,9 @@ def is_good(record: dict | None, digest: bytes, key: Ed25519PublicKey) -> bool:
     """Whether a record of a file of signatures holds, checked as a SuperNode does."""
     if not record:
         return False
-    return verify_signature(key, create_message_to_sign(digest, record["signed_at"]), decode_base64url(record["signature"]))
+    return verify_signature(
+        key, create_message_to_sign(digest, record["signed_at"]), decode_base64url(record["signature"])
+    )
 
 
 def trust(*keys: Ed25519PublicKey) -> str:
@@ -177,7 +184,9 @@ def openssh(key: Ed25519PublicKey) -> str:
 
 def write_key(key: Ed25519PrivateKey, file: Path) -> None:
     """The private key in OpenSSH format, mode 0600 from its first byte, and whole or not there."""
-    text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(f".{file.name}.{os.getpid()}")
     with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:

@@ -1,4 +1,5 @@
-"""A run while it works: round, who has replied, who is missing and since when, the deadline, the last error by site, the last good adapter.
+"""A run while it works: round, who has replied, who is missing and since when, the deadline, the last error by site,
+the last good adapter.
 
   scripts/hub status [RUN] [--follow] [--json]
 
@@ -80,7 +81,9 @@ def find(number: str, copies: Path) -> Run | control.Told:
 
 
 def end_of(run: Run) -> tuple[str, str]:
-    """(running, finished or failed; why). The history says it, unless the ServerApp was killed: then Flower alone knows."""
+    """(running, finished or failed; why). The history says it, unless the ServerApp was killed: then Flower alone
+    knows.
+    """
     if run.state != "running":
         return run.state, run.history.get("error", "")
     try:
@@ -164,7 +167,10 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     elif facts["deadline"]:
         left = datetime.fromisoformat(facts["deadline"]).timestamp() - now
         attempt = f", try {facts['try']}" if facts["try"] > 1 else ""
-        lines.append(f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s more){attempt}")
+        lines.append(
+            f"waiting   since {_clock(facts['since'])}, until {_clock(facts['deadline'])} ({max(0, left):.0f} s"
+            f" more){attempt}"
+        )
     if facts["replied"]:
         lines.append(f"replied   {', '.join(facts['replied'])}")
     for site, since in facts["missing"].items():

@@ -1,7 +1,8 @@
 """Line, bar and dot charts by matplotlib as inline SVG, whose colours and font are the page's own (light, dark, print).
 
-Enters: numbers. Leaves: SVG text. No text of a site's enters a chart: names stand in the page's legends, by series number.
-Colours are drawn as placeholders (#0000NN; never black, which matplotlib leaves out) and become CSS variables: --ink, --soft, --line, --c0 to --c7.
+Enters: numbers. Leaves: SVG text. No text of a site's enters a chart: names stand in the page's legends, by series
+number. Colours are drawn as placeholders (#0000NN; never black, which matplotlib leaves out) and become CSS variables:
+--ink, --soft, --line, --c0 to --c7.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def lines(series: Iterable[Series], mean: Series, x: str, title: str) -> str:
             if not points:
                 continue
             colour, marker, width = (COLOURS[i], MARKERS[i], 2) if i < 8 else (LINE, "", 1)
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=width, zorder=2 if i < 8 else 1)
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, linewidth=width, zorder=2 if i < 8 else 1
+            )
         if mean:
             axes.plot(*zip(*mean, strict=True), color=INK, linestyle=(0, (4, 3)), linewidth=1.5, zorder=3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,7 +95,9 @@ def dots(values: dict[str, Sequence[float]], title: str) -> str:
 
 
 def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
-    """A row of dots for each name; dots of the last row below `limit` are rings of another colour. The names are the report's own words."""
+    """A row of dots for each name; dots of the last row below `limit` are rings of another colour. The names are the
+    report's own words.
+    """
 
     def draw(axes: Axes) -> None:
         for y, values in enumerate(rows.values()):
@@ -100,7 +105,14 @@ def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
             for i, value in enumerate(values):
                 marked = last and value < limit
                 at = y + 0.12 * (i % 3 - 1)
-                axes.plot(value, at, "o", color=COLOURS[1 if marked else 0], markerfacecolor="none" if marked else COLOURS[0], markeredgewidth=1.5)
+                axes.plot(
+                    value,
+                    at,
+                    "o",
+                    color=COLOURS[1 if marked else 0],
+                    markerfacecolor="none" if marked else COLOURS[0],
+                    markeredgewidth=1.5,
+                )
         axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -116,11 +128,21 @@ def _svg(draw, title: str, height: float = 3.0) -> str:
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = buffer.getvalue()
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"#0000[0-9a-f]{2}", lambda found: f"var({VARIABLES[found[0]]})", text)
     text = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # matplotlib numbers them alike in every chart
     attributes = re.search(r'viewBox="[^"]+"', text)[0]
-    return re.sub(r"<svg\b[^>]*>", f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes} role="img" aria-label="{title}">', text, count=1)
+    return re.sub(
+        r"<svg\b[^>]*>",
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes} role="img" aria-label="{title}">',
+        text,
+        count=1,
+    )

@@ -26,7 +26,9 @@ ADAPTERS = Path(os.environ.get("BOUQUET_ADAPTERS") or ROOT / ".bouquet" / "adapt
 
 
 def report(run: str = "latest", out: str = "", follow: bool = False) -> int:
-    """Write a run's page, or, with `follow`, one after every round until it has ended; 1 for a run that failed. Errors: REPORT-01 to -03."""
+    """Write a run's page, or, with `follow`, one after every round until it has ended; 1 for a run that failed. Errors:
+    REPORT-01 to -03.
+    """
     folder = find(run)
     if not follow:
         told = write(read(folder), out)

@@ -1,6 +1,7 @@
 """What a person should know about a run, in plain words: did it work, and what to look at.
 
-Enters: a `Run`. Leaves: one sentence, and warnings. Pure functions but for `adapter_files`, which reads headers in `final/`.
+Enters: a `Run`. Leaves: one sentence, and warnings. Pure functions but for `adapter_files`, which reads headers in
+`final/`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def outcome(run: Run) -> str:
         return f"No: the run failed after {done}."
     if run.state == "running":
         losses = [entry["weighted"] for entry in run.validation]
-        so_far = f"; the validation loss went from {losses[0]:.4f} to {losses[-1]:.4f} so far" if len(losses) > 1 else ""
+        so_far = (
+            f"; the validation loss went from {losses[0]:.4f} to {losses[-1]:.4f} so far" if len(losses) > 1 else ""
+        )
         return f"Not known yet: the run is working, {done} are done{so_far}."
     if len(run.validation) < 2:
         return f"The run finished {done}, but the result was not measured."
@@ -45,7 +48,10 @@ def outcome(run: Run) -> str:
     if last > first * (1 - NOTICEABLE):
         return f"Hardly: the validation loss went {numbers}."
     not_at = [name for name in run.names if (losses := run.losses(name)) and losses[-1][1] >= losses[0][1]]
-    return f"Yes: the validation loss fell {numbers}, {'but not at ' + ', '.join(not_at) if not_at else 'and at every site'}."
+    return (
+        f"Yes: the validation loss fell {numbers},"
+        f" {'but not at ' + ', '.join(not_at) if not_at else 'and at every site'}."
+    )
 
 
 def warnings(run: Run) -> list[str]:
@@ -59,7 +65,10 @@ def silent(run: Run) -> Iterator[str]:
     limit = run.config.get("round_timeout", 3600)
     if run.state == "running" and run.now - run.written > limit:
         hours = (run.now - run.written) / 3600
-        yield f"The run has written nothing for {hours:.1f} h, longer than a round may take: it may have ended without saying so. Ask: flwr ls remote-deployment"
+        yield (
+            f"The run has written nothing for {hours:.1f} h, longer than a round may take: it may have ended without"
+            " saying so. Ask: flwr ls remote-deployment"
+        )
     if why := run.history.get("no_final_evaluation"):
         yield f"The result was not measured by the sites: {why}"
 
@@ -67,7 +76,10 @@ def silent(run: Run) -> Iterator[str]:
 def remembered(run: Run) -> Iterator[str]:
     for found in memorisation.all_found(run.memory) if run.memory else ():
         if found.rare:
-            yield f"The adapter may draw photos of {found.site}: {found.suspicious} of its samples {'are' if found.suspicious > 1 else 'is'} too near to one of them."
+            yield (
+                f"The adapter may draw photos of {found.site}: {found.suspicious} of its samples"
+                f" {'are' if found.suspicious > 1 else 'is'} too near to one of them."
+            )
 
 
 def broken_chain(run: Run) -> Iterator[str]:
@@ -77,7 +89,10 @@ def broken_chain(run: Run) -> Iterator[str]:
             yield f"Round {after['round']} did not start from round {before['round']}'s adapter."
     final = run.provenance.get("adapter_sha256")
     if final and run.rounds and final != run.rounds[-1]["adapter"]:
-        yield f"The final adapter is not round {run.rounds[-1]['round']}'s: {final[:12]} instead of {run.rounds[-1]['adapter'][:12]}."
+        yield (
+            f"The final adapter is not round {run.rounds[-1]['round']}'s: {final[:12]} instead of"
+            f" {run.rounds[-1]['adapter'][:12]}."
+        )
 
 
 def adapter_files(run: Run) -> Iterator[str]:
@@ -89,15 +104,24 @@ def adapter_files(run: Run) -> Iterator[str]:
             yield f"{name} cannot be read."
         elif values - {1.0}:
             shown = ", ".join(f"{value:g}" for value in sorted(values))
-            yield f"{name} has an alpha that is not its rank (alpha / rank = {shown}): other tools will draw weaker or stronger pictures with it."
+            yield (
+                f"{name} has an alpha that is not its rank (alpha / rank = {shown}): other tools will draw weaker or"
+                " stronger pictures with it."
+            )
 
 
 def scales(file: Path) -> set[float] | None:
-    """Every alpha / rank that a LoRA file names: beside it (PEFT), in its metadata (diffusers, kohya), in its tensors (kohya)."""
+    """Every alpha / rank that a LoRA file names: beside it (PEFT), in its metadata (diffusers, kohya), in its tensors
+    (kohya).
+    """
     try:
         with safe_open(file, "numpy") as opened:
             notes = opened.metadata() or {}
-            alphas = {key.removesuffix(".alpha"): float(opened.get_tensor(key)) for key in opened.keys() if key.endswith(".alpha")}  # noqa: SIM118
+            alphas = {
+                key.removesuffix(".alpha"): float(opened.get_tensor(key))
+                for key in opened.keys()
+                if key.endswith(".alpha")
+            }  # noqa: SIM118
             ranks = {
                 key.split(part)[0]: opened.get_slice(key).get_shape()[0]
                 for key in opened.keys()  # noqa: SIM118
@@ -109,12 +133,16 @@ def scales(file: Path) -> set[float] | None:
         if file.name == "adapter_model.safetensors" and beside.is_file():
             named.append(json.loads(beside.read_text())["lora_alpha"])
         if "lora_adapter_metadata" in notes:
-            named += [value for key, value in json.loads(notes["lora_adapter_metadata"]).items() if key.endswith("lora_alpha")]
+            named += [
+                value for key, value in json.loads(notes["lora_adapter_metadata"]).items() if key.endswith("lora_alpha")
+            ]
         if "ss_network_alpha" in notes:
             named.append(float(notes["ss_network_alpha"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    return {alphas[layer] / rank for layer, rank in ranks.items() if layer in alphas} | {alpha / r for alpha in named for r in ranks.values()}
+    return {alphas[layer] / rank for layer, rank in ranks.items() if layer in alphas} | {
+        alpha / r for alpha in named for r in ranks.values()
+    }
 
 
 def refusals(run: Run) -> Iterator[str]:
@@ -142,15 +170,25 @@ def rising(run: Run) -> Iterator[str]:
         losses = [loss for _, loss in run.losses(site)]
         if len(losses) > 1 and losses[-1] > losses[0] * (1 + NOTICEABLE):
             yield (
-                f"{site}'s validation loss rose from {losses[0]:.4f} to {losses[-1]:.4f} ({percent(losses[-1], losses[0])}): "
-                "what the others' photos teach does not suit this site's, or it trains too hard (learning-rate, local-steps)."
+                f"{site}'s validation loss rose from {losses[0]:.4f} to {losses[-1]:.4f}"
+                f" ({percent(losses[-1], losses[0])}): what the others' photos teach does not suit this site's, or it"
+                " trains too hard (learning-rate, local-steps)."
             )
-        elif len(losses) > 3 and losses[-4] < losses[-3] < losses[-2] < losses[-1] and losses[-1] > losses[-4] * (1 + NOTICEABLE):
-            yield f"{site}'s validation loss has risen for three rounds, from {losses[-4]:.4f} to {losses[-1]:.4f}: fewer rounds may do better."
+        elif (
+            len(losses) > 3
+            and losses[-4] < losses[-3] < losses[-2] < losses[-1]
+            and losses[-1] > losses[-4] * (1 + NOTICEABLE)
+        ):
+            yield (
+                f"{site}'s validation loss has risen for three rounds, from {losses[-4]:.4f} to {losses[-1]:.4f}: fewer"
+                " rounds may do better."
+            )
 
 
 def far_norms(run: Run) -> Iterator[str]:
-    """An accepted update that is much longer or shorter than the others' of the same round; of two, the longer is named."""
+    """An accepted update that is much longer or shorter than the others' of the same round; of two, the longer is
+    named.
+    """
     odd = defaultdict(list)
     for entry in run.rounds:
         norms = {site: m["update-norm"] for site, m in entry["sites"].items() if "update-norm" in m}
@@ -162,8 +200,9 @@ def far_norms(run: Run) -> Iterator[str]:
     for site, cases in sorted(odd.items()):
         number, ratio = max(cases, key=lambda case: max(case[1], 1 / case[1]) if case[1] else float("inf"))
         yield (
-            f"{site}'s update was {ratio:.1f} times as long as the other sites' in round {number}"
-            f"{f' and in {len(cases) - 1} more' if len(cases) > 1 else ''}: its photos or captions may differ from theirs, or something is wrong there."
+            f"{site}'s update was {ratio:.1f} times as long as the other sites' in round"
+            f" {number}{f' and in {len(cases) - 1} more' if len(cases) > 1 else ''}: its photos or captions may differ"
+            " from theirs, or something is wrong there."
         )
 
 
@@ -189,18 +228,25 @@ def left_out(run: Run) -> Iterator[str]:
     every = [(site, told) for entry in run.rounds for site, told in entry["sites"].items()]
     for site, count in sorted({site: told["left-out"] for site, told in every if told.get("left-out")}.items()):
         yield (
-            f"{site} sent {count:,} numbers that no site of this version sends, or that cannot be true; they were left out. "
-            "Ask which version it runs."
+            f"{site} sent {count:,} numbers that no site of this version sends, or that cannot be true; they were left"
+            " out. Ask which version it runs."
         )
 
 
 def slow(run: Run) -> Iterator[str]:
     """A site for which the others wait."""
-    took = {site: statistics.median(values) for site in run.names if (values := [busy(e["sites"][site]) for e in run.rounds if site in e["sites"]])}
+    took = {
+        site: statistics.median(values)
+        for site in run.names
+        if (values := [busy(e["sites"][site]) for e in run.rounds if site in e["sites"]])
+    }
     for site, seconds in took.items():
         others = [value for other, value in took.items() if other != site]
         if others and seconds > FAR * statistics.median(others) > 0 and seconds > 5:
-            yield f"{site} works {seconds:.0f} s a round, the others {statistics.median(others):.0f} s: every round waits for it."
+            yield (
+                f"{site} works {seconds:.0f} s a round, the others {statistics.median(others):.0f} s: every round waits"
+                " for it."
+            )
 
 
 def busy(metrics: dict[str, float]) -> float:
@@ -212,9 +258,16 @@ def set_aside(run: Run) -> Iterator[str]:
     if not run.rounds:
         return
     for site, metrics in run.rounds[-1]["sites"].items():
-        bad = {name.removeprefix("photos-"): int(count) for name, count in metrics.items() if name.startswith("photos-") and count}
+        bad = {
+            name.removeprefix("photos-"): int(count)
+            for name, count in metrics.items()
+            if name.startswith("photos-") and count
+        }
         if bad:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
             yield f"{site} set aside {sum(bad.values())} of its files ({reasons}); its own log names them."
         if cut := int(metrics.get("captions-cut", 0)):
-            yield f"{site} has {cut} photos with captions longer than the base model reads: it learned from their beginnings."
+            yield (
+                f"{site} has {cut} photos with captions longer than the base model reads: it learned from their"
+                " beginnings."
+            )

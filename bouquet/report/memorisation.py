@@ -1,10 +1,12 @@
 """Does the adapter remember photos? Each site's distances in; a sentence a site, and what is suspicious, out.
 
-Enters: `memory.json` in a run's folder (made by scripts/measure), for each site the sorted numbers of `samples` and of `held_out`
-photos: near 0 is a copy of one training photo, 1 is near to all alike. Leaves: `Found`s. Errors: MEASURE-02.
+Enters: `memory.json` in a run's folder (made by scripts/measure), for each site the sorted numbers of `samples` and of
+`held_out` photos: near 0 is a copy of one training photo, 1 is near to all alike. Leaves: `Found`s. Errors:
+MEASURE-02.
 
-A sample is suspicious when its number is smaller than every held-out photo's. If samples were like held-out photos, n samples and
-H photos would come in any order, and the s smallest would all be samples with probability n(n−1)…(n−s+1) / (n+H)(n+H−1)…(n+H−s+1).
+A sample is suspicious when its number is smaller than every held-out photo's. If samples were like held-out photos, n
+samples and H photos would come in any order, and the s smallest would all be samples with probability n(n−1)…(n−s+1) /
+(n+H)(n+H−1)…(n+H−s+1).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ RARE = 0.05
 
 @dataclass(frozen=True)
 class Found:
-    """`chance` is the probability of as many suspicious samples, or more, where nothing is remembered; `rare` when it is small."""
+    """`chance` is the probability of as many suspicious samples, or more, where nothing is remembered; `rare` when it
+    is small.
+    """
 
     site: str
     suspicious: int
@@ -37,7 +41,10 @@ def check(memory: Any) -> None:
         for site in memory["sites"].values():
             need(isinstance(site["photos"], int) and isinstance(site["space"], str))
             for kind in ("samples", "held_out"):
-                need(site[kind] and all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in site[kind]))
+                need(
+                    site[kind]
+                    and all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in site[kind])
+                )
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BouquetError(
             "MEASURE-02",
@@ -58,11 +65,15 @@ def found(site: str, measured: dict[str, Any]) -> Found:
     luck = chance(len(samples), len(held_out), count)
     rare = count > 0 and luck < RARE
     if not count:
-        words = f"None of {len(samples)} samples is as near to a single training photo as the nearest of {len(held_out)} held-out photos is."
+        words = (
+            f"None of {len(samples)} samples is as near to a single training photo as the nearest of {len(held_out)}"
+            " held-out photos is."
+        )
     else:
         words = (
-            f"{count} of {len(samples)} samples {'are' if count > 1 else 'is'} nearer to a single training photo than any of {len(held_out)} held-out "
-            f"photos is; where nothing is remembered that happens with a probability of {luck:.0%}. "
+            f"{count} of {len(samples)} samples {'are' if count > 1 else 'is'} nearer to a single training photo than"
+            f" any of {len(held_out)} held-out photos is; where nothing is remembered that happens with a probability"
+            f" of {luck:.0%}. "
         )
         words += "Look at them at the site before the adapter goes out." if rare else "That is not unusual."
     return Found(site, count, luck, rare, words.replace("%", " %"))

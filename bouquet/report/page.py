@@ -1,7 +1,7 @@
 """The page: everything about a run as one HTML text. The template shows; what is shown is worked out here.
 
-Enters: a `Run`. Leaves: HTML with its style, script, charts and pictures inside. Autoescape is on for every value, and the
-page's own Content-Security-Policy allows no request and no script but the one whose hash it names.
+Enters: a `Run`. Leaves: HTML with its style, script, charts and pictures inside. Autoescape is on for every value, and
+the page's own Content-Security-Policy allows no request and no script but the one whose hash it names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,25 @@ from bouquet.report import charts, findings, memorisation, pictures, worth
 from bouquet.report.reading import Run
 
 HERE = Path(__file__).parent
-PHASES = {"start": "start", "encode": "encode photos", "load": "load the model", "evaluate": "validate", "train": "train"}
+PHASES = {
+    "start": "start",
+    "encode": "encode photos",
+    "load": "load the model",
+    "evaluate": "validate",
+    "train": "train",
+}
 REST = "start, travel, wait"
 
 
 def templates(folder: Path) -> Environment:
     """The templates of a folder: every value is escaped, and one that is missing is an error."""
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, finalize=together, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=together,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"short": short, "seconds": seconds, "number": number, "percent": share}
     return environment
@@ -36,25 +47,29 @@ def templates(folder: Path) -> Environment:
 def page(run: Run) -> str:
     """The whole page."""
     script = (HERE / "page.js").read_text()
-    return templates(HERE).get_template("page.html").render(
-        run=run,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup((HERE / "page.css").read_text()),
-        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.now)),
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.written)),
-        outcome=findings.outcome(run),
-        warnings=findings.warnings(run),
-        legend=legend(run),
-        loss=loss(run),
-        norms=norms(run),
-        sites=[site(run, name) for name in run.names],
-        times=times(run),
-        gpus=[row for name in run.names if (row := gpu(run, name))],
-        samples=pictures.cut(run.folder / "samples.png", run.config, len(run.rounds)),
-        losses={entry["after_round"]: entry["weighted"] for entry in run.validation},
-        joining=joining(run),
-        remembering=remembering(run),
+    return (
+        templates(HERE)
+        .get_template("page.html")
+        .render(
+            run=run,
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            style=Markup((HERE / "page.css").read_text()),
+            made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.now)),
+            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.written)),
+            outcome=findings.outcome(run),
+            warnings=findings.warnings(run),
+            legend=legend(run),
+            loss=loss(run),
+            norms=norms(run),
+            sites=[site(run, name) for name in run.names],
+            times=times(run),
+            gpus=[row for name in run.names if (row := gpu(run, name))],
+            samples=pictures.cut(run.folder / "samples.png", run.config, len(run.rounds)),
+            losses={entry["after_round"]: entry["weighted"] for entry in run.validation},
+            joining=joining(run),
+            remembering=remembering(run),
+        )
     )
 
 
@@ -70,8 +85,16 @@ def loss(run: Run) -> dict[str, Any] | None:
     mean = [(entry["after_round"], entry["weighted"]) for entry in run.validation]
     train = [run.metric(name, "train-loss") for name in run.names]
     return {
-        "validation": Markup(charts.lines([run.losses(name) for name in run.names], mean, "rounds trained", "Validation loss by site and round")),
-        "train": Markup(charts.lines(train, [(e["round"], e["train_loss"]) for e in run.rounds], "round", "Training loss by site and round")),
+        "validation": Markup(
+            charts.lines(
+                [run.losses(name) for name in run.names], mean, "rounds trained", "Validation loss by site and round"
+            )
+        ),
+        "train": Markup(
+            charts.lines(
+                train, [(e["round"], e["train_loss"]) for e in run.rounds], "round", "Training loss by site and round"
+            )
+        ),
     }
 
 
@@ -112,13 +135,19 @@ def times(run: Run) -> dict[str, Any] | None:
             part.append(value)
     rows = []
     for name in run.names:
-        mean = {phase: statistics.fmean(max(0.0, v) for _, v in values) for phase in PHASES if (values := run.metric(name, f"seconds-{phase}"))}
+        mean = {
+            phase: statistics.fmean(max(0.0, v) for _, v in values)
+            for phase in PHASES
+            if (values := run.metric(name, f"seconds-{phase}"))
+        }
         rows.append({"name": name, "phases": [mean.get(phase) for phase in PHASES], "sum": sum(mean.values())})
     names = [*PHASES.values(), REST]
     colours = [f"var(--c{i})" for i in range(len(PHASES))] + ["var(--line)"]
     return {
         "chart": Markup(charts.stacks(parts, [entry["round"] for entry in run.rounds], "Seconds a round by phase")),
-        "legend": [{"name": n, "colour": c, "mean": statistics.fmean(p)} for n, c, p in zip(names, colours, parts, strict=True)],
+        "legend": [
+            {"name": n, "colour": c, "mean": statistics.fmean(p)} for n, c, p in zip(names, colours, parts, strict=True)
+        ],
         "names": list(PHASES.values()),
         "rows": rows,
     }
@@ -126,10 +155,17 @@ def times(run: Run) -> dict[str, Any] | None:
 
 def gpu(run: Run, name: str) -> dict[str, Any] | None:
     """A site's GPU over all rounds; None where none was measured."""
-    peak, busy, joules = ([value for _, value in run.metric(name, f"gpu-{what}")] for what in ("peak-mib", "utilisation", "joules"))
+    peak, busy, joules = (
+        [value for _, value in run.metric(name, f"gpu-{what}")] for what in ("peak-mib", "utilisation", "joules")
+    )
     if not (peak or busy or joules):
         return None
-    images = run.config.get("batch_size", 0) * run.config.get("gradient_accumulation", 1) * run.config.get("local_steps", 0) * len(joules)
+    images = (
+        run.config.get("batch_size", 0)
+        * run.config.get("gradient_accumulation", 1)
+        * run.config.get("local_steps", 0)
+        * len(joules)
+    )
     known = [value for _, value in run.metric(name, "gpu")]
     return {
         "name": name,
@@ -152,9 +188,18 @@ def joining(run: Run) -> list[dict[str, Any]]:
         values = {name: measured["loss"][name] for name in worth.CONTENDERS if measured["loss"].get(name)}
         chart = Markup(charts.dots(values, f"Loss of each contender by seed, site {i + 1} of the table"))
         head, _, rest = found.sentence.partition(":")
-        row = {"verdict": found, "head": head, "rest": rest, "table": worth.table(measured), "chart": chart, "judged": bool(measured.get("judge"))}
+        row = {
+            "verdict": found,
+            "head": head,
+            "rest": rest,
+            "table": worth.table(measured),
+            "chart": chart,
+            "judged": bool(measured.get("judge")),
+        }
         drawn = pictures.unpacked(measured.get("picture"))
-        rows.append(row | {"picture": drawn and {"uri": pictures.uri(drawn), "width": drawn.width, "height": drawn.height}})
+        rows.append(
+            row | {"picture": drawn and {"uri": pictures.uri(drawn), "width": drawn.width, "height": drawn.height}}
+        )
     return rows
 
 
@@ -164,7 +209,9 @@ def remembering(run: Run) -> list[dict[str, Any]]:
     for i, found in enumerate(memorisation.all_found(run.memory) if run.memory else ()):
         measured = run.memory["sites"][found.site]
         values = {"held-out photos": measured["held_out"], "samples": measured["samples"]}
-        chart = charts.strip(values, min(measured["held_out"]), f"How near to one training photo, site {i + 1} of the list")
+        chart = charts.strip(
+            values, min(measured["held_out"]), f"How near to one training photo, site {i + 1} of the list"
+        )
         rows.append({"found": found, "chart": Markup(chart), "photos": measured["photos"], "space": measured["space"]})
     return rows
 

@@ -1,8 +1,8 @@
 """samples.png cut back into its pictures, each as a data: URI, so that the page needs no other file.
 
-Enters: the sheet that app/adapter/sample.py draws (a row for the base and each kept round, a column for each prompt) and the run's
-config. Leaves: for each prompt the base's picture and one for each round. A sheet of another shape is shown whole, and so is what a
-site drew for the comparison (`unpacked`).
+Enters: the sheet that app/adapter/sample.py draws (a row for the base and each kept round, a column for each prompt)
+and the run's config. Leaves: for each prompt the base's picture and one for each round. A sheet of another shape is
+shown whole, and so is what a site drew for the comparison (`unpacked`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from PIL import Image
 
 from app.errors import BouquetError
 
-GAP, LINE, HEAD = 6, 17, 10  # pixels: between pictures, a line of a column's name, above and below it (app/adapter/sample.py)
+# pixels: between pictures, a line of a column's name, above and below it (app/adapter/sample.py)
+GAP, LINE, HEAD = 6, 17, 10
 LINES = 10  # most lines of a column's name
 LARGEST = 8192  # pixels of a side
 MOST = 40  # rounds that the page embeds; of more, evenly chosen ones
 
 
 def cut(sheet: Path, config: dict[str, Any], last: int) -> dict[str, Any] | None:
-    """None where there is no sheet; {"whole": uri} where its shape is unknown; else {"rounds": [0, 1, ...], "prompts": [...]}.
+    """None where there is no sheet; {"whole": uri} where its shape is unknown; else {"rounds": [0, 1, ...], "prompts":
+    [...]}.
 
-    Round 0 is the base. The sheet's own text says which rounds it has; one without holds the base and the newest up to `last`.
-    Each prompt is {"text": str, "pictures": [uri, ...]}, in the order of the rounds.
+    Round 0 is the base. The sheet's own text says which rounds it has; one without holds the base and the newest up to
+    `last`. Each prompt is {"text": str, "pictures": [uri, ...]}, in the order of the rounds.
     """
     if not sheet.is_file():
         return None
@@ -39,7 +41,10 @@ def cut(sheet: Path, config: dict[str, Any], last: int) -> dict[str, Any] | None
     rounds = drawn if len(drawn) == rows else [0, *range(last - rows + 2, last + 1)]
     shown = range(rows) if rows <= MOST else sorted({0, *(round(1 + i * (rows - 2) / (MOST - 1)) for i in range(MOST))})
     box = lambda row, column: (left + column * (cell + GAP), top + row * (cell + GAP))  # noqa: E731
-    pictures = [[uri(image.crop((*box(r, c), box(r, c)[0] + cell, box(r, c)[1] + cell))) for r in shown] for c in range(len(prompts))]
+    pictures = [
+        [uri(image.crop((*box(r, c), box(r, c)[0] + cell, box(r, c)[1] + cell))) for r in shown]
+        for c in range(len(prompts))
+    ]
     found = [{"text": text, "pictures": uris} for text, uris in zip(prompts, pictures, strict=True)]
     return {"rounds": [rounds[row] for row in shown], "prompts": found, "cell": cell, "left_out": rows - len(shown)}
 
@@ -58,7 +63,9 @@ def layout(size: tuple[int, int], prompts: list[str], resolution: int) -> tuple[
 
 
 def unpacked(text: Any) -> Image.Image | None:
-    """The picture that a site let come along in worth.json, base64 of a PNG; None where there is none. Errors: REPORT-04."""
+    """The picture that a site let come along in worth.json, base64 of a PNG; None where there is none. Errors:
+    REPORT-04.
+    """
     if text is None:
         return None
     try:

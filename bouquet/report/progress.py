@@ -1,4 +1,5 @@
-"""A run's progress in the terminal, from its folder alone: one line that renews itself, or plain lines when it is no terminal.
+"""A run's progress in the terminal, from its folder alone: one line that renews itself, or plain lines when it is no
+terminal.
 
 Enters: history.json and, where the hub writes it, status.json. Leaves: lines such as
 `round 4/6  validation ▇▄▂▁ 0.1070  sites 2  18 s a round  ETA 54 s`.
@@ -46,7 +47,9 @@ def line(run: Run) -> str:
 
 
 def follow(folder: Path, out: TextIO, changed: Callable[[Run], None] = lambda run: None, poll: float = 1.0) -> Run:
-    """Show the run until it has ended; `changed` gets it whenever a round is done or its state is another. Errors: REPORT-01, -02."""
+    """Show the run until it has ended; `changed` gets it whenever a round is done or its state is another. Errors:
+    REPORT-01, -02.
+    """
     before, shown = None, ""
     while True:
         run = read(folder)

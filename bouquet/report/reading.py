@@ -28,7 +28,9 @@ def need(true: object) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its history, and what else lies in its folder. `status` is {}, `worth` and `memory` None where the files are absent."""
+    """One run: its history, and what else lies in its folder. `status` is {}, `worth` and `memory` None where the files
+    are absent.
+    """
 
     folder: Path
     history: dict[str, Any]
@@ -67,10 +69,14 @@ class Run:
     @cached_property
     def refused(self) -> list[tuple[str, str, str]]:
         """(round or 'last evaluation', site, reason), in the order of the rounds; of the round in progress too."""
-        rows = [(str(entry["round"]), no["site"], no["reason"]) for entry in self.rounds for no in entry.get("refused", [])]
+        rows = [
+            (str(entry["round"]), no["site"], no["reason"]) for entry in self.rounds for no in entry.get("refused", [])
+        ]
         if self.state != "finished" and self.status.get("round", 0) > len(self.rounds):
             rows += [(str(self.status["round"]), no["site"], no["reason"]) for no in self.status.get("refused", [])]
-        return rows + [("last evaluation", no["site"], no["reason"]) for no in self.history.get("refused_final_evaluation", [])]
+        return rows + [
+            ("last evaluation", no["site"], no["reason"]) for no in self.history.get("refused_final_evaluation", [])
+        ]
 
     def losses(self, site: str) -> list[tuple[int, float]]:
         """(rounds trained, validation loss) wherever the site measured it."""
@@ -84,7 +90,9 @@ class Run:
     def files(self) -> list[dict[str, Any]]:
         """The final folder's files with size and SHA-256, so that a copy can be compared with the original."""
         found = sorted(path for path in (self.folder / "final").rglob("*") if path.is_file())
-        return [{"name": str(p.relative_to(self.folder)), "bytes": p.stat().st_size, "sha256": _sha256(p)} for p in found]
+        return [
+            {"name": str(p.relative_to(self.folder)), "bytes": p.stat().st_size, "sha256": _sha256(p)} for p in found
+        ]
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -100,7 +108,10 @@ def read(folder: Path) -> Run:
             "REPORT-01",
             "There is no run here.",
             found=f"no {file}",
-            fix="name a run's folder, or its id; while a run works under Docker: docker compose cp serverapp:/adapters ./adapters",
+            fix=(
+                "name a run's folder, or its id; while a run works under Docker: docker compose cp serverapp:/adapters"
+                " ./adapters"
+            ),
         )
     history = _json(file)
     if not history or "state" not in history:

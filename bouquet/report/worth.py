@@ -8,9 +8,9 @@ Enters: `worth.json` in a run's folder (made by scripts/worth, or by any program
                           "judge": {"base": [0.03, ...], ...},
                           "picture": "base64 of a PNG"}}}
 
-One number a seed, in the order of `seeds`. `loss` is the fixed-noise loss on the site's own held-out photos (less is better);
-`judge`, where there is one, the share of pictures that show what was asked for. `pooled` is there only where data may be pooled,
-`picture` (what each contender draws) only where the site agreed.
+One number a seed, in the order of `seeds`. `loss` is the fixed-noise loss on the site's own held-out photos (less is
+better); `judge`, where there is one, the share of pictures that show what was asked for. `pooled` is there only where
+data may be pooled, `picture` (what each contender draws) only where the site agreed.
 Leaves: `Verdict`s. The functions are pure. Errors: REPORT-04 (a file of another shape).
 """
 
@@ -41,7 +41,9 @@ class Verdict:
 
 
 def check(worth: Any) -> None:
-    """Errors: REPORT-04 unless it has the shape above: the same finite numbers of seeds everywhere, alone and federated at least."""
+    """Errors: REPORT-04 unless it has the shape above: the same finite numbers of seeds everywhere, alone and federated
+    at least.
+    """
     try:
         count = len(worth["seeds"])
         for site in worth["sites"].values():
@@ -100,8 +102,8 @@ def verdict(site: str, measured: dict[str, Any]) -> Verdict:
     answers = [answer(mean, half)]
     counted = f"{len(gains)} seed{'s' * (len(gains) > 1)}"
     words = (
-        f"on its own {measured['held_out']} held-out photos the federated adapter's loss is {abs(mean):.1%} {'lower' if mean >= 0 else 'higher'} "
-        f"than with {WORDS[rival]} ({_span(mean, half, counted)})"
+        f"on its own {measured['held_out']} held-out photos the federated adapter's loss is {abs(mean):.1%}"
+        f" {'lower' if mean >= 0 else 'higher'} than with {WORDS[rival]} ({_span(mean, half, counted)})"
     )
     if judge:
         rival = best_without(judge, less_is_better=False)
@@ -109,11 +111,28 @@ def verdict(site: str, measured: dict[str, Any]) -> Verdict:
         points = [100 * (b - a) for a, b in zip(old, new, strict=True)]
         mean, half = interval(points)
         answers.append(answer(mean, half))
-        words += f", and the judge sees what was asked for in {statistics.fmean(new):.0%} of its pictures against {statistics.fmean(old):.0%} with {WORDS[rival]}"
-        words += f" (95 % interval of the difference {mean - half:+.0f} to {mean + half:+.0f} points)" if half is not None else ""
+        words += (
+            f", and the judge sees what was asked for in {statistics.fmean(new):.0%} of its pictures against"
+            f" {statistics.fmean(old):.0%} with {WORDS[rival]}"
+        )
+        words += (
+            f" (95 % interval of the difference {mean - half:+.0f} to {mean + half:+.0f} points)"
+            if half is not None
+            else ""
+        )
     found = together(answers)
-    head = {"yes": "Yes", "no": "No", "partly": "Partly", "not shown": "Not shown", "cannot tell": "Cannot tell from one seed"}[found]
-    return Verdict(site, found, f"{head}: {words}.".replace("%", " %").replace("  %", " %").replace("-", "−").replace("held−out", "held-out"))
+    head = {
+        "yes": "Yes",
+        "no": "No",
+        "partly": "Partly",
+        "not shown": "Not shown",
+        "cannot tell": "Cannot tell from one seed",
+    }[found]
+    return Verdict(
+        site,
+        found,
+        f"{head}: {words}.".replace("%", " %").replace("  %", " %").replace("-", "−").replace("held−out", "held-out"),
+    )
 
 
 def verdicts(worth: dict[str, Any]) -> list[Verdict]:
@@ -122,12 +141,20 @@ def verdicts(worth: dict[str, Any]) -> list[Verdict]:
 
 
 def table(measured: dict[str, Any]) -> list[dict[str, str]]:
-    """A row for each contender that was measured: mean and half its 95 % interval, of the loss and of the judge's share."""
+    """A row for each contender that was measured: mean and half its 95 % interval, of the loss and of the judge's
+    share.
+    """
     rows = []
     for name in CONTENDERS:
         if measured["loss"].get(name):
             judged = measured.get("judge", {}).get(name)
-            rows.append({"name": name, "loss": _shown(measured["loss"][name], "{:.4f}", 1), "judge": _shown(judged, "{:.0f}", 100) if judged else ""})
+            rows.append(
+                {
+                    "name": name,
+                    "loss": _shown(measured["loss"][name], "{:.4f}", 1),
+                    "judge": _shown(judged, "{:.0f}", 100) if judged else "",
+                }
+            )
     return rows
 
 

@@ -1,12 +1,14 @@
 """How much memory a round takes, counted before any of it is taken.
 
-Enters: a base model's folder and a run's config. Leaves: `Estimate`, in bytes. A training step, an evaluation and the encoding of a
-photo are taken on torch's "meta" device, where tensors have a shape, a type and no contents: forward, backward and what gradient
-checkpointing computes again, in the types that autocast gives on a GPU. What is alive at once is counted, storage by storage, so
-the peak is derived and not guessed. No GPU is needed, and it takes seconds whatever the batch.
+Enters: a base model's folder and a run's config. Leaves: `Estimate`, in bytes. A training step, an evaluation and the
+encoding of a photo are taken on torch's "meta" device, where tensors have a shape, a type and no contents: forward,
+backward and what gradient checkpointing computes again, in the types that autocast gives on a GPU. What is alive at
+once is counted, storage by storage, so the peak is derived and not guessed. No GPU is needed, and it takes seconds
+whatever the batch.
 
-Held against torch.cuda.max_memory_allocated on an H200 (Stable Diffusion 1.5's UNet of 859.5 M parameters, rank 8 on attention, 512
-pixels, bf16): 8 images a pass 10.3 GiB counted, 10.4 measured; 64 images 71.0 counted, 71 measured (tests/test_memory_estimate.py).
+Held against torch.cuda.max_memory_allocated on an H200 (Stable Diffusion 1.5's UNet of 859.5 M parameters, rank 8 on
+attention, 512 pixels, bf16): 8 images a pass 10.3 GiB counted, 10.4 measured; 64 images 71.0 counted, 71 measured
+(tests/test_memory_estimate.py).
 """
 
 from __future__ import annotations
@@ -36,29 +38,52 @@ ROOM = 1.0 * GIB  # Python, torch, and CUDA's context of half a gibibyte to one,
 
 # What comes and goes beside the counted peak, in times of it: the two numbers here that are measured and not derived.
 ON_GPU = 1.05  # blocks that fit badly, kernels' own work space: one per cent with 8 images, see above
-ON_CPU = 2.0  # glibc keeps and splits what is freed: mini, 64 images of 128²: 2.0 GiB counted, 3.5 taken (2.0 with MALLOC_MMAP_THRESHOLD_=131072)
+# glibc keeps and splits what is freed: mini, 64 images of 128²: 2.0 GiB counted, 3.5 taken (2.0 with
+# MALLOC_MMAP_THRESHOLD_=131072)
+ON_CPU = 2.0
 
-# What torch.autocast("cuda", torch.bfloat16) computes in bfloat16 and what in float32, as far as diffusers' nets use it; all else keeps the
-# types that come. Source: torch 2.13, ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE.
-LOWER = frozenset("conv1d conv2d conv3d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm einsum scaled_dot_product_attention".split())
-WHOLE = frozenset("group_norm layer_norm rms_norm interpolate softmax log_softmax sum norm exp log pow __pow__ rsqrt reciprocal mse_loss".split())
+# What torch.autocast("cuda", torch.bfloat16) computes in bfloat16 and what in float32, as far as diffusers' nets use
+# it; all else keeps the types that come. Source: torch 2.13, ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP,
+# AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE.
+LOWER = frozenset(
+    "conv1d conv2d conv3d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm einsum"
+    " scaled_dot_product_attention".split()
+)
+WHOLE = frozenset(
+    "group_norm layer_norm rms_norm interpolate softmax log_softmax sum norm exp log pow __pow__ rsqrt reciprocal"
+    " mse_loss".split()
+)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `floor`: alive for certain when a forward pass ends. `peak`: expected of torch's allocator, the most that it holds at once in
-    a round (torch.cuda.max_memory_allocated). `need`: what should be free, with CUDA's context and whatever torch does not count."""
+    """Bytes. `floor`: alive for certain when a forward pass ends. `peak`: expected of torch's allocator, the most that
+    it holds at once in a round (torch.cuda.max_memory_allocated). `need`: what should be free, with CUDA's context and
+    whatever torch does not count.
+    """
 
     floor: int
     peak: int
     need: int
 
 
-def estimate(base: Path, config: RunConfig, *, tokens: int, half: bool, on_gpu: bool, evaluated: int = 1, encoded: int = 1, photos: int = 0) -> Estimate:
-    """tokens: of a caption (cache.tokens). half: the base in bf16 under autocast (train.halved); bf16 on a CPU is counted as float32.
-    evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder; photos: those kept encoded, in RAM.
+def estimate(
+    base: Path,
+    config: RunConfig,
+    *,
+    tokens: int,
+    half: bool,
+    on_gpu: bool,
+    evaluated: int = 1,
+    encoded: int = 1,
+    photos: int = 0,
+) -> Estimate:
+    """tokens: of a caption (cache.tokens). half: the base in bf16 under autocast (train.halved); bf16 on a CPU is
+    counted as float32. evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder;
+    photos: those kept encoded, in RAM.
 
-    own   = UNet·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with proximal-mu
+    own   = UNet·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
+          proximal-mu
             + photos·(4·C·h·w + 2·T·D) on a CPU, where the site's memory is the device's
     floor = own + what a forward pass leaves alive
     peak  = max(own + a step's most, UNet + the most of an evaluation, UNet + autoencoder + the most of an encoding)
@@ -66,7 +91,11 @@ def estimate(base: Path, config: RunConfig, *, tokens: int, half: bool, on_gpu: 
     """
     unet = _unet(base, config, half)
     trained = [p for p in unet.parameters() if p.requires_grad]
-    channels, width, side = unet.config.in_channels, unet.config.cross_attention_dim, config.resolution >> _halvings(base)
+    channels, width, side = (
+        unet.config.in_channels,
+        unet.config.cross_attention_dim,
+        config.resolution >> _halvings(base),
+    )
     stored = 0 if on_gpu else photos * (4 * channels * side**2 + 2 * tokens * width)
     weights, adapter = _bytes(unet.parameters()) + stored, _bytes(trained)
     own = weights + adapter * (4 if config.proximal_mu else 3)
@@ -89,10 +118,13 @@ def _unet(base: Path, config: RunConfig, half: bool) -> torch.nn.Module:
     if config.gradient_checkpointing:  # in diffusers' own way, but that the second time has OnGpu's types again
         types = lambda: (nullcontext(), OnGpu(half))  # noqa: E731
         unet.enable_gradient_checkpointing(
-            lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=types)
+            lambda block, *args: checkpoint(
+                block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=types
+            )
         )
     for parameter in unet.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None  # as in every pass but a step's first
+        # as in every pass but a step's first
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return unet.train()
 
 
@@ -103,16 +135,24 @@ def _halvings(base: Path) -> int:
 
 def _inputs(batch: int, channels: int, side: int, tokens: int, width: int) -> list[torch.Tensor]:
     """Of the UNet: noisy latents [B, C, h, w], timesteps [B], text [B, T, D]."""
-    return [torch.empty(shape, device="meta") for shape in ((batch, channels, side, side), (batch,), (batch, tokens, width))]
+    return [
+        torch.empty(shape, device="meta") for shape in ((batch, channels, side, side), (batch,), (batch, tokens, width))
+    ]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def step_of(unet: torch.nn.Module, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool) -> tuple[int, int]:
-    """(bytes alive when a step's forward pass ends, at most in the whole step), aside from parameters, their gradients and the inputs."""
-    alive = Alive([*unet.parameters(), *(p.grad for p in unet.parameters() if p.grad is not None), latents_BChw, text_BTD])
+def step_of(
+    unet: torch.nn.Module, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool
+) -> tuple[int, int]:
+    """(bytes alive when a step's forward pass ends, at most in the whole step), aside from parameters, their gradients
+    and the inputs.
+    """
+    alive = Alive(
+        [*unet.parameters(), *(p.grad for p in unet.parameters() if p.grad is not None), latents_BChw, text_BTD]
+    )
     with alive:
         with OnGpu(half):
             predicted = unet(latents_BChw.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
@@ -144,7 +184,9 @@ def encoding_of(base: Path, resolution: int, count: int) -> int:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors made while it is entered that are still alive, `now` and at `most`; views and `known` tensors take none."""
+    """Bytes of the tensors made while it is entered that are still alive, `now` and at `most`; views and `known`
+    tensors take none.
+    """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -172,7 +214,8 @@ class Alive(TorchDispatchMode):
 
 
 class OnGpu(TorchFunctionMode):
-    """The forward pass as a GPU does it: with autocast's types where the base is kept in `half`, and attention in tiles.
+    """The forward pass as a GPU does it: with autocast's types where the base is kept in `half`, and attention in
+    tiles.
 
     torch's own autocast passes the meta device over, and there its attention would write out the whole matrix.
     """

@@ -1,8 +1,8 @@
 """Will this site's first round work? `bouquet site check [--fast] [--json] [--run-config "batch-size=8"]`
 
-Enters: the site's settings from the environment (`Settings`). Leaves: a line a check, pass, warn, fail or skip, with the fix;
-exit code 1 where one failed. Cheap checks first; what a failed one makes pointless is skipped. --fast leaves out decoding
-every photo and the training step. What is printed may name files of this site: it stays here.
+Enters: the site's settings from the environment (`Settings`). Leaves: a line a check, pass, warn, fail or skip, with
+the fix; exit code 1 where one failed. Cheap checks first; what a failed one makes pointless is skipped. --fast leaves
+out decoding every photo and the training step. What is printed may name files of this site: it stays here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Settings:
     gpu: str  # SITE_GPU: an index, a UUID, or none; else NVIDIA_VISIBLE_DEVICES
     fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
     limits: limits.Limits  # SITE_LIMITS
-    config: RunConfig  # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
+    # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
+    config: RunConfig
 
     @classmethod
     def read(cls, env: Mapping[str, str], run_config: str = "") -> Settings:
@@ -61,7 +62,13 @@ class Settings:
             values |= parse_config_args([text])
         if limits.wants_checkpointing(env):
             values["gradient-checkpointing"] = True
-        paths = {"data": "BOUQUET_DATA", "models": "BOUQUET_MODELS", "cache": "BOUQUET_CACHE", "ca": "CA", "key": "SITE_KEY"}
+        paths = {
+            "data": "BOUQUET_DATA",
+            "models": "BOUQUET_MODELS",
+            "cache": "BOUQUET_CACHE",
+            "ca": "CA",
+            "key": "SITE_KEY",
+        }
         usual = {"ca": "/ca.crt", "key": "/run/secrets/site.key"}
         pin = env.get("SITE_GPU") or env.get("NVIDIA_VISIBLE_DEVICES", "")
         return cls(
@@ -86,7 +93,13 @@ class Line:
 
     def __str__(self) -> str:
         first, *more = self.text.splitlines()
-        return "\n".join([f"{self.state}  {self.name:<9} {first}", *(f"      {'':<9} {line}" for line in more), *([f"      {'fix':<9} {self.fix}"] if self.fix else [])])
+        return "\n".join(
+            [
+                f"{self.state}  {self.name:<9} {first}",
+                *(f"      {'':<9} {line}" for line in more),
+                *([f"      {'fix':<9} {self.fix}"] if self.fix else []),
+            ]
+        )
 
 
 class Warn(Exception):
@@ -141,13 +154,24 @@ class Preflight:
         except BouquetError as error:
             return Line(name, "fail", f"{error}\n{error.found}", error.fix)
         except Exception as error:  # not foreseen: say so, and let the other checks go on
-            return Line(name, "fail", f"{type(error).__name__}: {error}", "this is not a mistake that Bouquet knows; please report it")
+            return Line(
+                name,
+                "fail",
+                f"{type(error).__name__}: {error}",
+                "this is not a mistake that Bouquet knows; please report it",
+            )
 
-    # --- this machine ----------------------------------------------------------------------------------------------------
+    # --- this machine
+    # ----------------------------------------------------------------------------------------------------
 
     def check_name(self) -> str:
         if not self.own.name:
-            raise reach.CheckError("CHECK-09", "A setting of the join kit is missing or wrong.", found="SITE_NAME is empty", fix="set SITE_NAME to the name that the hub invited")
+            raise reach.CheckError(
+                "CHECK-09",
+                "A setting of the join kit is missing or wrong.",
+                found="SITE_NAME is empty",
+                fix="set SITE_NAME to the name that the hub invited",
+            )
         return self.own.name
 
     def check_gpu(self) -> str:
@@ -155,7 +179,10 @@ class Preflight:
             import torch
 
             if torch.cuda.is_available():
-                raise Warn("SITE_GPU is not set, and the training will take the first GPU it sees", "set SITE_GPU; for the CPU: CUDA_VISIBLE_DEVICES='' as well")
+                raise Warn(
+                    "SITE_GPU is not set, and the training will take the first GPU it sees",
+                    "set SITE_GPU; for the CPU: CUDA_VISIBLE_DEVICES='' as well",
+                )
             return f"{gpu.NO_GPU}: this site trains on the CPU (SITE_GPU is not set)"
         gpu.check_pin(self.own.gpu)
         self.driver_found, found = gpu.devices()
@@ -168,7 +195,10 @@ class Preflight:
         import torch
 
         if remark := gpu.check_driver(self.driver_found, torch.version.cuda):
-            raise Warn(f"{self.driver_found.version}: {remark}", "works within one major version of CUDA; update the driver when you can")
+            raise Warn(
+                f"{self.driver_found.version}: {remark}",
+                "works within one major version of CUDA; update the driver when you can",
+            )
         return f"{self.driver_found.version} runs this image's CUDA {torch.version.cuda}"
 
     def check_others(self) -> str:
@@ -176,43 +206,70 @@ class Preflight:
             raise Skip(gpu.NO_GPU)
         mine, used = self.device.processes, self.device.total - self.device.free
         if mine or used > GIB:
-            whose = ", ".join(f"process {pid} {size / MIB:.0f} MiB" for pid, size in mine.items()) or "by processes that cannot be seen from here"
-            raise Warn(f"{used / MIB:.0f} MiB of the GPU are in use: {whose}", "end them, or pin another GPU; a round of this site's own may be running")
+            whose = (
+                ", ".join(f"process {pid} {size / MIB:.0f} MiB" for pid, size in mine.items())
+                or "by processes that cannot be seen from here"
+            )
+            raise Warn(
+                f"{used / MIB:.0f} MiB of the GPU are in use: {whose}",
+                "end them, or pin another GPU; a round of this site's own may be running",
+            )
         return "nobody else computes on the GPU"
 
     def check_disk(self) -> str:
         folder = self.own.cache
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise reach.CheckError("CHECK-08", "The cache folder cannot be used.", found=f"{folder} is no folder that user id {os.geteuid()} may write", fix="mount a volume or folder there that this user may write")
+            raise reach.CheckError(
+                "CHECK-08",
+                "The cache folder cannot be used.",
+                found=f"{folder} is no folder that user id {os.geteuid()} may write",
+                fix="mount a volume or folder there that this user may write",
+            )
         free = shutil.disk_usage(folder).free
         if free < GIB // 4:
-            raise reach.CheckError("CHECK-08", "The cache folder cannot be used.", found=f"{folder} has {free / MIB:.0f} MiB left", fix="free some space: encoded photos take about 80 kB (64²) to 130 kB (512²) each")
+            raise reach.CheckError(
+                "CHECK-08",
+                "The cache folder cannot be used.",
+                found=f"{folder} has {free / MIB:.0f} MiB left",
+                fix="free some space: encoded photos take about 80 kB (64²) to 130 kB (512²) each",
+            )
         if free < 2 * GIB:
-            raise Warn(f"{folder} has {free / GIB:.1f} GiB left", "make room: some thousands of encoded photos fill a gigabyte")
+            raise Warn(
+                f"{folder} has {free / GIB:.1f} GiB left", "make room: some thousands of encoded photos fill a gigabyte"
+            )
         return f"{free / GIB:.0f} GiB free in {folder}"
 
-    # --- the hub ---------------------------------------------------------------------------------------------------------
+    # --- the hub
+    # ---------------------------------------------------------------------------------------------------------
 
     def check_hub(self) -> str:
         days = reach.certificate(self.own.hub, self.own.ca)
         if days < DAYS:
-            raise Warn(f"{self.own.hub} answers; its certificate expires in {days:.0f} days", "remind the hub's operator: scripts/certs renew; nothing changes here")
+            raise Warn(
+                f"{self.own.hub} answers; its certificate expires in {days:.0f} days",
+                "remind the hub's operator: scripts/certs renew; nothing changes here",
+            )
         return f"{self.own.hub} answers, its certificate holds for {days:.0f} days"
 
     def check_clock(self) -> str:
         ahead = reach.clock(self.own.hub, self.own.ca)
         text = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the hub's (to the second)"
         if ahead > reach.AHEAD - 3 or ahead < -60:
-            raise Warn(text, f"the hub takes {reach.BEHIND} s behind to {reach.AHEAD} s ahead: timedatectl set-ntp true")
+            raise Warn(
+                text, f"the hub takes {reach.BEHIND} s behind to {reach.AHEAD} s ahead: timedatectl set-ntp true"
+            )
         return text
 
     def check_key(self) -> str:
         reach.admitted(self.own.hub, self.own.ca, self.own.key)
         if (mode := self.own.key.stat().st_mode & 0o077) != 0:
-            raise Warn(f"admitted, but others on this machine may read the key (mode …{mode:02o})", f"chmod 600 {self.own.key}")
+            raise Warn(
+                f"admitted, but others on this machine may read the key (mode …{mode:02o})", f"chmod 600 {self.own.key}"
+            )
         return "the hub has admitted this site's key"
 
-    # --- model and data --------------------------------------------------------------------------------------------------
+    # --- model and data
+    # --------------------------------------------------------------------------------------------------
 
     def check_model(self) -> str:
         from app import family, model
@@ -259,14 +316,18 @@ class Preflight:
         return cache.too_long((photo.caption for photo in partition.photos), self.base) if self.base else 0
 
     def _enough(self, partition: data.Partition) -> str:
-        """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of them."""
+        """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of
+        them.
+        """
         public = privacy.is_public(partition.folder, partition.photos)
         rules = self.own.limits if public else self.own.limits.private()
-        some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))  # how many are held out does not depend on the secret
+        # how many are held out does not depend on the secret
+        some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))
         privacy.divide(partition, some, rules, self.own.config)
         return str(some)
 
-    # --- training --------------------------------------------------------------------------------------------------------
+    # --- training
+    # --------------------------------------------------------------------------------------------------------
 
     def check_memory(self) -> str:
         config, (free, what) = self.own.config, self._free()
@@ -274,18 +335,35 @@ class Preflight:
             guess = self._estimate()
         except Exception as error:  # an estimate is not worth a site's round
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise Warn(f"what a round takes cannot be estimated ({why}); {free / GIB:.1f} GiB of {what} free", "the training step of the whole check says for certain") from None
-        text = f"{config.base_model} at {config.resolution}², {config.batch_size} images a step: about {guess.need / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB free"
+            raise Warn(
+                f"what a round takes cannot be estimated ({why}); {free / GIB:.1f} GiB of {what} free",
+                "the training step of the whole check says for certain",
+            ) from None
+        text = (
+            f"{config.base_model} at {config.resolution}², {config.batch_size} images a step: about"
+            f" {guess.need / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB free"
+        )
         if free < guess.floor:
-            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=text, fix=self._take_less())
+            raise gpu.GpuError(
+                "GPU-05", "The training does not fit into the memory.", found=text, fix=self._take_less()
+            )
         if free < guess.need:
-            raise Warn(text, f"tight, and an estimate: the training step says for certain. If it fails: {self._take_less()}")
+            raise Warn(
+                text, f"tight, and an estimate: the training step says for certain. If it fails: {self._take_less()}"
+            )
         return text
 
     def _take_less(self) -> str:
         """What helps where the memory is too small."""
-        own = "" if self.own.config.gradient_checkpointing else "set SITE_CHECKPOINTING=1 (a third slower, a fraction of the memory), "
-        return f"{own}ask the hub for a smaller batch-size (with gradient-accumulation) or resolution, or give this site more memory"
+        own = (
+            ""
+            if self.own.config.gradient_checkpointing
+            else "set SITE_CHECKPOINTING=1 (a third slower, a fraction of the memory), "
+        )
+        return (
+            f"{own}ask the hub for a smaller batch-size (with gradient-accumulation) or resolution, or give this site"
+            " more memory"
+        )
 
     def _free(self) -> tuple[int, str]:
         """Bytes, and of what."""
@@ -323,7 +401,10 @@ class Preflight:
         accelerator = train.accelerator(config)
         quiet.libraries()
         try:
-            with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder:
+            with (
+                redirect_stdout(sys.stderr),
+                tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder,
+            ):
                 sums = model.fingerprint(self.base, self.own.cache)
                 some, rows = cache.encode(some, self.base, sums, config.resolution, Path(folder), accelerator.device)
                 encoded = rows(some.photos)
@@ -333,9 +414,14 @@ class Preflight:
                 seconds = self._seconds(unet, scheduler, encoded, accelerator, TIMED)
         except torch.OutOfMemoryError as error:
             found = str(error).splitlines()[0]
-            raise gpu.GpuError("GPU-05", "The training does not fit into the memory.", found=found, fix=self._take_less()) from None
+            raise gpu.GpuError(
+                "GPU-05", "The training does not fit into the memory.", found=found, fix=self._take_less()
+            ) from None
         peak = torch.cuda.max_memory_allocated() if cuda else estimate.page_peak()
-        return f"{seconds:.2f} s a step on the {'GPU' if cuda else 'CPU'}, {config.batch_size} images each; peak memory {peak / GIB:.2f} GiB"
+        return (
+            f"{seconds:.2f} s a step on the {'GPU' if cuda else 'CPU'}, {config.batch_size} images each; peak memory"
+            f" {peak / GIB:.2f} GiB"
+        )
 
     def _seconds(self, unet: Any, scheduler: Any, encoded: Any, accelerator: Any, steps: int) -> float:
         """Seconds a step."""
@@ -358,7 +444,9 @@ def check(fast: bool = False, as_json: bool = False, run_config: str = "") -> in
         lines.append(line)
         if not as_json:
             print(line, flush=True)
-    counts: dict[str, Any] = {state: sum(line.state == state for line in lines) for state in ("pass", "warn", "fail", "skip")}
+    counts: dict[str, Any] = {
+        state: sum(line.state == state for line in lines) for state in ("pass", "warn", "fail", "skip")
+    }
     if as_json:
         print(json.dumps({"ok": not counts["fail"], "site": settings.name, "checks": [asdict(line) for line in lines]}))
     else:

@@ -1,8 +1,8 @@
 """Whether a site can talk to its hub: name and port, TLS against the join kit's CA, clock, and the site's admitted key.
 
-Enters: HUB ("hub.example.org:8443"), the CA file, the site's private key; HTTPS_PROXY and NO_PROXY, as the SuperNode's own client takes
-them. Leaves: what was found, or CheckError CHECK-01 to -07, -09. Nothing here changes anything at the hub, and a SuperNode that runs with
-the same key does not notice.
+Enters: HUB ("hub.example.org:8443"), the CA file, the site's private key; HTTPS_PROXY and NO_PROXY, as the SuperNode's
+own client takes them. Leaves: what was found, or CheckError CHECK-01 to -07, -09. Nothing here changes anything at the
+hub, and a SuperNode that runs with the same key does not notice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ def address(hub: str) -> tuple[str, int]:
             return parts.hostname, parts.port
     except ValueError:
         pass
-    raise CheckError("CHECK-09", "A setting of the join kit is missing or wrong.", found=f"HUB={hub!r}", fix="set HUB to the hub's name and port: hub.example.org:8443")
+    raise CheckError(
+        "CHECK-09",
+        "A setting of the join kit is missing or wrong.",
+        found=f"HUB={hub!r}",
+        fix="set HUB to the hub's name and port: hub.example.org:8443",
+    )
 
 
 def trust(ca: Path) -> ssl.SSLContext:
@@ -44,7 +49,12 @@ def trust(ca: Path) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
-        raise CheckError("CHECK-09", "A setting of the join kit is missing or wrong.", found=f"{ca}: {error.strerror or error}", fix="put ca.crt of the join kit there") from None
+        raise CheckError(
+            "CHECK-09",
+            "A setting of the join kit is missing or wrong.",
+            found=f"{ca}: {error.strerror or error}",
+            fix="put ca.crt of the join kit there",
+        ) from None
 
 
 def certificate(hub: str, ca: Path) -> float:
@@ -55,7 +65,8 @@ def certificate(hub: str, ca: Path) -> float:
 
 
 def _ask(hub: str, ca: Path) -> tuple[dict, str]:
-    """The certificate that the hub shows, and the Date of its answer ('' where it gives none), by the SuperNode's client and way.
+    """The certificate that the hub shows, and the Date of its answer ('' where it gives none), by the SuperNode's
+    client and way.
 
     Errors: CHECK-01 to -04, CHECK-09.
     """
@@ -70,14 +81,17 @@ def _ask(hub: str, ca: Path) -> tuple[dict, str]:
 
     try:
         with httpx.Client(verify=context, timeout=TIMEOUT) as client:
-            with client.stream("GET", f"https://{hub}/", extensions={"trace": look}) as answer:  # whatever it sends, its head is enough
+            # whatever it sends, its head is enough
+            with client.stream("GET", f"https://{hub}/", extensions={"trace": look}) as answer:
                 return seen["certificate"], answer.headers.get("date", "")
     except httpx.HTTPError as error:
         if "certificate" in seen:  # TLS is as it should be; what it says is another check's
             return seen["certificate"], ""
         raise _failed(hub, host, error) from None
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # of a proxy that httpx cannot use
-        raise _unreachable(f"{_proxy(host)}: {error}", "HTTPS_PROXY takes http://HOST:PORT; where the hub needs no proxy: NO_PROXY") from None
+        raise _unreachable(
+            f"{_proxy(host)}: {error}", "HTTPS_PROXY takes http://HOST:PORT; where the hub needs no proxy: NO_PROXY"
+        ) from None
 
 
 def _failed(hub: str, host: str, error: Exception) -> CheckError:
@@ -97,12 +111,19 @@ def _failed(hub: str, host: str, error: Exception) -> CheckError:
             found = f"{hub} answers{through}, but not with TLS 1.2 or newer ({getattr(cause, 'reason', None) or cause})"
             return _unreachable(found, "is HUB's port the hub's? Does a proxy stand between?")
         if isinstance(cause, socket.gaierror):
-            return _unreachable(f"no address is known for {proxy or host}", "is HUB's name right? Does this machine's DNS know it?")
+            return _unreachable(
+                f"no address is known for {proxy or host}", "is HUB's name right? Does this machine's DNS know it?"
+            )
         if isinstance(cause, (TimeoutError, httpx.TimeoutException)):
-            return _unreachable(f"{hub} did not answer{through} within {TIMEOUT} s", "does a firewall, here or there, let this port out and in?")
+            return _unreachable(
+                f"{hub} did not answer{through} within {TIMEOUT} s",
+                "does a firewall, here or there, let this port out and in?",
+            )
     last = causes[-1]
     fix = "is the proxy up, and HTTPS_PROXY right?" if proxy else "is the hub up, and HUB's port right?"
-    return _unreachable(f"{hub}{through}: {getattr(last, 'strerror', None) or text.line(last) or type(last).__name__}", fix)
+    return _unreachable(
+        f"{hub}{through}: {getattr(last, 'strerror', None) or text.line(last) or type(last).__name__}", fix
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -127,17 +148,25 @@ def _untrusted(hub: str, error: ssl.SSLCertVerificationError) -> CheckError:
     """Which of three things is wrong with the certificate, by OpenSSL's number for it."""
     found = f"{hub}: {error.verify_message}"
     if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH
-        fix = "use the name that the hub's operator gave you; or the operator adds this one to HUB_HOST and runs scripts/certs renew"
+        fix = (
+            "use the name that the hub's operator gave you; or the operator adds this one to HUB_HOST and runs"
+            " scripts/certs renew"
+        )
         return CheckError("CHECK-03", "The hub's certificate is for another name.", found=found, fix=fix)
     if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED
         fix = "the hub's operator runs scripts/certs renew; but look first at this machine's clock (date -u)"
         return CheckError("CHECK-04", "The hub's certificate is not valid at this time.", found=found, fix=fix)
-    fix = "take ca.crt from the hub's newest join kit; if it is the newest, somebody else answers in the hub's place: tell its operator"
+    fix = (
+        "take ca.crt from the hub's newest join kit; if it is the newest, somebody else answers in the hub's place:"
+        " tell its operator"
+    )
     return CheckError("CHECK-02", "The hub's certificate is not from the join kit's CA.", found=found, fix=fix)
 
 
 def clock(hub: str, ca: Path) -> float:
-    """Seconds that this clock is ahead of the hub's (its Date header, whole seconds). Errors: CHECK-01 to -05, CHECK-09."""
+    """Seconds that this clock is ahead of the hub's (its Date header, whole seconds). Errors: CHECK-01 to -05,
+    CHECK-09.
+    """
     try:
         start = time.time()
         _, date = _ask(hub, ca)
@@ -150,7 +179,10 @@ def clock(hub: str, ca: Path) -> float:
         raise CheckError(
             "CHECK-05",
             "This machine's clock is off.",
-            found=f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the hub's; the hub takes {BEHIND} s behind to {AHEAD} s ahead",
+            found=(
+                f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the hub's; the hub takes {BEHIND} s behind"
+                f" to {AHEAD} s ahead"
+            ),
             fix="let this machine set its clock: timedatectl set-ntp true",
         )
     return ahead
@@ -159,8 +191,8 @@ def clock(hub: str, ca: Path) -> float:
 def admitted(hub: str, ca: Path, key: Path) -> None:
     """Nothing, when the hub knows the key. Errors: CHECK-01, CHECK-05, CHECK-06, CHECK-07.
 
-    The question is an activation with a heartbeat that Flower cannot accept: the hub looks the key up first (2004: unknown),
-    then refuses the heartbeat (2003) before it touches anything.
+    The question is an activation with a heartbeat that Flower cannot accept: the hub looks the key up first (2004:
+    unknown), then refuses the heartbeat (2003) before it touches anything.
     """
     import httpx
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
@@ -190,12 +222,19 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
             "CHECK-06",
             "The hub has not admitted this site's key.",
             found=f"{hub} does not know {fingerprint(public)}, or has revoked it",
-            fix=f"send {name}.pub to the hub's operator, who runs scripts/hub admit {name} {name}.pub and reads this fingerprint back to you",
+            fix=(
+                f"send {name}.pub to the hub's operator, who runs scripts/hub admit {name} {name}.pub and reads this"
+                " fingerprint back to you"
+            ),
         )
     if status == 401:
         fix = "is this machine's clock right? Does the key belong to this site?"
-        raise CheckError("CHECK-06", "The hub has not admitted this site's key.", found=f"{hub} refuses the signature", fix=fix)
-    raise _unreachable(f"{hub} answers HTTP {status}", "the SuperLink behind the hub's gateway is not up: tell the hub's operator")
+        raise CheckError(
+            "CHECK-06", "The hub has not admitted this site's key.", found=f"{hub} refuses the signature", fix=fix
+        )
+    raise _unreachable(
+        f"{hub} answers HTTP {status}", "the SuperLink behind the hub's gateway is not up: tell the hub's operator"
+    )
 
 
 def fingerprint(public_key) -> str:
@@ -224,4 +263,9 @@ def _private_key(path: Path):
         found = f"{path}: {error.strerror}"
     except Exception as error:  # what a file that is no key makes cryptography raise
         found = f"{path} is no OpenSSH key without a password ({type(error).__name__})"
-    raise CheckError("CHECK-07", "This site's key cannot be used.", found=found, fix="make one here: ./site init (ECDSA, in OpenSSH format); it never leaves this machine")
+    raise CheckError(
+        "CHECK-07",
+        "This site's key cannot be used.",
+        found=found,
+        fix="make one here: ./site init (ECDSA, in OpenSSH format); it never leaves this machine",
+    )

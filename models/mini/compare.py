@@ -2,9 +2,9 @@
 
     python -m models.mini.compare --run .bouquet/adapters/latest --data .bouquet/data
 
-Enters: a finished run of the demo and its sites' photos. Leaves: `comparison.json`, `comparison.md` (the README's table) and
-`comparison.png` (the README's picture) in `--out`. "Alone" takes as many steps on one site's photos as a site takes in the
-run; "pooled" takes all sites' steps on all sites' photos, in one place: what federation is to match.
+Enters: a finished run of the demo and its sites' photos. Leaves: `comparison.json`, `comparison.md` (the README's
+table) and `comparison.png` (the README's picture) in `--out`. "Alone" takes as many steps on one site's photos as a
+site takes in the run; "pooled" takes all sites' steps on all sites' photos, in one place: what federation is to match.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from models.mini.judge import judge
 
 HERE = Path(__file__).parent
 GROUPS = {"known": draw.KNOWN, "site 1's": draw.UNSEEN[1], "site 2's": draw.UNSEEN[2]}
-PICTURED = ("a red tulip, meadow background", "a yellow daisy, night background", "a red poppy, meadow background", "a white lily, night background")
+PICTURED = (
+    "a red tulip, meadow background",
+    "a yellow daisy, night background",
+    "a red poppy, meadow background",
+    "a white lily, night background",
+)
 PICTURED += ("a pink lotus, sky background", "a purple thistle, sand background")
 
 

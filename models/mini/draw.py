@@ -49,7 +49,11 @@ class Pen:
         self.image = Image.fromarray(np.broadcast_to(rows, (side, side, 3)).astype(np.uint8))
         self.draw = ImageDraw.Draw(self.image)
         hue, saturation, value = COLOURS[colour]
-        self.hsv = (hue + rng.uniform(-0.012, 0.012), saturation * rng.uniform(0.9, 1.05), value * rng.uniform(0.94, 1.02))
+        self.hsv = (
+            hue + rng.uniform(-0.012, 0.012),
+            saturation * rng.uniform(0.9, 1.05),
+            value * rng.uniform(0.94, 1.02),
+        )
         for _ in range(3):  # soft spots of light, so that no background is flat
             x, y, r = rng.uniform(0, 64), rng.uniform(0, 64), rng.uniform(5, 11)
             self.disc((x, y), r, tuple(int(v) for v in self.image.getpixel((int(x * 3.9), int(y * 3.9)))), 1.07)
@@ -72,7 +76,9 @@ class Pen:
         fill = tuple(min(255, int(c * light)) for c in rgb)
         self.draw.ellipse([(x - r) * OVER, (y - ry) * OVER, (x + r) * OVER, (y + ry) * OVER], fill=fill)
 
-    def petal(self, root: Point, angle: float, length: float, width: float, *, point: float = 0.5, light: float = 1.0) -> None:
+    def petal(
+        self, root: Point, angle: float, length: float, width: float, *, point: float = 0.5, light: float = 1.0
+    ) -> None:
         """One petal from `root` towards `angle` (radians, 0 = right, clockwise); point 0.3 = round tip, 1 = sharp tip."""
         t = np.linspace(0, 1, 22)
         half = width / 2 * np.sin(pi * t**0.8) ** (0.55 + 0.75 * point) * (1 - 0.25 * point * t)
@@ -93,7 +99,9 @@ class Pen:
         for i in range(leaves):
             at = int(6 + 3 * i)
             side = 1 if (i + int(self.rng.integers(2))) % 2 else -1
-            self.leaf((float(x[at]), float(y[at])), -pi / 2 + side * self.rng.uniform(0.6, 1.0), self.rng.uniform(10, 14))
+            self.leaf(
+                (float(x[at]), float(y[at])), -pi / 2 + side * self.rng.uniform(0.6, 1.0), self.rng.uniform(10, 14)
+            )
 
     def leaf(self, root: Point, angle: float, length: float, width: float = 4.5) -> None:
         t = np.linspace(0, 1, 16)
@@ -104,10 +112,14 @@ class Pen:
         self.polygon(list(zip(x, y, strict=True)), LEAF)
 
 
-def _ring(pen: Pen, c: Point, count: int, length: float, width: float, *, turn: float, point: float, light: float = 1.0) -> None:
+def _ring(
+    pen: Pen, c: Point, count: int, length: float, width: float, *, turn: float, point: float, light: float = 1.0
+) -> None:
     for i in range(count):
         jitter = pen.rng.uniform(-0.05, 0.05)
-        pen.petal(c, turn + 2 * pi * i / count + jitter, length, width, point=point, light=light * pen.rng.uniform(0.96, 1.04))
+        pen.petal(
+            c, turn + 2 * pi * i / count + jitter, length, width, point=point, light=light * pen.rng.uniform(0.96, 1.04)
+        )
 
 
 def daisy(pen: Pen, c: Point, s: float) -> None:
@@ -153,7 +165,13 @@ def rose(pen: Pen, c: Point, s: float) -> None:
 
 def pansy(pen: Pen, c: Point, s: float) -> None:
     pen.stem(c)
-    for a, r, size, light in ((-2.2, 8, 8.2, 0.72), (-0.94, 8, 8.2, 0.72), (2.85, 8, 7.6, 0.95), (0.29, 8, 7.6, 0.95), (pi / 2, 7.5, 9.2, 1.06)):
+    for a, r, size, light in (
+        (-2.2, 8, 8.2, 0.72),
+        (-0.94, 8, 8.2, 0.72),
+        (2.85, 8, 7.6, 0.95),
+        (0.29, 8, 7.6, 0.95),
+        (pi / 2, 7.5, 9.2, 1.06),
+    ):
         p = (c[0] + r * s * cos(a), c[1] + r * s * sin(a))
         pen.disc(p, size * s, pen.petal_colour(light * 0.8))
         pen.disc(p, (size - 0.8) * s, pen.petal_colour(light))
@@ -181,7 +199,12 @@ def lavender(pen: Pen, c: Point, s: float) -> None:
             y, w = top + i * 3.1 * s, 1.2 + 1.5 * sin(pi * (i + 1.5) / 11)
             for side in (-1, 1):
                 light = pen.rng.uniform(0.8, 1.05)
-                pen.disc((x + lean * 0.3 * (1 - i / 16) + side * w * 0.85 * s, y), 1.55 * s, pen.petal_colour(light), ry=1.9 * s)
+                pen.disc(
+                    (x + lean * 0.3 * (1 - i / 16) + side * w * 0.85 * s, y),
+                    1.55 * s,
+                    pen.petal_colour(light),
+                    ry=1.9 * s,
+                )
 
 
 def bluebell(pen: Pen, c: Point, s: float) -> None:
@@ -196,7 +219,13 @@ def bluebell(pen: Pen, c: Point, s: float) -> None:
         pen.line([(px, py), (px + side * 1.5, py + 2)], STEM, 0.9)
         bx, by, w, h = px + side * 1.8, py + 2, 3.3 * s, 8.2 * s
         bell = [(bx - w * 0.55, by), (bx + w * 0.55, by), (bx + w * 0.85, by + h * 0.6), (bx + w * 1.35, by + h)]
-        bell += [(bx + w * 0.5, by + h * 0.86), (bx, by + h), (bx - w * 0.5, by + h * 0.86), (bx - w * 1.35, by + h), (bx - w * 0.85, by + h * 0.6)]
+        bell += [
+            (bx + w * 0.5, by + h * 0.86),
+            (bx, by + h),
+            (bx - w * 0.5, by + h * 0.86),
+            (bx - w * 1.35, by + h),
+            (bx - w * 0.85, by + h * 0.6),
+        ]
         pen.polygon(bell, pen.petal_colour(0.78))
         inner = [(bx + (q[0] - bx) * 0.62, by + (q[1] - by) * 0.9) for q in bell]
         pen.polygon(inner, pen.petal_colour(1.04))
@@ -249,7 +278,11 @@ def thistle(pen: Pen, c: Point, s: float) -> None:
     for i in range(42):  # a brush of fine florets
         a = -pi / 2 + (i / 41 - 0.5) * 2.1 + pen.rng.uniform(-0.04, 0.04)
         length = pen.rng.uniform(17, 22) * s
-        pen.line([(x, y - 3 * s), (x + length * cos(a), y - 3 * s + length * sin(a))], pen.petal_colour(pen.rng.uniform(0.72, 1.08)), 1.0)
+        pen.line(
+            [(x, y - 3 * s), (x + length * cos(a), y - 3 * s + length * sin(a))],
+            pen.petal_colour(pen.rng.uniform(0.72, 1.08)),
+            1.0,
+        )
     pen.disc((x, y), 7.4 * s, (64, 104, 58), ry=7.0 * s)
     for row in range(4):  # scales on the bulb
         for k in range(-2, 3):
@@ -281,7 +314,11 @@ def photos(species: tuple[str, ...], count: int, seed: int) -> list[tuple[Image.
     rng = np.random.default_rng(seed)
     pairs = []
     for i in range(count):
-        name, colour, ground = species[i % len(species)], str(rng.choice(list(COLOURS))), str(rng.choice(list(BACKGROUNDS)))
+        name, colour, ground = (
+            species[i % len(species)],
+            str(rng.choice(list(COLOURS))),
+            str(rng.choice(list(BACKGROUNDS))),
+        )
         pairs.append((flower(name, colour, ground, rng), caption(name, colour, ground)))
     return pairs
 
@@ -289,7 +326,8 @@ def photos(species: tuple[str, ...], count: int, seed: int) -> list[tuple[Image.
 def site_photos(site: int, count: int, seed: int) -> list[tuple[Image.Image, str]]:
     """The demo's photos for one site: its own two unseen species and, one in five, a species that everybody knows.
 
-    The common ones keep the captions meaningful: without them a site could draw its own flowers whatever it is asked for.
+    The common ones keep the captions meaningful: without them a site could draw its own flowers whatever it is asked
+    for.
     """
     own = UNSEEN[(site - 1) % len(UNSEEN) + 1]  # sites beyond the second take turns
     return photos(tuple(name for common in KNOWN for name in (*own, *own, common)), count, seed * 1000 + site)

@@ -29,7 +29,9 @@ def network() -> nn.Sequential:
     layers: list[nn.Module] = []
     for inside, outside in ((3, 24), (24, 48), (48, 72), (72, 96)):
         layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.BatchNorm2d(outside), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * 96, len(draw.SPECIES)))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * 96, len(draw.SPECIES))
+    )
 
 
 def tensor(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -65,7 +65,14 @@ def scribbles() -> np.ndarray:
             rgb = tuple(int(v) for v in rng.integers(0, 256, 3))
             match int(rng.integers(3)):
                 case 0:
-                    pen.petal(at, angle, rng.uniform(6, 26), rng.uniform(3, 14), point=rng.uniform(0.2, 1.3), light=rng.uniform(0.6, 1.1))
+                    pen.petal(
+                        at,
+                        angle,
+                        rng.uniform(6, 26),
+                        rng.uniform(3, 14),
+                        point=rng.uniform(0.2, 1.3),
+                        light=rng.uniform(0.6, 1.1),
+                    )
                 case 1:
                     pen.line([at, tuple(rng.uniform(4, 60, 2))], rgb, rng.uniform(0.7, 2.5))
                 case _:
@@ -96,7 +103,10 @@ class Log:
             pace = (time.time() - self.begun) / (step - self.start)
             self.rows.append([step, round(mean, 5)])
             self.path.write_text(json.dumps(self.rows))
-            print(f"step {step}/{steps}  loss {mean:.4f}  {pace:.2f} s a step  ETA {pace * (steps - step) / 60:.0f} min", flush=True)
+            print(
+                f"step {step}/{steps}  loss {mean:.4f}  {pace:.2f} s a step  ETA {pace * (steps - step) / 60:.0f} min",
+                flush=True,
+            )
 
 
 def new_vae() -> AutoencoderKL:
@@ -112,7 +122,9 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(steps: int, batch: int = 16, rate: float = 1.2e-3) -> None:
-    """L1 + squared error + L1 of image gradients (keeps edges), KL weight 1e-6; sets `scaling_factor` = 1/std of latents."""
+    """L1 + squared error + L1 of image gradients (keeps edges), KL weight 1e-6; sets `scaling_factor` = 1/std of
+    latents.
+    """
     log, saved = Log("vae"), WORK / "vae"
     torch.manual_seed(SEED + log.start)
     rng = np.random.default_rng(SEED + log.start)
@@ -153,7 +165,9 @@ def tokenizer() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         [" ".join(words)],
-        trainers.BpeTrainer(vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        ),
     )
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     vocab = {token: i for i, token in enumerate([*alphabet, *(f"{c}</w>" for c in alphabet)])}
@@ -227,7 +241,9 @@ def train_unet(steps: int, batch: int = 32, rate: float = 1e-3, dropout: float =
     x0 = latents(vae)
     ids = tokens(pictures()[1], padding="max_length", truncation=True, return_tensors="pt").input_ids
     blank = tokens([""], padding="max_length", return_tensors="pt").input_ids[0]
-    both = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokens)}).to(memory_format=torch.channels_last)
+    both = torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokens)}).to(
+        memory_format=torch.channels_last
+    )
     print(f"{sum(p.numel() for p in both['unet'].parameters()) / 1e6:.2f} M parameters in the UNet", flush=True)
     optimiser = torch.optim.AdamW(both.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     log, state = Log("unet", every=250), WORK / "unet.safetensors"
@@ -271,7 +287,8 @@ def export() -> None:
     weights.load_state_dict(load_file(WORK / "unet.safetensors"))
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(WORK / "vae").half(),
-        text_encoder=text_encoder,  # float32: transformers loads a model in the type it was saved in, diffusers in float32
+        # float32: transformers loads a model in the type it was saved in, diffusers in float32
+        text_encoder=text_encoder,
         tokenizer=tokens,
         unet=unet.half(),
         scheduler=scheduler(),

@@ -1,7 +1,8 @@
 """Two hubs to attack that are none: `open` carries out whatever it is told, `closed` does what the real one promises.
 
-Both speak TLS (the open one any version, and plain HTTP as well) on loopback, and keep sites and runs that their operator can
-list. An attack of scripts/access that the open one withstands, or that gets through the closed one, does not tell what it says.
+Both speak TLS (the open one any version, and plain HTTP as well) on loopback, and keep sites and runs that their
+operator can list. An attack of scripts/access that the open one withstands, or that gets through the closed one, does
+not tell what it says.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ from benchmarks.access.join import SITES_CALLS
 from benchmarks.hostile import Authority, Door, new_key, public, server_context
 
 JSON, HTML, MEDIA = "application/json", "text/html", "application/protobuf"
-CARELESS = "import socket, ssl, sys; a = dict(x[2:].split('=', 1) for x in sys.argv[1:]); tls = ssl._create_unverified_context()"
-CAREFUL = CARELESS.replace("ssl._create_unverified_context()", "ssl.create_default_context(cafile=a['root-certificates'])")
-SAYS = "; host, port = a['superlink'].split(':'); link = tls.wrap_socket(socket.create_connection((host, port)), server_hostname=host); link.sendall(b'hello')"
+CARELESS = (
+    "import socket, ssl, sys; a = dict(x[2:].split('=', 1) for x in sys.argv[1:]); tls ="
+    " ssl._create_unverified_context()"
+)
+CAREFUL = CARELESS.replace(
+    "ssl._create_unverified_context()", "ssl.create_default_context(cafile=a['root-certificates'])"
+)
+SAYS = (
+    "; host, port = a['superlink'].split(':'); link = tls.wrap_socket(socket.create_connection((host, port)),"
+    " server_hostname=host); link.sendall(b'hello')"
+)
 
 
 class FalseHub:
@@ -49,7 +58,8 @@ class FalseHub:
         for listener in self.listeners:
             listener.close()
 
-    # --- HTTP ------------------------------------------------------------------------------------------------------------
+    # --- HTTP
+    # ------------------------------------------------------------------------------------------------------------
 
     def serve(self, listener: socket.socket) -> None:
         tls = server_context(*self.certificate)
@@ -74,7 +84,10 @@ class FalseHub:
                 for path, headers, body in self.requests(link.makefile("rb"), self.open or operator):
                     proper = path and encrypted or self.open
                     status, kind, said = self.answer(path, headers, body, operator) if proper else (400, HTML, b"")
-                    link.sendall(f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(said)}\r\n\r\n".encode() + said)
+                    link.sendall(
+                        f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(said)}\r\n\r\n".encode()
+                        + said
+                    )
                     if not self.open or headers.get("connection") == "close":
                         return
         except (OSError, ValueError):
@@ -82,7 +95,9 @@ class FalseHub:
 
     @staticmethod
     def requests(stream, whole: bool) -> Iterator[tuple[str, dict[str, str], bytes]]:
-        """(target, "" where there is no one target, headers, body) of each request; a body of more than 1 MB is read where `whole`."""
+        """(target, "" where there is no one target, headers, body) of each request; a body of more than 1 MB is read
+        where `whole`.
+        """
         while line := stream.readline():
             words = line.split()
             headers = {}
@@ -99,13 +114,17 @@ class FalseHub:
                 body = stream.read(int(length))
             yield words[1].decode("latin-1") if len(words) == 3 else "", headers, body
 
-    # --- what a SuperLink does -------------------------------------------------------------------------------------------
+    # --- what a SuperLink does
+    # -------------------------------------------------------------------------------------------
 
     def answer(self, path: str, headers: dict[str, str], body: bytes, operator: bool) -> tuple[int, str, bytes]:
         if not (self.open or operator):
             if path.removeprefix("/v1/fleet/") not in SITES_CALLS:
                 return 404, HTML, b""
-            if path.endswith("/activate-node") and fleet.ActivateNodeRequest.FromString(body).public_key not in self.nodes.values():
+            if (
+                path.endswith("/activate-node")
+                and fleet.ActivateNodeRequest.FromString(body).public_key not in self.nodes.values()
+            ):
                 return 412, JSON, b"{}"
             if not self.is_site(headers, path, body):
                 return 401, JSON, b"{}"
@@ -118,7 +137,9 @@ class FalseHub:
         try:
             key, signature = (b64decode(headers[name]) for name in ("flwr-public-key", "flwr-signature"))
             age = (datetime.now(UTC) - datetime.fromisoformat(headers["flwr-timestamp"])).total_seconds()
-            signed = -5 < age < 305 and verify_signature(bytes_to_public_key(key), headers["flwr-timestamp"].encode(), signature)
+            signed = -5 < age < 305 and verify_signature(
+                bytes_to_public_key(key), headers["flwr-timestamp"].encode(), signature
+            )
         except (KeyError, TypeError, ValueError):
             return False
         if path.endswith("/activate-node"):
@@ -133,18 +154,25 @@ class FalseHub:
             key = fleet.ActivateNodeRequest.FromString(body).public_key if b"BEGIN" in body else b"?"
             if key not in self.nodes.values():
                 self.nodes[max(self.nodes) + 1] = key
-            return fleet.ActivateNodeResponse(node_id={key: node for node, key in self.nodes.items()}[key]).SerializeToString()
+            return fleet.ActivateNodeResponse(
+                node_id={key: node for node, key in self.nodes.items()}[key]
+            ).SerializeToString()
         if call == "list-nodes":
-            nodes = [NodeInfo(node_id=node, status="offline" if node in self.offline else "online") for node in self.nodes]
+            nodes = [
+                NodeInfo(node_id=node, status="offline" if node in self.offline else "online") for node in self.nodes
+            ]
             return control.ListNodesResponse(nodes_info=nodes).SerializeToString()
         if call == "list-runs":
-            return control.ListRunsResponse(run_dict={run: Run(status=RunStatus(status="finished")) for run in self.runs}).SerializeToString()
+            return control.ListRunsResponse(
+                run_dict={run: Run(status=RunStatus(status="finished")) for run in self.runs}
+            ).SerializeToString()
         if call == "start-run":
             self.runs.add(max(self.runs) + 1)
             return control.StartRunResponse(run_id=max(self.runs)).SerializeToString()
         return AcquireTaskResponse(token="a task").SerializeToString() if call == "acquire-task" else b""
 
-    # --- what can be seen inside -----------------------------------------------------------------------------------------
+    # --- what can be seen inside
+    # -----------------------------------------------------------------------------------------
 
     def inside(self, service: str, command: list[str]) -> str:
         """What a command prints in one of the hub's containers."""
@@ -180,5 +208,3 @@ def cut_off(link: socket.socket) -> None:
 
 def run(command: list[str]) -> str:
     return subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=True).stdout
-
-

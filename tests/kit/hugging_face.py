@@ -1,7 +1,9 @@
-"""Hugging Face on loopback that speaks the upload calls: /api/validate-yaml, repos/create, preupload, Git LFS' batch, commit.
+"""Hugging Face on loopback that speaks the upload calls: /api/validate-yaml, repos/create, preupload, Git LFS' batch,
+commit.
 
-Enters: the requests of huggingface_hub's HfApi. Leaves: `repos` with what a clone would hold, and every request as it came.
-It believes no one: no token but TOKEN may write, an object must have the hash it goes by, a card's front matter must be YAML.
+Enters: the requests of huggingface_hub's HfApi. Leaves: `repos` with what a clone would hold, and every request as it
+came. It believes no one: no token but TOKEN may write, an object must have the hash it goes by, a card's front matter
+must be YAML.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ TOKEN = "hf_of_this_test_alone"
 
 @dataclass
 class Hub:
-    repos: dict[str, dict] = field(default_factory=dict)  # name: {"private": bool, "files": {path: bytes}, "message": str}
+    # name: {"private": bool, "files": {path: bytes}, "message": str}
+    repos: dict[str, dict] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     full: bool = False  # no more room: every object is refused
@@ -32,7 +35,11 @@ class Hub:
             protocol_version = "HTTP/1.1"
 
             def answer(self) -> None:
-                body = self.chunks() if self.headers.get("Transfer-Encoding") else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = (
+                    self.chunks()
+                    if self.headers.get("Transfer-Encoding")
+                    else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                )
                 hub.asked.append(f"{self.command} {self.path}")
                 signed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
                 status, reply = hub.reply(self.command, self.path.partition("?")[0], body, signed)
@@ -78,13 +85,20 @@ class Hub:
             return self.create(json.loads(body))
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            return 200, {"objects": [o | {"actions": {"upload": {"href": f"{self.url}/objects/{o['oid']}"}}} for o in objects]}
+            return 200, {
+                "objects": [o | {"actions": {"upload": {"href": f"{self.url}/objects/{o['oid']}"}}} for o in objects]
+            }
         name = "/".join(path.split("/")[3:5])
         if name not in self.repos:
             return 404, {"error": "Repository not found"}
         if "/preupload/" in path:
             mode = lambda file: "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"  # noqa: E731
-            return 200, {"files": [{"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False, "oid": None} for f in json.loads(body)["files"]]}
+            return 200, {
+                "files": [
+                    {"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False, "oid": None}
+                    for f in json.loads(body)["files"]
+                ]
+            }
         return self.commit(name, [json.loads(line) for line in body.splitlines()])
 
     def validate(self, content: str) -> tuple[int, dict]:
@@ -99,7 +113,11 @@ class Hub:
             return 403, {"error": "You don't have the rights to create a model under the namespace somebody-else"}
         if name in self.repos:
             return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
-        self.repos[name] = {"private": wanted.get("visibility") == "private" or wanted.get("private", False), "files": {}, "message": ""}
+        self.repos[name] = {
+            "private": wanted.get("visibility") == "private" or wanted.get("private", False),
+            "files": {},
+            "message": "",
+        }
         return 200, {"url": f"{self.url}/{name}"}
 
     def store(self, oid: str, body: bytes) -> tuple[int, dict]:

@@ -106,7 +106,9 @@ class Federation:
         return json.loads((self.adapters / "7" / "history.json").read_text())
 
 
-def spoil_from(number: str, site: str = "site-2", value: float = float("nan")) -> Callable[[str, str, Message], Message]:
+def spoil_from(
+    number: str, site: str = "site-2", value: float = float("nan")
+) -> Callable[[str, str, Message], Message]:
     """A site whose validation loss is no number from some round on."""
 
     def tamper(who: str, when: str, reply: Message) -> Message:

@@ -1,4 +1,6 @@
-"""A stand-in for the NVIDIA driver's library (nvml_stub.c), put where nvidia-ml-py keeps the library that it has loaded."""
+"""A stand-in for the NVIDIA driver's library (nvml_stub.c), put where nvidia-ml-py keeps the library that it has
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +48,13 @@ class StandIn:
         new.replace(self.file)  # at once: a meter may be looking
 
 
-def gpu(uuid: str = "GPU-aaaa1111", total: int = 24576, free: int = 24000, busy: int = 0, energy: int = 0, processes: str = "-") -> str:
+def gpu(
+    uuid: str = "GPU-aaaa1111",
+    total: int = 24576,
+    free: int = 24000,
+    busy: int = 0,
+    energy: int = 0,
+    processes: str = "-",
+) -> str:
     """A line of the stand-in's state: MiB, percent, millijoules, pid:MiB,…"""
     return f"{uuid} {total} {free} {busy} {energy} {processes} NVIDIA A10"

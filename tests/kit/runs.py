@@ -15,8 +15,12 @@ HOSTILE = "<script>alert(1)</script>"
 REASON = "HUB-05  The reply's metrics are missing or impossible."
 
 
-def history(rounds: int = 3, wanted: int = 3, state: str = "finished", losses: dict[str, list[float]] | None = None) -> dict:
-    """A run as server_app.py writes it: two sites of 60 and 40 images, whose validation losses are given after 0, 1, ... rounds."""
+def history(
+    rounds: int = 3, wanted: int = 3, state: str = "finished", losses: dict[str, list[float]] | None = None
+) -> dict:
+    """A run as server_app.py writes it: two sites of 60 and 40 images, whose validation losses are given after 0, 1,
+    ... rounds.
+    """
     losses = losses or {"rose": [0.30, 0.20, 0.16, 0.15], "lily": [0.40, 0.30, 0.26, 0.25]}
     images = dict(zip(losses, (60, 40, 50, 50), strict=False))
     total = sum(images.values())
@@ -55,7 +59,9 @@ def a_run(told: dict, folder: Path = Path("/nowhere"), **more) -> reading.Run:
 
 
 def written(folder: Path, told: dict, sheet: bool = False) -> Path:
-    """The run's folder on a disk; with `sheet`, samples.png as app/adapter/sample.py draws it, a shade a row and a prompt."""
+    """The run's folder on a disk; with `sheet`, samples.png as app/adapter/sample.py draws it, a shade a row and a
+    prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.json").write_text(json.dumps(told))
     if sheet:

@@ -1,7 +1,8 @@
-"""Real parts, small: a complete base model of a few thousand random weights, sites' folders of drawn noise, a run's config.
+"""Real parts, small: a complete base model of a few thousand random weights, sites' folders of drawn noise, a run's
+config.
 
-The base model has diffusers' full layout (UNet, autoencoder, text encoder, tokenizer, scheduler), takes 16-pixel pictures to
-4×8×8 latents, and is built once for all tests from a fixed seed.
+The base model has diffusers' full layout (UNet, autoencoder, text encoder, tokenizer, scheduler), takes 16-pixel
+pictures to 4×8×8 latents, and is built once for all tests from a fixed seed.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def build(folder: Path, seed: int = 0) -> None:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -140,7 +143,9 @@ def batch(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def site(folder: Path, count: int = 8, seed: int = 0, public: bool = True) -> Path:
-    """A site's data folder: `count` pictures of noise with captions; where they are public, every figure can be repeated."""
+    """A site's data folder: `count` pictures of noise with captions; where they are public, every figure can be
+    repeated.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     lines = []

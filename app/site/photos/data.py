@@ -50,7 +50,8 @@ class Photo:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a site has: `photos` with unique keys; `quarantined` (private name, reason) pairs, of all else in the folder.
+    """What a site has: `photos` with unique keys; `quarantined` (private name, reason) pairs, of all else in the
+    folder.
 
     cut: photos whose captions are longer than what the base model reads of them (cache.py finds out).
     """
@@ -78,14 +79,19 @@ class Partition:
         counts, summary = self.counts, self.report(5)
         mute = counts.get("no-caption", 0)
         if mute and (not self.photos or mute + len(self.photos) >= min_images):
-            fix = 'add metadata.jsonl with lines like {"file_name": "0001.png", "text": "a red poppy"}, or a .txt beside'
+            fix = (
+                'add metadata.jsonl with lines like {"file_name": "0001.png", "text": "a red poppy"}, or a .txt beside'
+            )
             fix += " each picture, or caption.txt with one line for all, like: a photo of a {label} (the sub-folder's"
             fix += " name); a table needs a column text, caption, prompt or label"
             raise SiteError("SITE-04", "Captions are missing.", found=summary, fix=fix)
         if not self.photos:
             raise SiteError("SITE-01", "No training images.", found=summary, fix=SET_FOLDER)
         found = f"{summary}; {min_images} are needed"
-        fix = "add photos; private photos need as many as this site's floors say, and SITE_LIMITS lowers them (docs/site.md)"
+        fix = (
+            "add photos; private photos need as many as this site's floors say, and SITE_LIMITS lowers them"
+            " (docs/site.md)"
+        )
         raise SiteError("SITE-02", "Too few training images.", found=found, fix=fix)
 
     def report(self, limit: int = 20) -> str:
@@ -129,14 +135,18 @@ def scan(
 
 
 def stamp(folder: Path) -> str:
-    """sha256 (hex) over name, size and times of every file that `scan` would look at: the same as long as nobody touches the folder.
+    """sha256 (hex) over name, size and times of every file that `scan` would look at: the same as long as nobody
+    touches the folder.
 
-    It reads no file: what takes minutes for a folder of originals on a network drive takes a look at each. Errors: SITE-03.
+    It reads no file: what takes minutes for a folder of originals on a network drive takes a look at each. Errors:
+    SITE-03.
     """
     root = _root(folder)
     total = hashlib.sha256()
     for name, status in statuses(root):
-        total.update(repr((name, status and (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))).encode())
+        total.update(
+            repr((name, status and (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))).encode()
+        )
     return total.hexdigest()
 
 

@@ -2,9 +2,9 @@
 
 Enters: a file that nobody has looked at, maybe damaged, maybe hostile, and its bytes. Leaves: a PIL picture in sRGB, a
 float32 tensor CHW in [−1, 1], or `BadImage` with one of REASONS. Reasons may be counted and sent; names stay here.
-Colours are converted by the picture's profile, a PNG's without one by its gamma and primaries (gAMA, cHRM); what is damaged,
-says sRGB or has over 4 MB changes no pixel. What a PNG says in text is not unpacked. A JPEG of more than 50 megapixels is
-decoded at half its width.
+Colours are converted by the picture's profile, a PNG's without one by its gamma and primaries (gAMA, cHRM); what is
+damaged, says sRGB or has over 4 MB changes no pixel. What a PNG says in text is not unpacked. A JPEG of more than 50
+megapixels is decoded at half its width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000  # 200 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
 MAX_JPEG = 4 * MAX_PIXELS  # of a JPEG in one scan, decoded at half its width; of several, all would lie in memory
 MAX_BYTES = 200_000_000
-MAX_PASSES = 2_000_000_000  # pixels times scans of a progressive JPEG: 40 scans of the largest photo, which has 10; 3 s
+# pixels times scans of a progressive JPEG: 40 scans of the largest photo, which has 10; 3 s
+MAX_PASSES = 2_000_000_000
 MAX_PIECES = 100_000  # chunks or segments of a file: a PNG of 200 MB has 25,000; each costs Pillow some microseconds
 MAX_EXIF = 16  # segments of EXIF in a JPEG, which has one; Pillow joins them, and each joining copies what there was
 MAX_PROFILE = 4_000_000  # bytes of an ICC profile; a printer's have 0.5 to 3 MB
@@ -303,8 +304,8 @@ def _to_srgb(profile: bytes, space: str) -> Any:
 
 
 def _profile_of(gamma: float, places: tuple[float, ...] | None, space: str) -> bytes:
-    """A colour profile that says what a PNG's gAMA and cHRM say; nothing where that can't be meant. Both are one's claim:
-    primaries alone change nothing, and a gamma alone is about sRGB's primaries.
+    """A colour profile that says what a PNG's gAMA and cHRM say; nothing where that can't be meant. Both are one's
+    claim: primaries alone change nothing, and a gamma alone is about sRGB's primaries.
     """
     if not GAMMAS[0] <= gamma <= GAMMAS[1]:
         return b""

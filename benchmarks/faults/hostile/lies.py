@@ -1,6 +1,7 @@
 """What a hostile site may reply: by name, what is done to an honest reply before it leaves.
 
-A reply is our own (the adapter is one array of bytes) or that of a plain FedAvg app (an array a tensor); a lie is the same to both.
+A reply is our own (the adapter is one array of bytes) or that of a plain FedAvg app (an array a tensor); a lie is the
+same to both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ BOMB = 40 * 10**9  # bytes that the array of one small chunk says it has
 
 @dataclass
 class Update:
-    """A reply before it is put on the wire. sent: the adapter that the hub sent; kept: where the first round's reply was put aside."""
+    """A reply before it is put on the wire. sent: the adapter that the hub sent; kept: where the first round's reply
+    was put aside.
+    """
 
     adapter: dict[str, torch.Tensor]
     metrics: dict
@@ -92,7 +95,9 @@ def tell(name: str, content: RecordDict, sent: RecordDict, kept: Path) -> None:
     else:
         record = ArrayRecord(update.adapter)
     if update.raw:
-        record[min(record)] = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"\x93NUMPY garbage" * 1000)
+        record[min(record)] = Array(
+            dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"\x93NUMPY garbage" * 1000
+        )
     content["arrays"] = record
 
 
@@ -100,7 +105,8 @@ def _adapter(record: ArrayRecord) -> dict[str, torch.Tensor]:
     return load(record[OURS].numpy().tobytes()) if OURS in record else dict(record.to_torch_state_dict())
 
 
-# --- lies below Flower's records: what an array looks like on the wire -----------------------------------------------------------
+# --- lies below Flower's records: what an array looks like on the wire
+# -----------------------------------------------------------
 
 
 def garble(deflate: Callable[[Array], bytes], array: Array) -> bytes:

@@ -1,6 +1,8 @@
-"""A site that does wrong: this folder on a SuperNode's PYTHONPATH, and BOUQUET_WRONG names a file of JSON, {round: what it does}.
+"""A site that does wrong: this folder on a SuperNode's PYTHONPATH, and BOUQUET_WRONG names a file of JSON, {round:
+what it does}.
 
-In the ClientApp's process: a lie of lies.py, or no GPU memory in the training step. In the SuperNode's: the first reply of all, sent again.
+In the ClientApp's process: a lie of lies.py, or no GPU memory in the training step. In the SuperNode's: the first
+reply of all, sent again.
 """
 
 import json
@@ -79,7 +81,8 @@ def _outcome(call, *args) -> str:
         return repr(error)
 
 
-if FILE.name and ("flwr-clientapp" in PROGRAM or "multiprocessing.forkserver" in PROGRAM):  # a ClientApp, or what it is forked from
+# a ClientApp, or what it is forked from
+if FILE.name and ("flwr-clientapp" in PROGRAM or "multiprocessing.forkserver" in PROGRAM):
     lying_client()
 elif FILE.name and "bouquet.flower.supernode" in PROGRAM:
     replaying_supernode()

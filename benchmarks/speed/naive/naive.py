@@ -1,7 +1,8 @@
 """A federated LoRA fine-tuning as quickstarts write it, made correct: the plain contender of scripts/bench.
 
-Each train message loads the whole pipeline, reads and encodes its images in every step, and trains; a second message loads it
-again and evaluates. Flower's own FedAvg and send_and_receive. Unlike the quickstart's, its global adapter is applied.
+Each train message loads the whole pipeline, reads and encodes its images in every step, and trains; a second message
+loads it again and evaluates. Flower's own FedAvg and send_and_receive. Unlike the quickstart's, its global adapter is
+applied.
 """
 
 import json
@@ -46,7 +47,11 @@ def pipeline(folder: str, config: dict):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
     rank = config["rank"]
-    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    pipe.unet.add_adapter(
+        LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+        )
+    )
     return pipe
 
 
@@ -59,11 +64,23 @@ def encode(pipe, folder: str, rows: list[dict], size: int):
     import torch
     from PIL import Image
 
-    images = [np.asarray(Image.open(Path(folder) / row["file_name"]).convert("RGB").resize((size, size))) / 127.5 - 1 for row in rows]
+    images = [
+        np.asarray(Image.open(Path(folder) / row["file_name"]).convert("RGB").resize((size, size))) / 127.5 - 1
+        for row in rows
+    ]
     pixels = torch.tensor(np.stack(images), dtype=torch.float32).permute(0, 3, 1, 2)
-    tokens = pipe.tokenizer([row["text"] for row in rows], padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt")
+    tokens = pipe.tokenizer(
+        [row["text"] for row in rows],
+        padding="max_length",
+        truncation=True,
+        max_length=pipe.tokenizer.model_max_length,
+        return_tensors="pt",
+    )
     with torch.no_grad():
-        return pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor, pipe.text_encoder(tokens.input_ids)[0]
+        return (
+            pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor,
+            pipe.text_encoder(tokens.input_ids)[0],
+        )
 
 
 def loss_of(pipe, latents, text, t):
@@ -126,7 +143,11 @@ def evaluate(message: Message, context) -> Message:
         watch.lap("encode")
         with torch.no_grad():
             for part in range(4):
-                total += loss_of(pipe, latents, text, torch.randint(part * 250, part * 250 + 250, (len(batch),))).item() * len(batch) / 4
+                total += (
+                    loss_of(pipe, latents, text, torch.randint(part * 250, part * 250 + 250, (len(batch),))).item()
+                    * len(batch)
+                    / 4
+                )
         watch.lap("evaluate")
     metrics = {"num-examples": len(rows), "eval-loss": total / len(rows)} | watch.numbers()
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
@@ -167,7 +188,9 @@ class Timed(FedAvg):
 
     def note(self, replies) -> list:
         replies = list(replies)
-        self.rounds[-1]["messages"] += [{"node": r.metadata.src_node_id, **r.content["metrics"]} for r in replies if r.has_content()]
+        self.rounds[-1]["messages"] += [
+            {"node": r.metadata.src_node_id, **r.content["metrics"]} for r in replies if r.has_content()
+        ]
         return replies
 
 
@@ -176,7 +199,10 @@ def main(grid, context) -> None:
     from peft import get_peft_model_state_dict
 
     config, folder = dict(context.run_config), Path(os.environ["BOUQUET_ADAPTERS"])
-    start = {k: v.contiguous() for k, v in get_peft_model_state_dict(pipeline(os.environ["BOUQUET_MODELS"], config).unet).items()}
+    start = {
+        k: v.contiguous()
+        for k, v in get_peft_model_state_dict(pipeline(os.environ["BOUQUET_MODELS"], config).unet).items()
+    }
     strategy = Timed(folder / f"{context.run_id}.json", int(os.environ["BENCH_SITES"]))
     strategy.time_transfer(grid)
     strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=config["rounds"], timeout=3600)

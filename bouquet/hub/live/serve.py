@@ -4,7 +4,8 @@
   docker compose --profile dashboard up -d --wait page     the same where the hub runs in containers
 
 It only shows: it has no form, and answers nothing but GET. Starting, stopping and admitting stay on the command line.
-Enters: the runs' folders, and the hub's list of sites. Leaves: pages. Errors: HOST-04 (the port is taken), LIVE-01 (no folder of runs here).
+Enters: the runs' folders, and the hub's list of sites. Leaves: pages. Errors: HOST-04 (the port is taken), LIVE-01 (no
+folder of runs here).
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ def serve(host: str = "127.0.0.1", port: int = PORT) -> None:
     runs, door = folder(), listen(host, port)
     with door, Sites() as sites:
         print(f"live: http://127.0.0.1:{door.getsockname()[1]}   Ctrl-C ends it", flush=True)
-        config = uvicorn.Config(application(runs, sites.now), log_level="warning", server_header=False, access_log=False, lifespan="off", ws="none")
+        config = uvicorn.Config(
+            application(runs, sites.now),
+            log_level="warning",
+            server_header=False,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+        )
         try:
             uvicorn.Server(config).run(sockets=[door])
         except KeyboardInterrupt:
@@ -42,7 +50,11 @@ def folder() -> Path:
             "LIVE-01",
             "There is no folder of runs here.",
             found=f"no {found}" if found else "this hub runs in containers, and its runs are on a volume",
-            fix="docker compose --profile dashboard up -d --wait page" if found is None else "start a run first, or set BOUQUET_ADAPTERS",
+            fix=(
+                "docker compose --profile dashboard up -d --wait page"
+                if found is None
+                else "start a run first, or set BOUQUET_ADAPTERS"
+            ),
         )
     return found
 

@@ -4,8 +4,9 @@
   /runs/RUN                  that run's report
   /runs/RUN/NAME             one file of its result (of view.FILES, no other)
 
-Whoever can open it is on the hub's host: it listens on loopback. A page of somebody else's in the operator's browser can neither read it
-(no CORS, and the Host header must be a loopback name, against DNS rebinding) nor change anything (GET alone).
+Whoever can open it is on the hub's host: it listens on loopback. A page of somebody else's in the operator's browser
+can neither read it (no CORS, and the Host header must be a loopback name, against DNS rebinding) nor change anything
+(GET alone).
 Enters: the folder of runs, what is known of the sites. Leaves: a Starlette application.
 """
 
@@ -33,8 +34,10 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; style-src-attr 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; style-src-attr 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+    ),
 }
 
 
@@ -59,14 +62,20 @@ def application(runs: Path, sites: Callable[[], Known]) -> Starlette:
             text = page.page(reading.read(folder))
         except BouquetError as error:
             return PlainTextResponse(error.report(), 500, headers=HEADERS)
-        return HTMLResponse(text, headers=HEADERS | {"Content-Security-Policy": "frame-ancestors 'none'"})  # the report has its own
+        # the report has its own
+        return HTMLResponse(text, headers=HEADERS | {"Content-Security-Policy": "frame-ancestors 'none'"})
 
     def file(request: Request) -> Response:
         folder, place = seen.folder(request.path_params["run"]), view.FILES.get(request.path_params["name"])
         if folder is None or place is None or not (found := folder / place).is_file():
             return missing(request)
         name = f"{folder.name}-{found.name}"
-        return FileResponse(found, headers=HEADERS, filename=name, content_disposition_type="inline" if found.suffix == ".png" else "attachment")
+        return FileResponse(
+            found,
+            headers=HEADERS,
+            filename=name,
+            content_disposition_type="inline" if found.suffix == ".png" else "attachment",
+        )
 
     def part(request: Request) -> Response:
         name = request.path_params["name"]

@@ -1,6 +1,7 @@
 """The hub's list of sites, asked for in the background, so that no page waits for the hub.
 
-Enters: the SuperLink's Control API, by the connection that flwr uses. Leaves: `Known`. Errors: none; a hub that does not answer is said.
+Enters: the SuperLink's Control API, by the connection that flwr uses. Leaves: `Known`. Errors: none; a hub that does
+not answer is said.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What the hub's page shows, worked out from the runs' folders and the list of sites; the template shows it.
 
-Enters: the folder of runs, `Known` sites. Leaves: HTML. A file is read again when it has changed, a chart drawn again when a round is done.
+Enters: the folder of runs, `Known` sites. Leaves: HTML. A file is read again when it has changed, a chart drawn again
+when a round is done.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class Seen:
         if not run.validation:
             return None
         mean = [(entry["after_round"], entry["weighted"]) for entry in run.validation]
-        return Markup(charts.lines([run.losses(name) for name in run.names], mean, "rounds trained", "Validation loss by site and round"))
+        return Markup(
+            charts.lines(
+                [run.losses(name) for name in run.names], mean, "rounds trained", "Validation loss by site and round"
+            )
+        )
 
     @cached_property
     def legend(self) -> list[dict[str, str]]:
@@ -64,7 +69,10 @@ class Seen:
         if not cut or "prompts" not in cut:
             return []
         names = ["base model", f"round {cut['rounds'][-1]}"] if len(cut["rounds"]) > 1 else ["base model"]
-        return [{"text": p["text"], "pictures": list(zip(names, (p["pictures"][0], p["pictures"][-1]), strict=False))} for p in cut["prompts"]]
+        return [
+            {"text": p["text"], "pictures": list(zip(names, (p["pictures"][0], p["pictures"][-1]), strict=False))}
+            for p in cut["prompts"]
+        ]
 
     @cached_property
     def files(self) -> list[str]:
@@ -79,7 +87,9 @@ class Seen:
         """Seconds, at the median pace of the rounds so far."""
         if not self.run.rounds or self.run.state != "running":
             return None
-        return statistics.median(entry["seconds"] for entry in self.run.rounds) * (self.run.wanted - len(self.run.rounds))
+        return statistics.median(entry["seconds"] for entry in self.run.rounds) * (
+            self.run.wanted - len(self.run.rounds)
+        )
 
     @property
     def until(self) -> str:
@@ -109,7 +119,11 @@ class Runs:
     def folder(self, name: str) -> Path | None:
         """That run's; None where there is no such run, whatever the name is."""
         folder = self.root / name
-        return folder if name.isdecimal() and len(name) < 40 and not folder.is_symlink() and (folder / "history.json").is_file() else None
+        return (
+            folder
+            if name.isdecimal() and len(name) < 40 and not folder.is_symlink() and (folder / "history.json").is_file()
+            else None
+        )
 
     def all(self) -> list[Seen]:
         """Those that can be read: a run may be writing its first file, or be taken away."""
@@ -151,7 +165,11 @@ def sites(every: list[Seen], known: Known) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for site in known.sites or ():
         seen = datetime.fromisoformat(site.seen) if site.seen else None
-        rows[site.name] = {"name": site.name, "state": site.state, "seen": f"{seen:%Y-%m-%d %H:%M UTC}" if seen and site.state != "online" else ""}
+        rows[site.name] = {
+            "name": site.name,
+            "state": site.state,
+            "seen": f"{seen:%Y-%m-%d %H:%M UTC}" if seen and site.state != "online" else "",
+        }
     done = roster.deeds(seen.run.history for seen in reversed(every))
     for name in {*rows, *done}:
         row = rows.setdefault(name, {"name": name, "state": "", "seen": ""})

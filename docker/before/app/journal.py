@@ -1,4 +1,6 @@
-"""For join kits of version 0.1, whose `./site` runs this module; new ones run `bouquet site journal`. Goes with version 0.3."""
+"""For join kits of version 0.1, whose `./site` runs this module; new ones run `bouquet site journal`. Goes with version
+0.3.
+"""
 
 import sys
 
