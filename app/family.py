@@ -23,25 +23,20 @@ from app.errors import ModelError
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 LARGEST = 64_000_000  # bytes of a text file: a tokenizer's are some
 PREDICTED = ("epsilon", "v_prediction")
-BETAS = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-)  # no class of diffusers' agrees with all others on what is meant where one is missing
+# no class of diffusers' agrees with all others on what is meant where one is missing
+BETAS = ("beta_start", "beta_end", "beta_schedule")
 SCHEDULES = (  # noise by betas as DDPMScheduler does, however they draw; the rest is flow matching, EDM or distilled
-    "DDIMScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler "
-    "EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler KDPM2AncestralDiscreteScheduler "
-    "KDPM2DiscreteScheduler LMSDiscreteScheduler PNDMScheduler UniPCMultistepScheduler"
-).split()
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+    "PNDMScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
 ADDED = (  # what a UNet may want beside a text
-    "addition_embed_type class_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type time_cond_proj_dim"
-).split()
-SD_VAE = [
-    128,
-    256,
-    512,
-    512,
-]  # Stable Diffusion's own autoencoder, whose scaling factor (0.18215) older folders do not say
+    "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)  # fmt: skip
+# Stable Diffusion's own autoencoder, whose scaling factor (0.18215) older folders do not say
+SD_VAE = [128, 256, 512, 512]
 
 Settings = dict[str, dict[str, Any]]  # by part, and "index"
 

@@ -69,7 +69,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two names change places at once, so that neither is ever missing; False where the system or its disk cannot."""
+    """Let two names change places at once, so that neither is ever missing; False where system or disk cannot."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

@@ -324,7 +324,7 @@ def add_adapter(unet: torch.nn.Module, config: RunConfig) -> None:
 
 
 def add_layers(net: torch.nn.Module, adapter: Adapter) -> None:
-    """Room for that very adapter on a frozen net, whatever its layers. Errors: ADAPTER-01 (the net has no such layer)."""
+    """Room for that very adapter on a frozen net, whatever its layers. Errors: ADAPTER-01 (no such layer)."""
     from peft import LoraConfig
 
     layers, known = sorted({key.rsplit(".lora_", 1)[0] for key in adapter}), dict(net.named_modules())

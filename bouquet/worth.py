@@ -71,8 +71,15 @@ def alike(runs: list[Path]) -> list[RunConfig]:
 
 
 def measure(
-    name: str, data: Path, runs: list[Path], models: Path, cached: Path, pool: list[Path], judge: int, shown: Path | None = None
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    data: Path,
+    runs: list[Path],
+    models: Path,
+    cached: Path,
+    pool: list[Path],
+    judge: int,
+    shown: Path | None = None,
+) -> dict[str, Any]:
     """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
     from app import model
     from app.adapter import sample

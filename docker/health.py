@@ -2,7 +2,7 @@
 
 http://…, https://…   answers 200
 tcp://HOST:PORT       takes a connection
-heard:FILE            the SuperNode wrote it after an answer from the hub, less than 75 s ago (two heartbeats and a half)
+heard:FILE            the SuperNode wrote it after an answer from the hub, less than 75 s ago (2½ heartbeats)
 """
 
 import os

@@ -83,8 +83,7 @@ def below(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-# --- layers
-# ------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_module_of_the_app_has_its_layer():
@@ -103,7 +102,8 @@ def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
 
 
 SOON = (  # what only reads settings and folders
-    "app/errors", "app/config", "app/site/limits", "app/site/gpu", "app/site/client_app", "app/site/photos/*", "bouquet/site/reach", "bouquet/site/preflight",
+    "app/errors", "app/config", "app/site/limits", "app/site/gpu", "app/site/client_app", "app/site/photos/*",
+    "bouquet/site/reach", "bouquet/site/preflight",
 )  # fmt: skip
 
 
@@ -115,8 +115,7 @@ def test_what_only_reads_settings_and_folders_does_not_wait_for_torch(path):
     assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "peft", "transformers", "accelerate"}
 
 
-# --- the house
-# -----------------------------------------------------------------------------------------------------------
+# --- the house --------------------------------------------------------------------------------------------------------
 
 
 def test_a_sites_half_never_imports_the_hubs_nor_the_hubs_a_sites():
@@ -150,8 +149,7 @@ def test_what_a_run_is_started_from_has_no_app_of_its_own_which_would_run_instea
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-# --- the bundle
-# --------------------------------------------------------------------------------------------------------
+# --- the bundle -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
@@ -178,8 +176,7 @@ def test_the_bundle_holds_the_apps_code_and_nothing_of_a_sites_or_the_hubs(tmp_p
     assert b"anna.png" not in everything
 
 
-# --- settings that stand in two places
-# -----------------------------------------------------------------------------------
+# --- settings that stand in two places --------------------------------------------------------------------------------
 
 
 def test_pyprojects_run_config_is_the_apps_defaults():
@@ -233,8 +230,7 @@ def test_every_error_code_has_a_heading_in_troubleshooting_and_no_heading_is_lef
     assert sorted(set(headings) - codes()) == [], "these headings are of no code"
 
 
-# --- what is not in the repository
-# -----------------------------------------------------------------------------------------
+# --- what is not in the repository ------------------------------------------------------------------------------------
 
 
 def forbidden(tree: ast.AST) -> set[str]:

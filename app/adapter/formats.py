@@ -2,7 +2,7 @@
 
     final/adapter_model.safetensors, adapter_config.json   PEFT       PeftModel.from_pretrained(unet, folder)
     final/pytorch_lora_weights.safetensors                 diffusers  pipe.load_lora_weights(folder)
-    final/kohya.safetensors                                ComfyUI, A1111 and others that name tensors as kohya's trainer does
+    final/kohya.safetensors                                ComfyUI, A1111, whoever names tensors as kohya does
     final/provenance.json                                  the run, its sites, images, base model and versions
     final/fp16/                                            the same adapter files in half precision, half the size
 
@@ -101,7 +101,10 @@ def write_final(run: Path, adapter: Adapter, config: RunConfig, provenance: dict
 
 
 def merge(base: Path, file: LoraFile, target: Path) -> None:
-    """The base model with the LoRA in its weights: a pipeline folder that needs no LoRA. Errors: EXPORT-04, ADAPTER-01."""
+    """The base model with the LoRA in its weights: a pipeline folder that needs no LoRA.
+
+    Errors: EXPORT-04, ADAPTER-01.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AdapterError(
             "EXPORT-04", "The folder for the merged model is in use.", found=f"{target} exists", fix="name a new folder"
@@ -116,7 +119,10 @@ def merge(base: Path, file: LoraFile, target: Path) -> None:
 
 
 def read_lora(path: Path) -> Lora:
-    """A LoRA file as an adapter that a run can train: the UNet's alone, in layers of `lora-targets`. Errors: EXPORT-03."""
+    """A LoRA file as an adapter that a run can train: the UNet's alone, in layers of `lora-targets`.
+
+    Errors: EXPORT-03.
+    """
     file = lora_files.read(path)
     layers = sorted({key.rsplit(".lora_", 1)[0] for key in file.unet})
     everywhere = tuple(f".{layer}" for layer in LORA_TARGETS["attention+resnet"])

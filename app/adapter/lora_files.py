@@ -64,15 +64,12 @@ MOST_BYTES, MOST_NUMBERS, MOST_TENSORS = 2**31, 2**29, 10_000  # of a file; as f
 MOST_RANK = 512  # config.lora_rank's
 MOST_NOTES = 2**26  # bytes of a JSON file beside it; the longest is a run's history
 JOINED = (  # names with an underscore of their own
-    "down_blocks up_blocks mid_block transformer_blocks conv_shortcut time_emb_proj proj_in proj_out conv_in conv_out "
-    "time_embedding linear_1 linear_2 text_model self_attn q_proj k_proj v_proj out_proj"
-).split()
-UNLIKE = (
-    "use_dora",
-    "fan_in_fan_out",
-    "layer_replication",
-    "modules_to_save",
-)  # settings of PEFT's with which it is no plain LoRA
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "conv_shortcut", "time_emb_proj", "proj_in",
+    "proj_out", "conv_in", "conv_out", "time_embedding", "linear_1", "linear_2", "text_model", "self_attn",
+    "q_proj", "k_proj", "v_proj", "out_proj",
+)  # fmt: skip
+# settings of PEFT's with which it is no plain LoRA
+UNLIKE = ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save")
 Layers = dict[tuple[str, str], dict[str, Any]]  # (net, module): its A, B and alpha, as keys or tensors
 
 
@@ -183,18 +180,15 @@ def _ranks(path: Path, file: Any, layers: Layers) -> None:
         if a[0] != b[1] or a[0] > MOST_RANK:
             raise refused(path, f"ranks {a[0]} and {b[1]} in {module}, which may have one up to {MOST_RANK}")
     widest = _widest({place: a for place, (a, _) in shapes.items()})
-    if (
-        sum(widest[net] * (math.prod(a) // a[0] + math.prod(b) // b[1]) for (net, _), (a, b) in shapes.items())
-        > MOST_NUMBERS
-    ):
+    numbers = sum(widest[net] * (math.prod(a) // a[0] + math.prod(b) // b[1]) for (net, _), (a, b) in shapes.items())
+    if numbers > MOST_NUMBERS:
         raise refused(path, f"with rank {max(widest.values())} in every layer it has over {MOST_NUMBERS} numbers")
 
 
 def _widest(shapes: dict[tuple[str, str], Any]) -> dict[str, int]:
     """The largest rank of each net, from the shapes of the A."""
-    return {
-        net: max(shape[0] for (net_, _), shape in shapes.items() if net_ == net) for net in {net for net, _ in shapes}
-    }
+    nets = {net for net, _ in shapes}
+    return {net: max(shape[0] for (owner, _), shape in shapes.items() if owner == net) for net in nets}
 
 
 def _place(path: Path, key: str) -> tuple[str, str, str, bool]:

@@ -16,8 +16,8 @@ from app.adapter.lora_files import LoraFile, shaped
 from app.config import RunConfig
 from app.model import Adapter
 
-# pixels between pictures, and from line to line of a name
-INK, PAPER, GAP, LINE = (40, 40, 40), (255, 255, 255), 6, 17
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+GAP, LINE = 6, 17  # pixels between pictures, and from line to line of a name
 BATCH = 8  # pictures at a time
 
 
@@ -123,7 +123,7 @@ def render(
 
 
 def scaled(adapter: Adapter, strength: float) -> Adapter:
-    """The adapter at a share of its strength: what `pipe.set_adapters(name, strength)` and `<lora:name:strength>` do."""
+    """The adapter at a share of its strength, as `pipe.set_adapters(name, strength)` and `<lora:name:strength>` do."""
     return {key: value * strength if ".lora_B." in key else value for key, value in adapter.items()}
 
 
@@ -144,7 +144,7 @@ def wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 def grid(
     rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str], column_names: Sequence[str], cell: int = 128
 ) -> Image.Image:
-    """A sheet of pictures with a name beside each row and above each column; no name comes nearer than 12 to the next."""
+    """A sheet of pictures, a name beside each row and above each column; no name comes nearer than 12 to the next."""
     font = ImageFont.load_default(12)
     left = 12 + max(int(font.getlength(name)) for name in row_names)
     heads = [wrapped(name, font, cell + GAP - 12) for name in column_names]

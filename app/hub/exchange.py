@@ -8,6 +8,7 @@ not known while a site works: Flower's SuperNode takes no other message until it
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -125,7 +126,7 @@ class Exchange:
     def send(
         self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0
     ) -> tuple[list[guard.Reply], list[dict[str, str]]]:
-        """One try: every site that is there gets one message; those that have not answered by the deadline are refused."""
+        """One try: every site that is there gets one message; who has not answered by the deadline is refused."""
         nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
         arrays = wire.pack(adapter, self.config.wire_precision)
         content = RecordDict(
@@ -280,10 +281,8 @@ class Exchange:
     def note(self, **news: Any) -> None:
         """Say on the shared volume what the run is doing; a full disk does not stop it."""
         self.status |= news | {"time": time.time()}
-        try:
+        with contextlib.suppress(OSError):
             files.write_json(self.file, self.status)
-        except OSError:
-            pass
 
     def _note_who(self, replies: Iterable[guard.Reply], missing: Iterable[int]) -> None:
         took = {self.name(node): round(self.lasted[node], 1) for node in missing if node in self.lasted}

@@ -106,7 +106,7 @@ class Run:
         print(f"bouquet: finished  adapter {final}  seconds {time.time() - self.began:.0f}", flush=True)
 
     def rounds(self) -> model.Adapter:
-        """Every round from the first one, or from where another run stopped; then one evaluation of the last aggregate."""
+        """Every round from the first, or from where another run stopped; then one evaluation of the last aggregate."""
         done, adapter, state = self.start()
         adapter = wire.rounded(adapter, self.config.wire_precision)
         strategy = Strategy(self.config, state)
@@ -134,18 +134,14 @@ class Run:
         source = volume.find_run(self.folder.parent, self.config.resume)
         done = volume.written_rounds(source)[-1]
         history = text.tidy(json.loads((source / "history.json").read_text()))  # an older version may have written it
-        now, then = (
-            {name: settings[name] for name in SAME} for settings in (self.history["config"], history["config"])
-        )
+        now, then = ({name: own[name] for name in SAME} for own in (self.history["config"], history["config"]))
         base, before = self.history["base"], history["base"]
-        if (
-            now != then
-            or base["name"] != before["name"]
-            or not model.is_base(self.base, base["fingerprint"], before["fingerprint"])
-        ):
-            other = [name.replace("_", "-") for name in SAME if now[name] != then[name]] or [
-                "the base model's fingerprint"
-            ]
+        same_base = base["name"] == before["name"] and model.is_base(
+            self.base, base["fingerprint"], before["fingerprint"]
+        )
+        if now != then or not same_base:
+            changed = [name.replace("_", "-") for name in SAME if now[name] != then[name]]
+            other = changed or ["the base model's fingerprint"]
             raise HubError(
                 "HUB-08",
                 f"That run cannot go on with another {', '.join(other)}.",

@@ -144,11 +144,8 @@ def pinned(pin: str, found: list[Device]) -> Device:
     GPU-03.
     """
     shown = ", ".join(f"{device.name} {device.uuid}" for device in found) or "none"
-    if (
-        not found
-        or not PIN.fullmatch(pin.strip())
-        or (pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found))
-    ):
+    other = pin.startswith("GPU-") and not any(device.uuid.startswith(pin) for device in found)
+    if not found or not PIN.fullmatch(pin.strip()) or other:
         raise GpuError(
             "GPU-02",
             "The pinned GPU is not visible here.",

@@ -3,9 +3,10 @@
 Signing says who wrote the code; limits say what that code may be told to do. A site gives them where no run can reach,
 as `limits` of its node config (SITE_LIMITS in its .env), words separated by spaces:
 
-  max-KEY=NUMBER, min-KEY=NUMBER   the most and the least of any numeric run-config key: max-local-steps=200 min-batch-size=8
-  base-models=NAME,NAME            the base models that it lends
-  min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week    below; with a default where photos are private
+  max-KEY=NUMBER, min-KEY=NUMBER         the most and the least of any numeric run-config key: max-local-steps=200
+  base-models=NAME,NAME                  the base models that it lends
+  min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week
+                                         below; with a default where photos are private
 
 The more photos a number is about, and the fewer numbers there are, the less it says of one photo.
 Errors: TRUST-03 (a run asks for what the site does not allow), TRUST-04 (a limit that cannot be read limits
@@ -135,6 +136,9 @@ class Limits:
                 )
 
 
+NO_LIMITS = Limits()
+
+
 def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:
     for name, bound in bounds.items():
         if name in OWN:
@@ -167,7 +171,7 @@ def _unreadable(word: str, name: str) -> SiteError:
 
 
 def wants_checkpointing(env: Mapping[str, str]) -> bool:
-    """Whether the site trains with gradient checkpointing whatever a run says (SITE_CHECKPOINTING). Errors: CHECK-09."""
+    """Whether the site has gradient checkpointing on whatever a run says (SITE_CHECKPOINTING). Errors: CHECK-09."""
     if (value := env.get("SITE_CHECKPOINTING", "").lower()) in ("1", "true"):
         return True
     if value in ("", "0", "false"):

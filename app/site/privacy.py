@@ -52,7 +52,7 @@ class Privacy:
         return "private" if self.secret else "public"
 
     def digest(self, text: str) -> bytes:
-        """32 bytes that follow from the text, and that nobody without the secret can tell from chance (HMAC, RFC 2104)."""
+        """32 bytes that follow from the text; without the secret nobody can tell them from chance (HMAC, RFC 2104)."""
         if not self.secret:
             return hashlib.sha256(text.encode()).digest()
         return hmac.digest(self.secret, text.encode(), "sha256")

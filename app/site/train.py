@@ -18,7 +18,7 @@ from app import model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.site import cache, diffusion, privacy
-from app.site.limits import Limits
+from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data
 
 # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
@@ -63,9 +63,17 @@ class Site:
     """One site's model and encoded photos, ready to take a round, and another one."""
 
     def __init__(
-        self, config: RunConfig, models: Path, folder: Path, cached: Path, base_fingerprint: str, began: float | None = None,
-        *, limits: Limits = Limits(), secret: privacy.Secret = privacy.Secret.KEPT,
-    ) -> None:  # fmt: skip
+        self,
+        config: RunConfig,
+        models: Path,
+        folder: Path,
+        cached: Path,
+        base_fingerprint: str,
+        began: float | None = None,
+        *,
+        limits: Limits = NO_LIMITS,
+        secret: privacy.Secret = privacy.Secret.KEPT,
+    ) -> None:
         """As `get_ready`, for the first time."""
         self.config, self.models, self.folder, self.cached = config, models, folder, cached
         self.limits, self.secret = limits, secret
@@ -86,21 +94,16 @@ class Site:
         base = model.locate(self.config.base_model, self.models)
         sums = model.fingerprint(base, self.cached)
         check_base(self.config.base_model, base, sums["base"], base_fingerprint)
-        if (
-            now := (
-                sums["vae"],
-                sums["text_encoder"],
-                sums["tokenizer"],
-                data.stamp(self.folder),
-                privacy.stamp(self.folder),
-            )
-        ) != self.encoded_from:
+        encoders = (sums["vae"], sums["text_encoder"], sums["tokenizer"])
+        encode_from = (*encoders, data.stamp(self.folder), privacy.stamp(self.folder))
+        if encode_from != self.encoded_from:
             self._encode(base, sums)
-            self.encoded_from = now
+            self.encoded_from = encode_from
         self.clock.lap("encode")
-        if (now := (sums["unet"], sums["scheduler"])) != self.loaded_from:
+        load_from = (sums["unet"], sums["scheduler"])
+        if load_from != self.loaded_from:
             self.scheduler, self.unet = load(base, self.config, self.accelerator)
-            self.loaded_from = now
+            self.loaded_from = load_from
         self.clock.lap("load")
 
     def _encode(self, base: Path, sums: dict[str, str]) -> None:

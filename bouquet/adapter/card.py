@@ -42,7 +42,7 @@ def card(
     under: str,
     base_id: str,
 ) -> str:
-    """`pictures` are (prompt, path in the repository); the first prompt is the instance prompt. `base_id` may be empty."""
+    """`pictures` are (prompt, path in the repository); the first prompt is the instance prompt. `base_id`: or ''."""
     from huggingface_hub import ModelCard, ModelCardData
 
     prompt = pictures[0][0] if pictures else ""
@@ -108,8 +108,8 @@ def cell(value: Any) -> str:
 
 BODY = """# {name}
 
-A LoRA adapter of `{base}`, trained by several sites together with Bouquet (federated learning on Flower). Each site trained on its
-own photos; the photos did not leave the sites, and a hub averaged the adapters.
+A LoRA adapter of `{base}`, trained by several sites together with Bouquet (federated learning on Flower). Each site
+trained on its own photos; the photos did not leave the sites, and a hub averaged the adapters.
 
 {picture}## Load it
 
@@ -121,10 +121,10 @@ pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
 pipe("{prompt}", height={side}, width={side}, guidance_scale={guidance}).images[0].save("picture.png")
 ```
 
-ComfyUI: put `kohya.safetensors` into `models/loras/` under a name of your choice and add a *Load LoRA* node. A1111: put it into
-`models/Lora/` and write `<lora:name:1>` into the prompt. In both, choose `{base}` as the checkpoint. `adapter_model.safetensors` is
-for PEFT; `fp16/` holds the same files at half the size. All of them draw the same picture, which was checked before they were
-uploaded.
+ComfyUI: put `kohya.safetensors` into `models/loras/` under a name of your choice and add a *Load LoRA* node. A1111: put
+it into `models/Lora/` and write `<lora:name:1>` into the prompt. In both, choose `{base}` as the checkpoint.
+`adapter_model.safetensors` is for PEFT; `fp16/` holds the same files at half the size. All of them draw the same
+picture, which was checked before they were uploaded.
 
 ## Where it comes from
 
@@ -134,8 +134,8 @@ uploaded.
 
 ## Limits
 
-- What the sites' photos show, and who chose them, is known at the sites alone. The adapter inherits their gaps, and the base
-  model's.
+- What the sites' photos show, and who chose them, is known at the sites alone. The adapter inherits their gaps, and the
+  base model's.
 - An adapter can remember photos it was trained on. Averaging over sites does not rule that out.
 - It only means something on the base model above (compare the SHA-256), around {side} × {side} pixels.
 - Licence: {under}, as of the base model. Where that licence restricts uses, the same restrictions hold for the adapter.

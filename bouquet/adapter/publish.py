@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
-    os.environ.setdefault(name, value)
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from app import text
 from app.errors import AdapterError, ModelError
@@ -101,7 +102,7 @@ def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, An
 
 
 def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, str]]:
-    """images/ with a picture for each of the run's prompts, and a sheet without and with the adapter: (prompt, path)."""
+    """images/ with a picture for each of the run's prompts, and a sheet before and after: (prompt, path)."""
     from app.adapter import sample
 
     (final / "images").mkdir(exist_ok=True)

@@ -231,9 +231,9 @@ def _owner(place: str) -> tuple[Any, str]:
 def _others(owner: Any, own: Any) -> Iterator[str]:
     """Modules of Flower that hold the same function under a name of their own."""
     for name, module in list(sys.modules.items()):
-        if callable(own) and inspect.ismodule(owner) and name.startswith("flwr.") and module is not owner:
-            if any(value is own for value in list(vars(module).values())):
-                yield name
+        theirs = callable(own) and inspect.ismodule(owner) and name.startswith("flwr.") and module is not owner
+        if theirs and any(value is own for value in list(vars(module).values())):
+            yield name
 
 
 def _sees(place: str, spelled: str, new: Any) -> bool:

@@ -68,8 +68,7 @@ def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
     return silent
 
 
-# --- the fork server
-# ---------------------------------------------------------------------------------------------------
+# --- the fork server --------------------------------------------------------------------------------------------------
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -87,8 +86,7 @@ def server() -> multiprocessing.context.BaseContext:
     return fork
 
 
-# --- in a worker
-# ---------------------------------------------------------------------------------------------------------
+# --- in a worker ------------------------------------------------------------------------------------------------------
 
 
 def work(orders: Connection, keep: bool) -> None:
@@ -150,8 +148,7 @@ def watched_already(arguments: list[str]) -> list[str]:
     return arguments[:at] + arguments[at + 2 :]
 
 
-# --- in the SuperExec
-# ----------------------------------------------------------------------------------------------------
+# --- in the SuperExec -------------------------------------------------------------------------------------------------
 
 
 class Worker:

@@ -109,7 +109,7 @@ def refused(node: int, what: str) -> FlowerError:
 
 
 def wait_for_database() -> None:
-    """Wait for a locked database, longer than Flower's 5 s: its SuperExec ends, with the run, on the first error 500."""
+    """Wait longer for a locked database than Flower's 5 s: its SuperExec ends, and the run, on the first error 500."""
     seams.take(seams.SQLITE_PRAGMAS, lambda flowers: (*flowers, ("busy_timeout", str(BUSY))))
 
 

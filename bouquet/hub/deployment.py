@@ -23,14 +23,14 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-TELL = 15.0  # seconds between two lines about a hub that still starts
-
 from pathspec import GitIgnoreSpec
 
 from app import text
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.hub.runs import BIN, QUIET, nodes_online
+
+TELL = 15.0  # seconds between two lines about a hub that still starts
 
 
 class Compose:
@@ -76,9 +76,16 @@ class Processes:
     """The deployment as processes on loopback, for hosts without Docker. All state lies under `home`."""
 
     def __init__(
-        self, home: Path, certs: Path, port: int, sites: Mapping[str, Path], env: Mapping[str, str] = {}, trusted: Path | None = None,
-        models: Path = ROOT / "models", gpus: Mapping[str, str] = {},
-    ) -> None:  # fmt: skip
+        self,
+        home: Path,
+        certs: Path,
+        port: int,
+        sites: Mapping[str, Path],
+        env: Mapping[str, str] = {},
+        trusted: Path | None = None,
+        models: Path = ROOT / "models",
+        gpus: Mapping[str, str] = {},
+    ) -> None:
         """sites: name -> data folder; env: additions to every process's environment; trusted: the publishers that the
         sites pin. gpus: site -> the one GPU that it sees, by nvidia-smi's index or UUID, or none; a site that is not
         in it sees them all.
@@ -91,8 +98,8 @@ class Processes:
         self.env = {
             "SITE_LIMITS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(models), "BOUQUET_ADMITTED": str(certs / "admitted"),
-            "BOUQUET_SIGNATURES": str(self.signatures), **env,
+            "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(models),
+            "BOUQUET_ADMITTED": str(certs / "admitted"), "BOUQUET_SIGNATURES": str(self.signatures), **env,
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads, "DOLLAR": "$"}
         self.pins = {site: pin(gpu) for site, gpu in gpus.items()}
@@ -157,13 +164,14 @@ class Processes:
         self._spawn(name, [
             sys.executable, "-m", "bouquet.flower.supernode", f"--superlink={hub or self.address}",
             f"--root-certificates={literal(self.certs)}/ca.crt",
-            f"--auth-supernode-private-key={literal(self.certs)}/{name}.key", "--host=127.0.0.1", f"--port={free_port()}",
+            f"--auth-supernode-private-key={literal(self.certs)}/{name}.key",
+            "--host=127.0.0.1", f"--port={free_port()}",
             "--node-config=" + " ".join(f'{key}="{value}"' for key, value in settings.items()),
             *([f"--trusted-entities={literal(self.trusted)}"] if self.trusted else []),
         ], self.site_env | self.pins.get(name, {}))  # fmt: skip
 
     def wait_until_online(self, count: int, timeout: float = 90) -> None:
-        """Wait for `count` sites. A site that was killed may come back only after 66 s, when its old session has ended."""
+        """Wait for `count` sites. A site that was killed may come back after 66 s, when its old session has ended."""
         end = time.monotonic() + timeout
         while (online := nodes_online()) < count:
             dead = [name for name in self.sites if name in self.running and self.running[name].poll() is not None]
@@ -206,9 +214,14 @@ class Processes:
             log = (self.logs / f"{name}.log").open("w")
         with log:
             self.running[name] = subprocess.Popen(
-                [str(part) for part in command], cwd=self.home, env=self.env | env, stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                [str(part) for part in command],
+                cwd=self.home,
+                env=self.env | env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._note_pids()
 
     def _note_pids(self) -> None:

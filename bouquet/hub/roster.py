@@ -10,7 +10,7 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def site_of(node: Any) -> Site:
     state = {"registered": "admitted", "unregistered": "revoked"}.get(node.status, node.status)
     seen = node.last_deactivated_at or node.unregistered_at * bool(node.last_activated_at) or None
     if state == "online":
-        seen = datetime.fromtimestamp(node.online_until - PATIENCE * node.heartbeat_interval, timezone.utc).isoformat()
+        seen = datetime.fromtimestamp(node.online_until - PATIENCE * node.heartbeat_interval, UTC).isoformat()
     return Site(text.line(node.name, 80) or key.fingerprint, state, seen, key, node.node_id)
 
 

@@ -63,7 +63,7 @@ def flwr(*args: str) -> dict:
 
 
 def start_run(run_config: str = "") -> str:
-    """`flwr run . remote-deployment`, after a check of the run config that names the wrong key. Returns the run's id."""
+    """`flwr run . remote-deployment`, after a check of the run config that names a wrong key. Returns the run's id."""
     from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 
     from app.config import RunConfig

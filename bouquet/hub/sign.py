@@ -59,7 +59,8 @@ def sign_all(apps: list[bytes], key: Path, to: Path, again: bool, now: int) -> t
         digests = [hashlib.sha256(content) for content in apps]
         files = [to / f"{digest.hexdigest()}.json" for digest in digests]
         records = [read(file).get(publisher_id(public)) for file in files]
-        if not all(is_good(one, it.digest(), public) and is_young(one, now, DAYS) for one, it in zip(records, digests)):
+        both = zip(records, digests, strict=True)
+        if not all(is_good(one, it.digest(), public) and is_young(one, now, DAYS) for one, it in both):
             raise
         return public, files
     return private.public_key(), [sign(content, private, to, again=again, now=now) for content in apps]

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def early(told: control.Told) -> dict[str, Any]:
         "rounds": {"done": 0, "wanted": None},
         "round": None,
         "try": None,
-        "since": datetime.fromisoformat(told.since).astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "since": datetime.fromisoformat(told.since).astimezone(UTC).isoformat(timespec="seconds"),
         "deadline": None,
         "for": WAITS.get(told.state),
         "replied": [],
@@ -192,7 +192,7 @@ def working(site: str, facts: dict[str, Any], now: float) -> str:
 
 
 def _utc(seconds: float | None) -> str | None:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat() if seconds is not None else None
+    return datetime.fromtimestamp(seconds, UTC).isoformat() if seconds is not None else None
 
 
 def _clock(time_: str) -> str:

@@ -123,7 +123,7 @@ def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
 
 
 def _svg(draw, title: str, height: float = 3.0) -> str:
-    """The drawing as an <svg> that may stand in HTML: no ids that clash, no metadata, no colours or fonts of its own."""
+    """The drawing as an <svg> that may stand in HTML: no clashing ids, no metadata; the page gives colours, fonts."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title, "svg.id": None}):
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(figure.subplots())

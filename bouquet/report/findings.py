@@ -117,11 +117,10 @@ def scales(file: Path) -> set[float] | None:
     try:
         with safe_open(file, "numpy") as opened:
             notes = opened.metadata() or {}
+            keys = list(opened.keys())
             alphas = {
-                key.removesuffix(".alpha"): float(opened.get_tensor(key))
-                for key in opened.keys()
-                if key.endswith(".alpha")
-            }  # noqa: SIM118
+                key.removesuffix(".alpha"): float(opened.get_tensor(key)) for key in keys if key.endswith(".alpha")
+            }
             ranks = {
                 key.split(part)[0]: opened.get_slice(key).get_shape()[0]
                 for key in opened.keys()  # noqa: SIM118
@@ -257,16 +256,16 @@ def busy(metrics: dict[str, float]) -> float:
 def set_aside(run: Run) -> Iterator[str]:
     if not run.rounds:
         return
-    for site, metrics in run.rounds[-1]["sites"].items():
+    for site, numbers in run.rounds[-1]["sites"].items():
         bad = {
             name.removeprefix("photos-"): int(count)
-            for name, count in metrics.items()
+            for name, count in numbers.items()
             if name.startswith("photos-") and count
         }
         if bad:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
             yield f"{site} set aside {sum(bad.values())} of its files ({reasons}); its own log names them."
-        if cut := int(metrics.get("captions-cut", 0)):
+        if cut := int(numbers.get("captions-cut", 0)):
             yield (
                 f"{site} has {cut} photos with captions longer than the base model reads: it learned from their"
                 " beginnings."

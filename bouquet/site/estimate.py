@@ -45,14 +45,14 @@ ON_CPU = 2.0
 # What torch.autocast("cuda", torch.bfloat16) computes in bfloat16 and what in float32, as far as diffusers' nets use
 # it; all else keeps the types that come. Source: torch 2.13, ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP,
 # AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE.
-LOWER = frozenset(
-    "conv1d conv2d conv3d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm einsum"
-    " scaled_dot_product_attention".split()
-)
-WHOLE = frozenset(
-    "group_norm layer_norm rms_norm interpolate softmax log_softmax sum norm exp log pow __pow__ rsqrt reciprocal"
-    " mse_loss".split()
-)
+LOWER = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "__matmul__", "mm", "bmm", "addmm",
+    "baddbmm", "einsum", "scaled_dot_product_attention",
+))  # fmt: skip
+WHOLE = frozenset((
+    "group_norm", "layer_norm", "rms_norm", "interpolate", "softmax", "log_softmax", "sum", "norm", "exp", "log",
+    "pow", "__pow__", "rsqrt", "reciprocal", "mse_loss",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,10 @@ class Preflight:
     """The checks, in order; each returns its line's text, or raises Warn, Skip or a BouquetError."""
 
     NEEDS = {  # check: what must not have failed before
-        "name": (), "gpu": (), "driver": ("gpu",), "others": ("gpu",), "disk": (), "hub": (), "clock": ("hub",), "key": ("clock",),
-        "model": (), "data": (), "memory": ("gpu", "model", "data"), "decode": ("data",), "step": ("driver", "disk", "memory", "decode"),
+        "name": (), "gpu": (), "driver": ("gpu",), "others": ("gpu",), "disk": (),
+        "hub": (), "clock": ("hub",), "key": ("clock",),
+        "model": (), "data": (), "memory": ("gpu", "model", "data"),
+        "decode": ("data",), "step": ("driver", "disk", "memory", "decode"),
     }  # fmt: skip
     SLOW = ("decode", "step")
 
@@ -389,7 +391,7 @@ class Preflight:
         )
 
     def check_step(self) -> str:
-        """A real step on real photos: encoded afresh in a folder of its own, so that the site's cache stays as it is."""
+        """A real step on real photos, encoded afresh in a folder of its own: the site's cache stays as it is."""
         import torch
 
         from app import model, quiet

@@ -80,10 +80,11 @@ def _ask(hub: str, ca: Path) -> tuple[dict, str]:
             seen["certificate"] = info["return_value"].get_extra_info("ssl_object").getpeercert()
 
     try:
-        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
-            # whatever it sends, its head is enough
-            with client.stream("GET", f"https://{hub}/", extensions={"trace": look}) as answer:
-                return seen["certificate"], answer.headers.get("date", "")
+        with (
+            httpx.Client(verify=context, timeout=TIMEOUT) as client,
+            client.stream("GET", f"https://{hub}/", extensions={"trace": look}) as answer,
+        ):  # whatever it sends, its head is enough
+            return seen["certificate"], answer.headers.get("date", "")
     except httpx.HTTPError as error:
         if "certificate" in seen:  # TLS is as it should be; what it says is another check's
             return seen["certificate"], ""

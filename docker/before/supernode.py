@@ -1,4 +1,4 @@
-"""For join kits of version 0.1, whose compose.yaml starts this file; new ones start the module. Goes with version 0.3."""
+"""For join kits of version 0.1, whose compose.yaml starts this file; new ones start the module. Goes with 0.3."""
 
 import runpy
 

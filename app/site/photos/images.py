@@ -266,7 +266,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture in 8 bits, 65535 being 255; where it names a grey that is transparent, with transparency."""
+    """A 16-bit grey picture in 8 bits, 65535 being 255; where it names one grey transparent, with alpha."""
     grey, clear = np.asarray(image), image.info.get("transparency")
     eight = Image.fromarray(np.rint(np.arange(65536) / 257).astype(np.uint8)[grey])
     if isinstance(clear, int):

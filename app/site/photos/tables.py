@@ -54,7 +54,10 @@ class Row:
 
 
 def rows(root: Path, name: str) -> Iterator[Row]:
-    """Every row of the file `name` below `root`, in order. Errors: TableError, NoPictures; BadImage: cannot be opened."""
+    """Every row of the file `name` below `root`, in order.
+
+    Errors: TableError, NoPictures; BadImage (it cannot be opened).
+    """
     _open.cache_clear()  # the file may be another one than the last time
     try:
         table = _open(root, name)

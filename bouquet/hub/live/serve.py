@@ -10,6 +10,7 @@ folder of runs here).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from pathlib import Path
@@ -37,10 +38,8 @@ def serve(host: str = "127.0.0.1", port: int = PORT) -> None:
             lifespan="off",
             ws="none",
         )
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[door])
-        except KeyboardInterrupt:
-            pass
 
 
 def folder() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def clock(seconds: float) -> str:
     """A time of the hub, UTC; '' for none."""
     if not seconds:
         return ""
-    then = datetime.fromtimestamp(seconds, timezone.utc)
+    then = datetime.fromtimestamp(seconds, UTC)
     return f"{then:%H:%M:%S} UTC" if time.time() - seconds < 43_200 else f"{then:%Y-%m-%d %H:%M} UTC"
 
 
