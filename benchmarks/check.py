@@ -265,7 +265,7 @@ def farthest(adapter: Adapter, weighted: list[tuple[int, Adapter]]) -> float:
 
 
 def latest(evidence: Evidence) -> Iterator[str]:
-    """`latest`, where there is one, is a finished run with its final adapter; this run, if it was the last to finish."""
+    """`latest`, where there is one, is a finished run with its final adapter; this run, if it finished last."""
     link = evidence.volume / "latest"
     if not link.is_symlink():
         if evidence.history()["state"] == "finished":

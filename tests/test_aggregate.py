@@ -277,9 +277,9 @@ def test_without_a_bound_every_length_is_taken():
 # -------------------------------------------------------------------------------------------------------------
 
 
-def weights(images: dict[str, int], admitted: dict[str, int] = {}, share: float = 0.8) -> dict[str, int]:
+def weights(images: dict[str, int], admitted: dict[str, int] | None = None, share: float = 0.8) -> dict[str, int]:
     replies = [guard.Reply(site, None, count, {}) for site, count in images.items()]
-    return {r.site: r.images for r in guard.weigh(replies, admitted, share)}
+    return {r.site: r.images for r in guard.weigh(replies, admitted or {}, share)}
 
 
 def test_a_site_weighs_no_more_than_it_was_admitted_with():

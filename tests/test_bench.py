@@ -257,7 +257,8 @@ RUN = {  # what the page says: how it is run here, and the first words of a row 
     "scripts/bench gpu --device cpu --tiny": ("scripts/bench gpu --device cpu --tiny", "| ours, 8 images |"),
 }
 QUICK = "scripts/bench --quick --plot phases.png"
-SLOW = {QUICK, "scripts/bench --plot docs/performance/phases.png"}  # the first below; the second is it at full size
+# the first below, at the smallest sizes; the second is it at full size
+SLOW = {QUICK, "scripts/bench --plot docs/performance/phases.png"}
 # their dry runs on the CPU: above, and tests/test_accept.py
 ON_A_GPU = {"scripts/bench gpu", "scripts/bench gpu-tries", "scripts/bench accept"}
 
@@ -287,6 +288,7 @@ def test_a_command_gives_its_table(command, tmp_path):
 def test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars(tmp_path):
     asked = [
         *QUICK.replace("phases.png", str(tmp_path / "phases.png")).split(),
+        "--tiny",
         "--repeats=1",
         "--rounds=2",
         f"--json={tmp_path / 'found.json'}",

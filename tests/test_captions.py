@@ -29,7 +29,7 @@ def picture(number: int) -> bytes:
 
 
 def put(folder: Path, files: dict[str, str | bytes]) -> Path:
-    """Files by name; a text as UTF-8, the pictures `0.jpg`, `1.jpg` … of the folders named in "pictures" distinct ones."""
+    """Files by name; a text as UTF-8, the pictures `0.jpg`, `1.jpg` … of the folders in "pictures" distinct ones."""
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,8 +339,8 @@ def test_a_template_of_several_lines_is_refused_and_not_joined(tmp_path, text, n
 
 
 LABELS = {
-    "rose/train/1.jpg": "rose", "train/rose/1.jpg": "rose", "data/Images/moon_orchid/1.jpg": "moon orchid", "12_rose/1.jpg": "rose",
-    "2024/1.jpg": "2024", "train/1.jpg": None, "1.jpg": None,
+    "rose/train/1.jpg": "rose", "train/rose/1.jpg": "rose", "data/Images/moon_orchid/1.jpg": "moon orchid",
+    "12_rose/1.jpg": "rose", "2024/1.jpg": "2024", "train/1.jpg": None, "1.jpg": None,
 }  # fmt: skip
 
 
@@ -400,10 +400,11 @@ def test_a_pointer_in_place_of_a_file_is_called_one(tmp_path):
 # --- everything else --------------------------------------------------------------------------------------------------
 
 SYSTEM = (
-    "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/a.jpg", "$RECYCLE.BIN/a.jpg", "__MACOSX/a.jpg", ".Trash-1000/a.jpg", "lost+found/a.jpg",
-    "System Volume Information/a.jpg", ".thumbnails/a.jpg", "@Recycle/a.jpg", "._0.jpg", "Thumbs.db", "desktop.ini", ".DS_Store", "Icon\r",
-    "0.jpg~", "2.jpg.part", "2.jpg.crdownload", "~$notes.docx", "0.sync-conflict-20260101-120000-ABCDEFG.jpg",
-    "0 (Anna's conflicted copy 2026-01-01).jpg", "sub/#snapshot/a.jpg", "cache-12.arrow",
+    "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/a.jpg", "$RECYCLE.BIN/a.jpg", "__MACOSX/a.jpg", ".Trash-1000/a.jpg",
+    "lost+found/a.jpg", "System Volume Information/a.jpg", ".thumbnails/a.jpg", "@Recycle/a.jpg", "._0.jpg",
+    "Thumbs.db", "desktop.ini", ".DS_Store", "Icon\r", "0.jpg~", "2.jpg.part", "2.jpg.crdownload", "~$notes.docx",
+    "0.sync-conflict-20260101-120000-ABCDEFG.jpg", "0 (Anna's conflicted copy 2026-01-01).jpg", "sub/#snapshot/a.jpg",
+    "cache-12.arrow",
 )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def test_in_half_precision_hub_and_sites_speak_of_the_same_numbers_in_half_the_b
     assert all(
         model.adapter_hash(adapter) == model.adapter_hash(wire.rounded(adapter, "fp16")) for adapter in kept.values()
     )
-    for _, number, message in federation.grid.sent[2:4]:
+    for _, _, message in federation.grid.sent[2:4]:
         assert model.adapter_hash(wire.unpack(message.content["arrays"], "fp16")) == two["started_from"]
     numbers = sum(value.numel() for value in tiny.fresh().values())
     for whole, half in zip(finished[0].grid.came[:4], federation.grid.came[:4], strict=True):

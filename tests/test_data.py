@@ -66,7 +66,7 @@ def imagefolder(folder: Path, rows: dict[str, str], extra: dict[str, bytes] | No
         put(folder, name, encoded(flat((number, 40, 80))))
     for name, data in (extra or {}).items():
         put(folder, name, data)
-    listed = rows | {name: "an extra" for name in extra or {}}
+    listed = rows | dict.fromkeys(extra or {}, "an extra")
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in listed.items()]
     put(folder, "metadata.jsonl", "\n".join(lines).encode())
     return folder
@@ -309,7 +309,7 @@ def test_every_colour_mode_becomes_the_right_rgb(name):
 
 
 def test_16_bit_grey_is_scaled_so_that_white_stays_white_and_every_8_bit_tone_comes_back():
-    """257 · 255 = 65535; a tone between two goes to the nearer one, where the upper byte alone would be the lower one."""
+    """257 · 255 = 65535; a tone between two goes to the nearer one, where the upper byte alone is the lower one."""
     grey = np.array(
         [[257 * 0, 257 * 1, 257 * 127, 257 * 254, 65535], [128, 129, 0x80FF, 65407, 65406]], dtype=np.uint16
     )

@@ -137,8 +137,8 @@ class Host:
         (self.state / "docker").write_text(DOCKER)
         (self.state / "docker").chmod(0o755)
 
-    def has(self, containers: list[tuple[str, Path]] = [], volumes: tuple[str, ...] = ()) -> None:
-        lines = [f"c{number} {project} {folder}\n" for number, (project, folder) in enumerate(containers)]
+    def has(self, containers: list[tuple[str, Path]] | None = None, volumes: tuple[str, ...] = ()) -> None:
+        lines = [f"c{number} {project} {folder}\n" for number, (project, folder) in enumerate(containers or [])]
         (self.state / "containers").write_text("".join(lines))
         (self.state / "volumes").write_text("".join(f"{project}_state {project}\n" for project in volumes))
 
@@ -283,7 +283,8 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
     )
     assert given["--trusted-entities"] == f"{odd}/trusted.yaml"
     assert parse_config_args([given["--node-config"]]) == {
-        "site-name": "garden", "data-path": str(odd), "models-path": f"{odd}/models", "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4",
+        "site-name": "garden", "data-path": str(odd), "models-path": f"{odd}/models",
+        "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4",
     }  # fmt: skip
 
 

@@ -342,8 +342,9 @@ def test_the_demo_takes_folders_as_people_write_them_and_gives_each_site_its_own
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [
-        'export HUB_PORT="8500" # public', "SITE_1_DATA=~/photos", "SITE_2_DATA = '/srv/my photos'", "# SITE_3_DATA=/old",
-        "SITE_1_LIMITS='max-local-steps=200 min-batch-size=8'", "SITE_2_TRUST_DAYS=90", "SITE_2_CHECKPOINTING=1", "SITE_2_GPU=none", "SITE_KEEP=0",
+        'export HUB_PORT="8500" # public', "SITE_1_DATA=~/photos", "SITE_2_DATA = '/srv/my photos'",
+        "# SITE_3_DATA=/old", "SITE_1_LIMITS='max-local-steps=200 min-batch-size=8'", "SITE_2_TRUST_DAYS=90",
+        "SITE_2_CHECKPOINTING=1", "SITE_2_GPU=none", "SITE_KEEP=0",
     ]  # fmt: skip
     (tmp_path / ".env").write_text("\r\n".join(lines) + "\r\n")
     monkeypatch.setattr(demo, "ROOT", tmp_path)

@@ -1,4 +1,4 @@
-"""Flower's config.toml belongs to its user: our one entry in it, whatever is there already, and nothing else changed."""
+"""Flower's config.toml belongs to its user: our one entry in it, whatever is there already, nothing else changed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_a_file_with_a_mark_of_its_byte_order_is_read_and_one_in_a_string_is_lef
     )
     connected(file)
     assert tomllib.loads(file.read_text()) == {
-        "note": "[superlink.remote-deployment]\naddress = 1\n", "superlink": {"x": {"address": "x:1"}, CONNECTION: OURS},
+        "note": "[superlink.remote-deployment]\naddress = 1\n",
+        "superlink": {"x": {"address": "x:1"}, CONNECTION: OURS},
     }  # fmt: skip
 
 

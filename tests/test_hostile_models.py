@@ -1,4 +1,4 @@
-"""Base models, LoRA files and settings that somebody made to break a reader: each is refused by name, and costs little."""
+"""Base models, LoRA files and settings that somebody made to break a reader: refused by name, at little cost."""
 
 from __future__ import annotations
 

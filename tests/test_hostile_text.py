@@ -130,7 +130,7 @@ class Told(NamedTuple):
 
 
 def tamper(site: str, number: str, reply: Message) -> Message:
-    """site-1 takes part under a hostile name, with such a GPU and unknown metrics; site-2 fails with a hostile reason."""
+    """site-1 takes part under a hostile name, with such a GPU and unknown metrics; site-2's reason is hostile."""
     if site == "site-2":
         reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(code=100, reason=FIELD.replace("\ud800", ""))
         return reply

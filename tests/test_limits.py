@@ -28,8 +28,8 @@ def refusal(code: str, limits: Limits, check: str, *args, **named) -> SiteError:
 
 @pytest.mark.parametrize(
     "limits",
-    ["", "  ", "max-local-steps=60", "max-learning-rate=3e-3 max-local-steps=60.5", "base-models=sd,mini", "min-batch-size=16 min-local-steps=1",
-     "min-batch-size=8 max-batch-size=16", "min-held-out=20 max-runs-a-week=1"],
+    ["", "  ", "max-local-steps=60", "max-learning-rate=3e-3 max-local-steps=60.5", "base-models=sd,mini",
+     "min-batch-size=16 min-local-steps=1", "min-batch-size=8 max-batch-size=16", "min-held-out=20 max-runs-a-week=1"],
 )  # fmt: skip
 def test_a_run_within_the_limits_is_taken(limits):
     Limits.read(limits).check(RUN)
@@ -57,9 +57,10 @@ def test_a_run_outside_is_refused_by_the_keys_name_and_the_limit_stays_at_the_si
 
 @pytest.mark.parametrize(
     "limits",
-    ["max-local-step=500", "local-steps=500", "max-base-model=1", "base-model=mini", "max-local-steps", "max-local-steps=", "max-local-steps:500",
-     "max-local-steps = 500", "max-local-steps=many", "base-models=", "base-models=mini,", "$SITE_LIMITS", "base-models=mini,max-rounds=100 max-seed",
-     "min-base-model=1", "min-batch=8", "max-held-out=3"],
+    ["max-local-step=500", "local-steps=500", "max-base-model=1", "base-model=mini", "max-local-steps",
+     "max-local-steps=", "max-local-steps:500", "max-local-steps = 500", "max-local-steps=many", "base-models=",
+     "base-models=mini,", "$SITE_LIMITS", "base-models=mini,max-rounds=100 max-seed", "min-base-model=1",
+     "min-batch=8", "max-held-out=3"],
 )  # fmt: skip
 def test_a_limit_with_a_slip_stops_every_run_rather_than_limiting_nothing(limits):
     with pytest.raises(SiteError, match="TRUST-04"):

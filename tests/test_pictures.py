@@ -87,9 +87,11 @@ FORMATS = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subs
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_wide_photos_colours_are_those_it_means(space, format):
     picture = Image.fromarray(stored(SCENE, space).round().astype(np.uint8))
-    apart = lambda data: np.linalg.norm(
-        lab(np.asarray(rgb(data)).astype(float)) - lab(SCENE.astype(float)), axis=-1
-    ).mean()  # noqa: E731
+
+    def apart(data: bytes) -> float:
+        seen = lab(np.asarray(rgb(data)).astype(float))
+        return np.linalg.norm(seen - lab(SCENE.astype(float)), axis=-1).mean()
+
     assert apart(encoded(picture, format, icc_profile=profile(space), **FORMATS[format])) < (
         1.2 if format == "JPEG" else 0.4
     )
@@ -112,9 +114,11 @@ def test_a_palettes_colours_are_converted():
 
 NO_PROFILE = {  # bytes that change no pixel
     "none": None, "empty": b"", "text": b"profile", "cut off": profile("Adobe RGB")[:200], "zeros": bytes(4000),
-    "a header alone": profile("Adobe RGB")[:128], "of grey": profile("Adobe RGB")[:16] + b"GRAY" + profile("Adobe RGB")[20:],
-    "a link of two devices": profile("Adobe RGB")[:12] + b"link" + profile("Adobe RGB")[16:], "noise": bytes(range(256)) * 8,
-    "tags that point nowhere": profile("Adobe RGB")[:132] + b"\xff" * 120, "too large": profile("Adobe RGB") + bytes(images.MAX_PROFILE),
+    "a header alone": profile("Adobe RGB")[:128],
+    "of grey": profile("Adobe RGB")[:16] + b"GRAY" + profile("Adobe RGB")[20:],
+    "a link of two devices": profile("Adobe RGB")[:12] + b"link" + profile("Adobe RGB")[16:],
+    "noise": bytes(range(256)) * 8, "tags that point nowhere": profile("Adobe RGB")[:132] + b"\xff" * 120,
+    "too large": profile("Adobe RGB") + bytes(images.MAX_PROFILE),
     "sRGB of another maker": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
 }  # fmt: skip
 
@@ -132,7 +136,7 @@ def test_a_profile_that_is_damaged_or_says_srgb_changes_no_pixel(name, mode):
 
 
 def test_a_photo_without_a_profile_is_read_as_it_always_was():
-    """sha256 of the pixels by the code before colours were converted: 3 channels, 16 bits, palette, transparency, CMYK."""
+    """sha256 of the pixels before colours were converted: 3 channels, 16 bits, palette, transparency, CMYK."""
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     colour = Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1))
     some = [colour, colour.quantize(16), Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) * 257)]

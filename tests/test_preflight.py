@@ -270,9 +270,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "cache").mkdir()
     (tmp_path / "site.key").touch(0o600)
     env = {
-        "SITE_NAME": "site-1", "BOUQUET_DATA": str(tiny.site(tmp_path / "photos")), "BOUQUET_MODELS": str(tiny.models()),
-        "BOUQUET_CACHE": str(tmp_path / "cache"), "BASE_FINGERPRINT": model.fingerprint(tiny.base())["base"],
-        "CA": "/nowhere/ca.crt", "HUB": "localhost:1", "SITE_KEY": str(tmp_path / "site.key"), "SITE_GPU": "none", "RUN_CONFIG": RUN,
+        "SITE_NAME": "site-1", "BOUQUET_DATA": str(tiny.site(tmp_path / "photos")),
+        "BOUQUET_MODELS": str(tiny.models()), "BOUQUET_CACHE": str(tmp_path / "cache"),
+        "BASE_FINGERPRINT": model.fingerprint(tiny.base())["base"], "CA": "/nowhere/ca.crt", "HUB": "localhost:1",
+        "SITE_KEY": str(tmp_path / "site.key"), "SITE_GPU": "none", "RUN_CONFIG": RUN,
     }  # fmt: skip
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -304,8 +305,9 @@ def test_a_site_that_is_ready_passes_every_check_and_sees_a_steps_seconds(
     assert cli.main(["site", "check"]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("bouquet: encoded")]
     assert [line.split()[:2] for line in shown[:-1]] == [
-        ["pass", "name"], ["pass", "gpu"], ["skip", "driver"], ["skip", "others"], ["pass", "disk"], ["pass", "hub"], ["pass", "clock"],
-        ["pass", "key"], ["pass", "model"], ["pass", "data"], ["pass", "memory"], ["pass", "decode"], ["pass", "step"],
+        ["pass", "name"], ["pass", "gpu"], ["skip", "driver"], ["skip", "others"], ["pass", "disk"], ["pass", "hub"],
+        ["pass", "clock"], ["pass", "key"], ["pass", "model"], ["pass", "data"], ["pass", "memory"], ["pass", "decode"],
+        ["pass", "step"],
     ]  # fmt: skip
     assert "s a step on the CPU, 4 images each; peak memory" in shown[-2]
     assert shown[-1] == "ready: 11 pass, 2 skip"

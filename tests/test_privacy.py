@@ -25,6 +25,7 @@ from tests.kit.memory import Federation
 
 SECRET = bytes(range(32))
 PRIVATE = Privacy(SECRET)
+NO_LIMITS = Limits()
 NO_FLOORS = Limits.read("min-held-out=1 min-photos=1 min-step-images=1 min-local-steps=1")
 
 
@@ -33,7 +34,7 @@ def photos(count: int, start: int = 0) -> tuple[Photo, ...]:
     return tuple(Photo(key, "a rose", "x.png", bytes) for key in keys)
 
 
-def site(folder: Path, limits: Limits = Limits(), secret: Secret = Secret.MADE, **changes) -> train.Site:
+def site(folder: Path, limits: Limits = NO_LIMITS, secret: Secret = Secret.MADE, **changes) -> train.Site:
     """A site with private photos, as a message of a run finds it; its cache is `cache` beside its folder."""
     return train.Site(
         tiny.config(**{"local_steps": 4, **changes}),
@@ -56,11 +57,10 @@ def folder(tmp_path) -> Path:
 
 
 def guesses(base_site: train.Site) -> list[float]:
-    """For every photo, were it the only one held out: the loss that the hub computes for it from what everybody knows."""
+    """For every photo, were it the only one held out: the loss the hub computes for it from what all know."""
     losses = []
-    for number, known in [
-        (number, known) for known in (base_site.train, base_site.held_out) for number in range(len(known.keys))
-    ]:
+    every = [(part, number) for part in (base_site.train, base_site.held_out) for number in range(len(part.keys))]
+    for known, number in every:
         one = torch.tensor([number])
         alone = type(known)(
             known.latents_NChw[one], known.texts_MTD, known.text_N[one], known.blank_TD, [known.keys[number]]
@@ -309,8 +309,11 @@ def test_what_leaves_and_what_is_logged_has_nothing_of_the_secret(private_run, c
     said = "".join(capfd.readouterr())
     for name in ("site-1", "site-2"):
         secret = (federation.root / "cache" / name / privacy.FILE).read_text().strip()
-        left = b"".join(json.dumps(dict(r.content["metrics"])).encode() + bytes(r.content["arrays"]["adapter.safetensors"].data) for _, _, r in
-                        federation.grid.came if "arrays" in r.content)  # fmt: skip
+        left = b"".join(
+            json.dumps(dict(r.content["metrics"])).encode() + bytes(r.content["arrays"]["adapter.safetensors"].data)
+            for _, _, r in federation.grid.came
+            if "arrays" in r.content
+        )
         assert secret not in said and secret.encode() not in left and bytes.fromhex(secret) not in left
         assert all(secret not in file.read_text() for file in folder.glob("*.json"))
 

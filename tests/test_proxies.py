@@ -143,9 +143,9 @@ def test_the_supernodes_own_client_takes_the_same_way(
 
     with running(Proxy()) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
-        with pytest.raises(Exception, match="501"):  # this hub knows no POST; it was reached
-            with FleetHttpClient.from_server_address(f"{FAR}:{hub}", False, authority.ca.read_bytes(), []) as client:
-                client.ActivateNode(ActivateNodeRequest())
+        client = FleetHttpClient.from_server_address(f"{FAR}:{hub}", False, authority.ca.read_bytes(), [])
+        with client, pytest.raises(Exception, match="501"):  # this hub knows no POST; it was reached
+            client.ActivateNode(ActivateNodeRequest())
     assert set(proxy.asked) == {f"{FAR}:{hub}"}
 
 
@@ -277,7 +277,7 @@ def test_a_site_whose_way_leads_through_a_proxy_is_checked_and_joins_from_a_hub_
             ), shown
             site.start()
             try:
-                wait_for(copy, "garden", "online")
+                wait_for(copy, site, "online")
             finally:
                 site.stop()
         finally:

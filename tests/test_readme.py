@@ -47,9 +47,13 @@ STOPPED = f"{SIMULATION}::test_nothing_runs_on_after_the_local_superlink_is_stop
 COMMANDS = {  # what a person types: the test that executes it, and the words by which that test's file shows it
     "scripts/demo": (DEMO, "scripts/demo"),
     "scripts/demo --engine process": (DEMO, "scripts/demo --engine process"),
-    "scripts/demo --clean": ("tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean"),
-    "scripts/demo --clean --yes": ("tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean --yes"),
-    "scripts/doctor": ("tests/test_doctor.py::test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict", "scripts/doctor"),
+    "scripts/demo --clean": (
+        "tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean"),
+    "scripts/demo --clean --yes": (
+        "tests/test_doctor.py::test_clean_removes_what_the_clone_has_made_and_no_key", "scripts/demo --clean --yes"),
+    "scripts/doctor": (
+        "tests/test_doctor.py::test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict",
+        "scripts/doctor"),
     "scripts/test": (SCRIPTS_TEST, "scripts/test"),
     'scripts/test -m "not slow"': (SCRIPTS_TEST, '-m "not slow"'),
     "scripts/test tests/test_diffusion.py": (SCRIPTS_TEST, "scripts/test tests/test_diffusion.py"),
@@ -59,15 +63,17 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     ".venv/bin/flwr run . remote-deployment --stream": (BY_HAND, ".venv/bin/flwr run . remote-deployment"),
     ".venv/bin/flwr ls remote-deployment": (PRESET, ".venv/bin/flwr ls remote-deployment"),
     "docker compose run --rm operator flwr ls remote-deployment": (
-        f"{COMPOSE}::test_the_operator_needs_no_python_on_the_host", "docker compose run --rm operator flwr ls remote-deployment"),
+        f"{COMPOSE}::test_the_operator_needs_no_python_on_the_host",
+        "docker compose run --rm operator flwr ls remote-deployment"),
     "docker compose cp serverapp:/adapters ./adapters": (BY_HAND, "docker compose cp serverapp:/adapters ./adapters"),
     "docker compose logs": (DOWN, "docker compose logs"),
     "docker compose logs supernode-1": (BY_HAND, "docker compose logs supernode-1"),
     "docker compose --profile dashboard up -d --wait page": (
-        f"{COMPOSE}::test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read", "--profile dashboard up -d --wait page"),
+        f"{COMPOSE}::test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and_may_only_read",
+        "--profile dashboard up -d --wait page"),
     "docker compose up": (DOWN, "docker compose up"),
     "docker compose stop superlink": (BACK, "docker compose stop superlink"),
-    "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'": (
+    "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'": (  # noqa: E501
         BACK, "mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db"),
     "docker compose up -d --wait gateway serverapp": (BACK, "docker compose up -d --wait gateway serverapp"),
     "docker compose ps serverapp": (BACK, "docker compose ps serverapp"),
@@ -75,31 +81,48 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "docker compose ps -a": (BY_HAND, "docker compose ps -a"),
     "docker compose down": (DOWN, "docker compose down"),
     "scripts/certs": (f"{CERTS}::test_the_server_certificate_has_the_names_that_are_used", 'sh("scripts/certs"'),
-    "scripts/certs check": (f"{CERTS}::test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca", "scripts/certs check"),
-    "scripts/certs renew": (f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
+    "scripts/certs check": (
+        f"{CERTS}::test_a_missing_name_is_named_and_making_again_adds_it_with_the_same_ca", "scripts/certs check"),
+    "scripts/certs renew": (
+        f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
     "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
     "scripts/hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
     "scripts/hub sign --again": (
         f"{TRUST}::test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again", "scripts/hub sign --again"),
-    "scripts/hub sign --key FILE": (f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
-    "scripts/hub admit NAME NAME.pub": (f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
+    "scripts/hub sign --key FILE": (
+        f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
+    "scripts/hub admit NAME NAME.pub": (
+        f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
     "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
-    "scripts/bench accept": ("tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind", '"scripts/bench", "accept"'),
-    "scripts/access": ("tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart", "scripts/access"),
-    "scripts/hub status": ("tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/hub status"),
+    "scripts/bench accept": (
+        "tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind",
+        '"scripts/bench", "accept"'),
+    "scripts/access": (
+        "tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart",
+        "scripts/access"),
+    "scripts/hub status": (
+        "tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/hub status"),
     "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
-    "scripts/report --out FILE": (f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told", "scripts/report {folder} --out"),
-    "scripts/worth": (f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site", "scripts/worth measure"),
-    "scripts/add-site 3 --data DIR": (f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
-    ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (PRESET, "--run-config app/presets/sd15.toml --stream"),
+    "scripts/report --out FILE": (
+        f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told",
+        "scripts/report {folder} --out"),
+    "scripts/worth": (
+        f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site",
+        "scripts/worth measure"),
+    "scripts/add-site 3 --data DIR": (
+        f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
+    ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (
+        PRESET, "--run-config app/presets/sd15.toml --stream"),
     "scripts/partition --dataset <name or folder> --sites 2 --out .bouquet/flowers": (
         f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<name or folder>"),
     "scripts/partition": (f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "scripts/partition"),
-    "docker/install .venv cpu simulation": (f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
+    "docker/install .venv cpu simulation": (
+        f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
     ". .venv/bin/activate": (SIMULATED, '"PATH": f"{BIN}'),
-    "export BOUQUET_DATA=$PWD/.bouquet/data BOUQUET_MODELS=$PWD/models BOUQUET_CACHE=$PWD/.bouquet/cache BOUQUET_ADAPTERS=$PWD/.bouquet/adapters": (
+    "export BOUQUET_DATA=$PWD/.bouquet/data BOUQUET_MODELS=$PWD/models BOUQUET_CACHE=$PWD/.bouquet/cache BOUQUET_ADAPTERS=$PWD/.bouquet/adapters": (  # noqa: E501
         f"{HERE}::test_the_simulation_is_given_every_folder_it_needs", "FOLDERS"),
-    "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": (SIMULATED, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"),
+    "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": (
+        SIMULATED, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"),
     "mkdir -p .bouquet/adapters": (SIMULATED, '"adapters").mkdir'),
     "flwr run . local --stream": (SIMULATED, '"run", str(ROOT), "local"'),
     'pkill -f "flower-superlink --insecure --simulation"': (STOPPED, '"flower-superlink --insecure --simulation"'),

@@ -121,8 +121,8 @@ def rich(folder: Path) -> reading.Run:
     told = history(losses={HOSTILE: [0.30, 0.20, 0.16, 0.15], "lily": [0.40, 0.30, 0.26, 0.25]})
     for entry in told["rounds"]:
         entry["refused"] = [{"site": HOSTILE, "reason": f"HUB-04  {HOSTILE}"}]
-        for metrics in entry["sites"].values():
-            metrics |= {
+        for said in entry["sites"].values():
+            said |= {
                 "update-norm": 1.5,
                 "gpu-peak-mib": 9000.0,
                 "gpu-utilisation": 91.0,
@@ -292,7 +292,7 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
         "set aside",
     ):
         assert words in table
-        assert words in inspect.getsource(findings)
+        assert words in re.sub(r'"\s+f?"', "", inspect.getsource(findings))  # where a text goes on in the next line
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -19,16 +19,16 @@ from bouquet.hub import adapters, control, roster
 from bouquet.hub import status as status_
 from bouquet.report.reading import read
 
-NOW = datetime(2026, 1, 2, 12, 0, 30, tzinfo=timezone.utc).timestamp()
+NOW = datetime(2026, 1, 2, 12, 0, 30, tzinfo=UTC).timestamp()
 
 
 def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "working", **status) -> Path:
     """A run of three rounds at two sites, of which `rounds` are done."""
     folder.mkdir(parents=True)
-    history = {"run": folder.name, "state": state, "config": {"rounds": 3}, "validation": [], "rounds": [
-        {"round": n, "seconds": 20, "sites": {"garden": {}, "meadow": {}}, "refused": [{"site": "orchard", "reason": "HUB-03  No reply within 60 s."}]}
-        for n in range(1, rounds + 1)
-    ]}  # fmt: skip
+    late = [{"site": "orchard", "reason": "HUB-03  No reply within 60 s."}]
+    done = {"seconds": 20, "sites": {"garden": {}, "meadow": {}}, "refused": late}
+    history = {"run": folder.name, "state": state, "config": {"rounds": 3}, "validation": []}
+    history["rounds"] = [{"round": n} | done for n in range(1, rounds + 1)]
     if state == "failed":
         history["error"] = "HUB-02  Too few valid replies in round 2."
     (folder / "history.json").write_text(json.dumps(history))

@@ -62,11 +62,12 @@ def test_a_few_tensors_at_a_time_give_the_same_adapter_bit_for_bit(kind, monkeyp
         monkeypatch.setattr(strategy, "MOST", most)
         calls = []
         call = strategy._call
-        monkeypatch.setattr(
-            strategy,
-            "_call",
-            lambda flower, number, replies, keys: calls.append(len(list(keys))) or call(flower, number, replies, keys),
-        )
+
+        def counted(flower, number, replies, keys, calls=calls, call=call):
+            calls.append(len(list(keys)))
+            return call(flower, number, replies, keys)
+
+        monkeypatch.setattr(strategy, "_call", counted)
         one = Strategy(tiny.config(strategy=kind))
         first = one.aggregate(1, replies, tiny.adapter(9))
         rounds.append((first, one.aggregate(2, replies, first)))

@@ -1,7 +1,7 @@
 """Attack the hub, and Flower's own quickstart beside it, and say what got through where.
 
-  scripts/access                                           both, made for this from the image that is here, and removed afterwards
-  scripts/access --ours hub.example.org:8443 --ca ca.crt [--key site.key]     a hub that runs: ours alone
+  scripts/access                                both, made from the image that is here, and removed afterwards
+  scripts/access --ours hub:8443 --ca ca.crt [--key FILE]   a hub that runs: ours alone
 
 Enters: Docker and the project's image (none with --ours); nothing of this checkout's .env, certificates or data is
 used or changed.
@@ -110,9 +110,11 @@ def main() -> int:
         print(error.report(), file=sys.stderr)
         return 2
     rows = [
-        {"group": each.group, "attack": each.name} | {name: vars(found[each.name]) if found else None for name, found in results.items()}
-        for each in ATTACKS if each.name in results["ours"]
-    ]  # fmt: skip
+        {"group": each.group, "attack": each.name}
+        | {name: vars(found[each.name]) if found else None for name, found in results.items()}
+        for each in ATTACKS
+        if each.name in results["ours"]
+    ]
     asked.json.parent.mkdir(parents=True, exist_ok=True)
     asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     through = [row["attack"] for row in rows if row["ours"]["verdict"] == THROUGH]

@@ -149,8 +149,8 @@ def false_hub(hub: Hub) -> Result:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         right, wrong = (Authority(Path(folder), name) for name in ("right", "wrong"))
         certificates = {
-            "good": right.server("127.0.0.1"), "wrong CA": wrong.server("127.0.0.1"), "expired": right.server("127.0.0.1", (-9, -1)),
-            "wrong SAN": right.server("hub.example.org"),
+            "good": right.server("127.0.0.1"), "wrong CA": wrong.server("127.0.0.1"),
+            "expired": right.server("127.0.0.1", (-9, -1)), "wrong SAN": right.server("hub.example.org"),
         }  # fmt: skip
         hubs = {name: stack.enter_context(Impostor(server_context(*files))) for name, files in certificates.items()}
         key = Path(folder, "site.key")

@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 wanted = json.loads(sys.argv[1])
 body = bytes.fromhex(wanted["head"]) + b"x" * wanted["size"]
@@ -25,10 +26,8 @@ def send(_: int) -> int:
     try:
         with tls.wrap_socket(socket.create_connection(wanted["address"].rsplit(":", 1), 30)) as link:
             link.settimeout(60)
-            try:
+            with suppress(OSError):  # refused half-way: the answer may still be there
                 link.sendall(head.encode() + body)
-            except OSError:  # refused half-way: the answer may still be there
-                pass
             return int(link.recv(4096).split()[1])
     except (OSError, IndexError, ValueError):
         return 0

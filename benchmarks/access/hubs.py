@@ -31,7 +31,8 @@ from bouquet.hub.runs import BIN
 from bouquet.hub.sign import publisher_key
 
 PARTS = (
-    "compose.yaml", "pyproject.toml", "app", "bouquet", "docker", "scripts", "certs/README.md", "benchmarks/access/stock.yaml",
+    "compose.yaml", "pyproject.toml", "app", "bouquet", "docker", "scripts", "certs/README.md",
+    "benchmarks/access/stock.yaml",
 )  # fmt: skip
 
 
@@ -84,10 +85,12 @@ class Project:
     def addresses(self) -> dict[str, str]:
         """service/network -> address of every container."""
         found = json.loads(sh("docker", "inspect", *self.compose("ps", "-q").split()))
-        return {
-            f"{each['Config']['Labels']['com.docker.compose.service']} on {network.removeprefix(self.name + '_')}": settings["IPAddress"]
-            for each in found for network, settings in each["NetworkSettings"]["Networks"].items()
-        }  # fmt: skip
+        addresses = {}
+        for each in found:
+            service = each["Config"]["Labels"]["com.docker.compose.service"]
+            for network, settings in each["NetworkSettings"]["Networks"].items():
+                addresses[f"{service} on {network.removeprefix(self.name + '_')}"] = settings["IPAddress"]
+        return addresses
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--timeout", "3")
@@ -142,8 +145,9 @@ def ours(folder: Path, network: str, host: str, settings: dict[str, str], stack:
     others = {f"control at {address}": f"{address}:{ports['CONTROL_PORT']}" for address in (host, docker0())}
     return Hub(
         Door(host, int(ports["HUB_PORT"]), ca), Door("127.0.0.1", int(ports["CONTROL_PORT"]), ca),
-        load_ssh_private_key((folder / "certs/attacker.key").read_bytes(), None), project.inside, stranger(network, settings["IMAGE"]),
-        stranger(f"{project.name}_sites", settings["IMAGE"]), others | services(project, "gateway"), "gateway:8443",
+        load_ssh_private_key((folder / "certs/attacker.key").read_bytes(), None), project.inside,
+        stranger(network, settings["IMAGE"]), stranger(f"{project.name}_sites", settings["IMAGE"]),
+        others | services(project, "gateway"), "gateway:8443",
         [sys.executable, "-m", "bouquet.flower.supernode", "--auth-supernode-private-key=SITE_KEY", "--host=127.0.0.1"],
         publisher_key(folder / "certs/publisher.key"), folder / ".bouquet/signatures",
     )  # fmt: skip
@@ -199,7 +203,7 @@ def services(project: Project, door: str) -> dict[str, str]:
     }
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -211,7 +215,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
             raise BouquetError(
                 "HOST-11",
                 "The hubs to attack could not be made.",
-                found="Flower's own hub is not up after a minute",
+                found="Flower's own hub is not up after ten minutes",
                 fix="docker compose ls; try again",
             )
         time.sleep(0.5)

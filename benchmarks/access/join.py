@@ -17,8 +17,8 @@ from benchmarks.access.attacks import REFUSED, REMAINS, Hub, Result, attack
 from benchmarks.hostile import CONTROL, FLEET, new_key, public, signed
 
 SITES_CALLS = (
-    "activate-node", "confirm-message-received", "deactivate-node", "get-fab", "get-run", "pull-messages", "pull-object", "push-messages",
-    "push-object", "send-node-heartbeat",
+    "activate-node", "confirm-message-received", "deactivate-node", "get-fab", "get-run", "pull-messages",
+    "pull-object", "push-messages", "push-object", "send-node-heartbeat",
 )  # fmt: skip
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """How a forbidden call can be spelled so that a proxy takes it for an allowed one: paths, request lines, two ends of
 one request.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass
 class Outcome:
-    """A case's one repeat: whether the run survived it, seconds from the fault to the next whole round, adapters lost."""
+    """A case's one repeat: whether the run survived it, seconds from fault to the next whole round, adapters lost."""
 
     case: str
     survived: bool

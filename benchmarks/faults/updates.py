@@ -25,7 +25,7 @@ from benchmarks import check
 from benchmarks.faults.bench import HOSTILE, RUN, Bench
 from benchmarks.faults.case import Case, judge, lost
 from benchmarks.faults.hostile import lies
-from benchmarks.faults.hub import Late
+from benchmarks.faults.hub import LIMIT, Late
 from benchmarks.faults.outcome import Outcome
 from bouquet import ROOT
 
@@ -56,15 +56,15 @@ def play(case: Case, repeats: int, names: list[str] = ALL) -> list[Outcome]:
 
 def one_run(bench: Bench, file: Path, names: list[str]) -> list[Outcome]:
     """One run, a round for each of the names."""
-    file.write_text(json.dumps({number: name for number, name in enumerate(names, FIRST)}))
+    file.write_text(json.dumps(dict(enumerate(names, FIRST))))
     bench.all_online()
     before, start = check.adapters(bench.adapters), time.monotonic()
     run = bench.start_run(RUN | {"rounds": 1 + len(names), "min-sites": 2})
     try:
-        state = bench.wait_for_end(run, 60 + 20 * len(names))
+        state = bench.wait_for_end(run, LIMIT + 20 * len(names))
     except Late as late:
         return [Outcome(name, False, problems=[str(late)]) for name in names]
-    common = judge(bench, run, state, before, time.monotonic() - start, 60 + 20 * len(names))
+    common = judge(bench, run, state, before, time.monotonic() - start, LIMIT + 20 * len(names))
     common += [f"the run ended {state}: {bench.said(run).get('error')}"] * (state != "finished:completed")
     rounds = {entry["round"]: entry for entry in bench.evidence(run).history()["rounds"]}
     outcomes = []
@@ -75,7 +75,7 @@ def one_run(bench: Bench, file: Path, names: list[str]) -> list[Outcome]:
 
 
 def verdict(name: str, entry: dict | None, log: str) -> list[str]:
-    """What is wrong with that round: the liar alone must be refused, and by name; what is no lie in the end must count."""
+    """What is wrong with that round: the liar alone must be refused, and by name; what proves no lie must count."""
     if entry is None:
         return ["there was no such round"]
     refused = [each["site"] for each in entry["refused"]]
@@ -113,7 +113,7 @@ def stock(names: list[str] = REFUSED[:-1], tell: Callable[[Outcome], None] = lam
             bench.all_online()
             run = bench.start_run(RUN | {"rounds": 2}, app)
             try:
-                state = bench.wait_for_end(run, 150)
+                state = bench.wait_for_end(run)
             except Late as late:
                 state = str(late)
             problems = [f"the run ended {state}"] * (state != "finished:completed")

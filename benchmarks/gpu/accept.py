@@ -24,6 +24,7 @@ time; 2 without a GPU; 128 + a signal's number.
   loop       scripts/bench gpu at fewer steps
              targets: twice diffusers' images/s at 8 images; at the best batch 40 % of the matrix product's rate
 
+A longer --limit is for a machine that is busy: each check then may take longer in the same proportion.
 --device cpu --tiny is a dry run, which shows that the command works and says nothing of a GPU: `memory` is skipped,
 targets are told and not judged. The base model has random weights, the photos are drawn; hub and sites are processes
 on loopback with certificates of their own. All of it lies in one temporary folder (5 GB; 50 MB with --tiny), which is
@@ -51,6 +52,7 @@ from benchmarks.gpu.accept_desk import Desk, Late, Skip, Wrong
 from benchmarks.gpu.accept_found import NO_TIME, Found, Report, Row
 from benchmarks.gpu.accept_world import BOTH, FULL, ONE, TINY, World
 
+LIMIT = 360.0  # seconds for all of it, on a machine that has nothing else to do
 ENDING = 8.0  # seconds of the limit that are kept for ending what runs
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 5.0  # seconds that a check has after its time, to end by itself
@@ -93,7 +95,7 @@ class Running(threading.Thread):
         super().__init__(daemon=True, name=name)
         self.world, self.check, self.end_of_all, self.row = world, check, end, None
         self.began = time.monotonic()
-        self.time = min(check.most, end - self.began)
+        self.time = min(check.most * world.patience, end - self.began)
         self.desk = Desk(world, self.time)
         self.start()
 
@@ -117,7 +119,7 @@ class Running(threading.Thread):
     def took(self) -> float:
         return time.monotonic() - self.began
 
-    def result(self, state: str, text: str, logs: dict[str, str] = {}) -> Row:
+    def result(self, state: str, text: str, logs: dict[str, str] | None = None) -> Row:
         """A check that the end of all time cut off was not looked at."""
         if state == "fail" and time.monotonic() >= self.end_of_all:
             state, text = "skip", f"{NO_TIME}: {text}"
@@ -220,7 +222,8 @@ def accept(args: argparse.Namespace, wanted: list[str], checks: dict[str, Check]
         try:
             report.write("running")
             folder = tempfile.TemporaryDirectory(prefix="bouquet-accept-", ignore_cleanup_errors=True)
-            with folder as home, World(Path(home), args.device, sizes) as world:
+            patience = max(1.0, args.limit / LIMIT)
+            with folder as home, World(Path(home), args.device, sizes, patience) as world:
                 world.begin({need for name in wanted for need in checks[name].needs}, BOTH if "mini" in wanted else ONE)
                 work_through(world, report, began + args.limit - ENDING, checks)
                 hold_signals()

@@ -53,7 +53,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 class Desk:
-    """One check's time and processes: all that it waits for ends with its time, and all that it started ends with it."""
+    """One check's time and processes: all it waits for ends with its time, and all it started ends with it."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self.world, self.end = world, time.monotonic() + seconds
@@ -76,6 +76,7 @@ class Desk:
 
     def until(self, what: Callable[[], Some], seconds: float, name: str, look: float = LOOK) -> Some:
         """The first true answer, asked every `look` seconds. Errors: Late, with what was waited for."""
+        seconds *= self.world.patience
         end = time.monotonic() + self.left(seconds)
         while not (found := what()):
             if time.monotonic() > end or self.world.closed:
@@ -97,8 +98,8 @@ class Desk:
             log = self.world.home / "logs" / f"{len(list((self.world.home / 'logs').iterdir()))}.log"
             with log.open("w") as errors:
                 process = Child(
-                    [str(part) for part in command], cwd=cwd, env=self.world.env() | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=errors, text=True, start_new_session=True,
+                    [str(part) for part in command], cwd=cwd, env=self.world.env() | env, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
                 )  # fmt: skip
             process.log = log
             self.world.children.add(process)

@@ -78,8 +78,9 @@ def preflight(desk: Desk) -> Found:
     world.have("photos", desk)
     config = {"base-model": "bench", "resolution": sizes.sd15_resolution, "batch-size": sizes.sd15_batch} | ADAPTER
     env = {
-        "SITE_NAME": name, "BOUQUET_DATA": world.sites[name], "BOUQUET_MODELS": world.models, "BOUQUET_CACHE": hub.caches[name],
-        "HUB": hub.address, "CA": world.certs / "ca.crt", "SITE_KEY": world.certs / f"{name}.key", "BASE_FINGERPRINT": fingerprint,
+        "SITE_NAME": name, "BOUQUET_DATA": world.sites[name], "BOUQUET_MODELS": world.models,
+        "BOUQUET_CACHE": hub.caches[name], "HUB": hub.address, "CA": world.certs / "ca.crt",
+        "SITE_KEY": world.certs / f"{name}.key", "BASE_FINGERPRINT": fingerprint,
         "RUN_CONFIG": " ".join(f"{key}={json.dumps(value)}" for key, value in config.items()),
     }  # fmt: skip
     command = [sys.executable, "-m", "bouquet", "site", "check", "--json"]

@@ -63,8 +63,9 @@ TINY = Sizes("sd15-tiny", (12, 8), 32, 32, 4, 8, 16, 4, 4, 80, 64, (2, 1, 16), 2
 class World:
     """Everything that is made once. Used as a context: what was started is ended with it, and its folder removed."""
 
-    def __init__(self, home: Path, device: str, sizes: Sizes) -> None:
-        self.home, self.device, self.sizes = home, device, sizes
+    def __init__(self, home: Path, device: str, sizes: Sizes, patience: float = 1.0) -> None:
+        """patience: by how much longer than on an idle machine everything may take."""
+        self.home, self.device, self.sizes, self.patience = home, device, sizes, patience
         self.cuda = device == "cuda"
         self.pin = first_gpu() if self.cuda else "none"
         self.models, self.certs, self.sites = (
@@ -111,7 +112,7 @@ class World:
         return desk.wait(self.made[name], f"the {name}")
 
     def _photos(self) -> None:
-        """Drawn flowers of mini's species, as large as photos: mini can learn them, and any other model can read them."""
+        """Drawn flowers of mini's species, as large as photos: mini can learn them, any other model can read them."""
         from PIL import Image
 
         from app.site import privacy
@@ -131,7 +132,7 @@ class World:
     def _base(self) -> str:
         """models/bench, and its fingerprint; sites remember a fingerprint, and it is noted for them here."""
         self._mini()
-        desk = Desk(self, 240)
+        desk = Desk(self, 240 * self.patience)
         memory = self.home / "sites" / "cache" / BOTH[0]
         asked = {"kind": self.sizes.kind, "models": str(self.models), "memory": str(memory)}
         return desk.child("base", asked)["fingerprint"]
@@ -148,7 +149,7 @@ class World:
         scripts.mkdir()
         for script in ("certs", "_lib.sh"):
             shutil.copy(ROOT / "scripts" / script, scripts)  # it makes certificates in the folder above its own
-        Desk(self, 60).command([scripts / "certs", *BOTH], self.home)
+        Desk(self, 60 * self.patience).command([scripts / "certs", *BOTH], self.home)
         home = self.home / "sites"
         for name in BOTH:
             (home / "cache" / name).mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,9 @@ def new_unet(shape: Shape, device: str) -> torch.nn.Module:
     with torch.device(device):
         torch.manual_seed(0)
         return UNet2DConditionModel(
-            sample_size=shape.side, cross_attention_dim=shape.text, block_out_channels=shape.unet, layers_per_block=shape.layers,
-            norm_num_groups=shape.groups, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * (depth - 1) + ("DownBlock2D",),
+            sample_size=shape.side, cross_attention_dim=shape.text, block_out_channels=shape.unet,
+            layers_per_block=shape.layers, norm_num_groups=shape.groups, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * (depth - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (depth - 1),
         )  # fmt: skip
 
@@ -84,12 +85,14 @@ def build_encoders(shape: Shape, device: str) -> tuple[torch.nn.Module, torch.nn
     """(autoencoder, text encoder), frozen, in the type in which diffusers' script keeps them."""
     with torch.device(device):
         vae = AutoencoderKL(
-            block_out_channels=shape.vae, layers_per_block=shape.layers, latent_channels=4, norm_num_groups=shape.groups,
-            down_block_types=("DownEncoderBlock2D",) * len(shape.vae), up_block_types=("UpDecoderBlock2D",) * len(shape.vae),
+            block_out_channels=shape.vae, layers_per_block=shape.layers, latent_channels=4,
+            norm_num_groups=shape.groups, down_block_types=("DownEncoderBlock2D",) * len(shape.vae),
+            up_block_types=("UpDecoderBlock2D",) * len(shape.vae),
         )  # fmt: skip
         text = CLIPTextModel(CLIPTextConfig(
-            hidden_size=shape.text, intermediate_size=4 * shape.text, num_hidden_layers=shape.text_layers, num_attention_heads=max(1, shape.text // 64),
-            max_position_embeddings=shape.tokens, hidden_act="quick_gelu", projection_dim=shape.text,
+            hidden_size=shape.text, intermediate_size=4 * shape.text, num_hidden_layers=shape.text_layers,
+            num_attention_heads=max(1, shape.text // 64), max_position_embeddings=shape.tokens, hidden_act="quick_gelu",
+            projection_dim=shape.text,
         ))  # fmt: skip
     if device == "cuda":
         vae, text = vae.to(torch.bfloat16), text.to(torch.bfloat16)
@@ -240,7 +243,7 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
     }
     config = RunConfig.read(settings | {"local-steps": steps, "precision": "bf16" if device == "cuda" else "fp32"})
     accelerator, scheduler, unet = train.accelerator(config), schedule(), build_unet(shape, config, device)
-    vae, text_encoder = build_encoders(shape, device)
+    encoders = list(build_encoders(shape, device))
     photos, files = random_photos(shape, 64), random_files(shape, 16)
 
     def ours(size: int, steps: int) -> Callable[[], object]:
@@ -250,7 +253,7 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
 
     def theirs(steps: int) -> Callable[[], object]:
         return lambda: diffusers_fit(
-            unet, vae, text_encoder, scheduler, files, shape, replace(config, local_steps=steps), accelerator, 1
+            unet, *encoders, scheduler, files, shape, replace(config, local_steps=steps), accelerator, 1
         )
 
     def fits(size: int) -> bool:
@@ -268,7 +271,7 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
         costs["ours, 8 images"].append(measure(ours(8, steps), 8 * steps, device))
         costs["diffusers' loop, 8 images"].append(measure(theirs(steps), 8 * steps, device))
     found = {name: replace(median(of), flops=flops[name]) for name, of in costs.items()}
-    del vae, text_encoder
+    encoders.clear()  # their memory is not the wide batches'
     if (size := largest_batch(fits, 16, most)) > 8:
         wide = [measure(ours(size, max(1, steps // 4)), size * max(1, steps // 4), device) for _ in range(repeats)]
         found[f"ours, {size} images"] = replace(median(wide), flops=flops["ours, 8 images"])

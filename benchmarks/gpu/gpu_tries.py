@@ -218,6 +218,12 @@ HEAD = (
 )
 
 
+def flops_of_the_app(shape: Shape, config: RunConfig, device: str) -> float:
+    """FLOPs of one image in the app's loop; the UNet that they are counted with is gone afterwards."""
+    net, photos = build_unet(shape, config, device), random_photos(shape, 8)
+    return flops_an_image(lambda: train.fit(net, schedule(), photos, config, train.accelerator(config), 1), 8)
+
+
 def main(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return no_gpu("gpu-tries")
@@ -229,11 +235,7 @@ def main(args: argparse.Namespace) -> int:
     config = RunConfig.read(
         settings | {"precision": "bf16" if args.device == "cuda" else "fp32", "local-steps": 1, "batch-size": 8}
     )
-    rate, net = matmul_rate(args.device, 256 if args.tiny else 8192), build_unet(shape, config, args.device)
-    flops = flops_an_image(
-        lambda: train.fit(net, schedule(), random_photos(shape, 8), config, train.accelerator(config), 1), 8
-    )
-    del net
+    rate, flops = matmul_rate(args.device, 256 if args.tiny else 8192), flops_of_the_app(shape, config, args.device)
     found: dict[str, dict[str, float]] = {}
     print(HEAD, flush=True)
     for size in sizes:

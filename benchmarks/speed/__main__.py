@@ -1,11 +1,11 @@
 """How long a federated round takes, beside what its arithmetic costs and beside a plain implementation.
 
-  scripts/bench [--quick] [--repeats N] [--base sd|mini] [--photos FOLDER] [--json FILE] [--plot FILE]
+  scripts/bench [--quick | --tiny] [--repeats N] [--base sd|mini] [--photos FOLDER] [--json FILE] [--plot FILE]
 
 naive: a quickstart's way, made correct (naive/); ours: this app; floor: the bare loop over encoded photos in a warm
 process. All three in this run, on this machine, on the same photos; medians of the rounds after the first. Leaves a
 Markdown table on stdout, all numbers as JSON, and the phases as stacked bars. A quarter of an hour; --quick, four
-minutes.
+minutes; --tiny only shows that it runs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks.speed.contenders import PHASES, Result, Task
 from bouquet import ROOT
 
 CONTENDERS = ("naive", "ours", "floor")
+TINY = (12, 4, 2)  # images to train on and held out, steps: to see that it runs
 GPU = ("gpu", "gpu-tries", "accept")  # what benchmarks/gpu has
 MORE = {
     "sites": "a round with 2, 4 and 8 sites; the hub's time and memory with hundreds",
@@ -114,21 +115,21 @@ def prepare(home: Path, sites: int, images: int, kind: str, photos: Path | None 
 
 
 def compare(args: argparse.Namespace) -> int:
-    train, held_out, steps = (40, 8, 5) if args.quick else (400, 80, 50)
+    train, held_out, steps = TINY if args.tiny else (40, 8, 5) if args.quick else (400, 80, 50)
+    kind = "tiny" if args.tiny else args.base
     found: dict[str, list[Result]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="bouquet-bench-") as folder:
         home = Path(folder)
-        task = Task(
-            home, prepare(home, 2, train + held_out, args.base, args.photos), train, held_out, steps, 8, args.rounds
-        )
+        task = Task(home, prepare(home, 2, train + held_out, kind, args.photos), train, held_out, steps, 8, args.rounds)
         for number in range(args.repeats):
             for name in CONTENDERS:
                 show(f"{name}, {number + 1} of {args.repeats}")
-                idle = {"idle": 5.0 if args.quick else 30.0} if name == "ours" and not number else {}
+                looked = name == "ours" and not number and not args.tiny
+                idle = {"idle": 5.0 if args.quick else 30.0} if looked else {}
                 found[name].append(getattr(contenders, name)(task, show, **idle))
     said = {
         "machine": machine(),
-        "base": args.base,
+        "base": kind,
         "task": {k: v for k, v in vars(task).items() if k not in ("home", "sites")},
     }
     said |= {"steady": {n: steady(r) for n, r in found.items()}, "ratios": ratios(found)}
@@ -188,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites"
             )
     parser.add_argument("--quick", action="store_true", help="a tenth of the images and steps")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

@@ -24,8 +24,8 @@ PHASES = ("start", "imports", "load", "encode", "train", "evaluate", "transfer",
 HUB = "hub"
 Show = Callable[[str], None]
 TASK = {  # a run config, as far as it is the same everywhere
-    "base-model": "bench", "resolution": 64, "batch-size": 8, "lora-rank": 8, "lora-targets": "attention", "learning-rate": 0.0001,
-    "sample-prompts": "", "precision": "fp32", "validation-timesteps": 4,
+    "base-model": "bench", "resolution": 64, "batch-size": 8, "lora-rank": 8, "lora-targets": "attention",
+    "learning-rate": 0.0001, "sample-prompts": "", "precision": "fp32", "validation-timesteps": 4,
 }  # fmt: skip
 
 
@@ -49,8 +49,9 @@ class Task:
 
     def config(self) -> dict:
         return TASK | {
-            "resolution": self.resolution, "rounds": self.rounds, "local-steps": self.steps, "batch-size": self.batch, "lora-rank": self.rank,
-            "validation-fraction": round(self.held_out / (self.train + self.held_out), 6), "min-sites": len(self.sites),
+            "resolution": self.resolution, "rounds": self.rounds, "local-steps": self.steps, "batch-size": self.batch,
+            "lora-rank": self.rank, "validation-fraction": round(self.held_out / (self.train + self.held_out), 6),
+            "min-sites": len(self.sites),
         }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The floor: one warm process a site, encoded photos in memory, and nothing of a round but its arithmetic.
 
-  python -m benchmarks.speed.floor SETTINGS.json      {"config", "models", "data", "cache", "rounds"}; prints seconds a round as JSON
+  python -m benchmarks.speed.floor SETTINGS.json  {"config", "models", "data", "cache", "rounds"}; prints s a round
 
 The training loop is written out once more, in plain PyTorch, so that nothing of the app's own loop can hide in the
 floor.

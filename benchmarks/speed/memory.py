@@ -1,7 +1,7 @@
 """What a site's process needs with a model of Stable Diffusion 1.5's size, where weights and not libraries fill the
 memory.
 
-  scripts/bench memory        builds the model with random weights (4.3 GB on disk), then one process a contender; a Markdown table
+  scripts/bench memory   a model with random weights (4.3 GB on disk), then a process a contender; a Markdown table
 
 Each process does the least that a round does: a photo encoded, one step, on the CPU in float32. `again`: ours with the
 photos in its cache.

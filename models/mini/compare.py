@@ -19,9 +19,9 @@ import numpy as np
 
 from app import model
 from app.adapter import sample
+from app.config import RunConfig
 from app.hub import volume
 from app.site import train
-from app.config import RunConfig
 from models.mini import draw
 from models.mini.judge import judge
 

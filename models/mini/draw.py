@@ -79,7 +79,7 @@ class Pen:
     def petal(
         self, root: Point, angle: float, length: float, width: float, *, point: float = 0.5, light: float = 1.0
     ) -> None:
-        """One petal from `root` towards `angle` (radians, 0 = right, clockwise); point 0.3 = round tip, 1 = sharp tip."""
+        """One petal from `root` to `angle` (radians, 0 = right, clockwise); point 0.3 = round tip, 1 = sharp tip."""
         t = np.linspace(0, 1, 22)
         half = width / 2 * np.sin(pi * t**0.8) ** (0.55 + 0.75 * point) * (1 - 0.25 * point * t)
         for shrink, shade in ((1.0, 0.80 * light), (0.80, light)):  # a darker rim makes petals stand apart

@@ -34,13 +34,15 @@ PICTURES = 24_000  # drawn once, known species only
 SCRIBBLES = 3_000  # pictures of random strokes, so that the autoencoder is not tied to the known species
 TOKENS = 24  # longest caption, in tokens
 WIDTH = 128  # text width
-NAMES = """alpine anemone anthurium artichoke aster azalea balloon bearded bee bells bird bishop bromelia buttercup californian
-camellia canna cape carnation clematis columbine common coneflower crocus cyclamen daffodil dahlia dandelion desert fire
-flower foxglove frangipani garden gaura gazania gentian geranium ginger globe grape great hibiscus hippeastrum holly
-hyacinth iris japanese king love magnolia mallow marigold mexican mist moon morning glory moss orchid osteospermum oxeye
-passion pelargonium petunia phlox pincushion plant poinsettia primrose primula protea sea siam silverbush snapdragon
-spear spring stemless sweet sword thorn tiger toad tree trumpet wallflower water watercress wild windflower photo of the
-with and two three garden field drawing picture black green brown""".split()
+NAMES = """
+alpine anemone anthurium artichoke aster azalea balloon bearded bee bells bird bishop bromelia buttercup californian
+camellia canna cape carnation clematis columbine common coneflower crocus cyclamen daffodil dahlia dandelion desert
+fire flower foxglove frangipani garden gaura gazania gentian geranium ginger globe grape great hibiscus hippeastrum
+holly hyacinth iris japanese king love magnolia mallow marigold mexican mist moon morning glory moss orchid
+osteospermum oxeye passion pelargonium petunia phlox pincushion plant poinsettia primrose primula protea sea siam
+silverbush snapdragon spear spring stemless sweet sword thorn tiger toad tree trumpet wallflower water watercress wild
+windflower photo of the with and two three garden field drawing picture black green brown
+""".split()  # noqa: SIM905 - a list would be a line a word
 
 
 def pictures() -> tuple[np.ndarray, list[str]]:
@@ -234,7 +236,7 @@ def latents(vae: AutoencoderKL) -> torch.Tensor:
 
 
 def train_unet(steps: int, batch: int = 32, rate: float = 1e-3, dropout: float = 0.1) -> None:
-    """Noise prediction with caption dropout; text encoder and UNet learn together; an average of the weights is kept."""
+    """Noise prediction with caption dropout; text encoder and UNet learn together; the weights' average is kept."""
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_pretrained(WORK / "vae").eval().to(memory_format=torch.channels_last)
     tokens, noise = tokenizer(), scheduler()

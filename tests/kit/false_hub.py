@@ -14,6 +14,7 @@ import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -200,10 +201,8 @@ class FalseHub:
 
 def cut_off(link: socket.socket) -> None:
     """A client that is slow has had its second."""
-    try:
+    with suppress(OSError):  # gone already
         link.shutdown(socket.SHUT_RDWR)
-    except OSError:  # gone already
-        pass
 
 
 def run(command: list[str]) -> str:

@@ -28,7 +28,14 @@ def history(
     return {
         "run": "7",
         "state": state,
-        "config": {"base_model": "mini", "rounds": wanted, "resolution": 64, "batch_size": 16, "local_steps": 10, "sample_prompts": PROMPTS},
+        "config": {
+            "base_model": "mini",
+            "rounds": wanted,
+            "resolution": 64,
+            "batch_size": 16,
+            "local_steps": 10,
+            "sample_prompts": PROMPTS,
+        },
         "base": {"name": "mini", "fingerprint": "b" * 64},
         "versions": {"torch": "2.13.0"},
         "rounds": [
@@ -39,7 +46,14 @@ def history(
                 "train_loss": 0.2 / n,
                 "seconds": 20.0,
                 "sites": {
-                    site: {"num-examples": images[site], "train-loss": 0.2 / n, "validation-loss": losses[site][n - 1], "seconds-encode": 1.0, "seconds-load": 2.0, "seconds-train": 8.0}
+                    site: {
+                        "num-examples": images[site],
+                        "train-loss": 0.2 / n,
+                        "validation-loss": losses[site][n - 1],
+                        "seconds-encode": 1.0,
+                        "seconds-load": 2.0,
+                        "seconds-train": 8.0,
+                    }
                     for site in losses
                 },
                 "refused": [],
@@ -47,11 +61,15 @@ def history(
             for n in range(1, rounds + 1)
         ],
         "validation": [
-            {"after_round": k, "weighted": sum(values[k] * images[s] for s, values in losses.items()) / total, "sites": {s: v[k] for s, v in losses.items()}}
+            {
+                "after_round": k,
+                "weighted": sum(values[k] * images[s] for s, values in losses.items()) / total,
+                "sites": {s: v[k] for s, v in losses.items()},
+            }
             for k in range(measured)
         ],
         "seconds": 61.0,
-    }  # fmt: skip
+    }
 
 
 def a_run(told: dict, folder: Path = Path("/nowhere"), **more) -> reading.Run:

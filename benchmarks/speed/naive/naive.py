@@ -154,7 +154,7 @@ def evaluate(message: Message, context) -> Message:
 
 
 class Timed(FedAvg):
-    """FedAvg that notes when each round began, what the sites measured, and the hub's seconds of sending and fetching."""
+    """FedAvg that notes when each round began, what the sites measured, the hub's seconds of sending and fetching."""
 
     def __init__(self, file: Path, sites: int) -> None:
         super().__init__(min_train_nodes=sites, min_evaluate_nodes=sites, min_available_nodes=sites)
