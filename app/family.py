@@ -79,8 +79,8 @@ def _classes(index: dict[str, Any], own: Settings) -> Iterator[str]:
     for part in sorted(named.keys() - wanted.keys() - {"scheduler", "safety_checker", "feature_extractor"}):
         yield f"it has a part {text.line(part, 40)} ({text.line(named[part], 60)})"
     for part in ("unet", "vae"):
-        if (name := own[part].get("_class_name")) != wanted[part]:
-            yield f"{part}/config.json is of {text.line(name, 60)}, not {wanted[part]}"
+        if (kind := own[part].get("_class_name")) != wanted[part]:
+            yield f"{part}/config.json is of {text.line(kind, 60)}, not {wanted[part]}"
     if (kind := own["text_encoder"].get("model_type")) not in ("clip_text_model", "clip"):
         yield f"its text encoder is a {text.line(kind, 60)}, not CLIP's"
 
@@ -95,8 +95,8 @@ def _unet(own: Settings) -> Iterator[str]:
     inner = encoder.get("text_config")
     width = (inner if isinstance(inner, dict) else encoder).get("hidden_size", 512)
     if (heard := unet.get("cross_attention_dim", 1280)) != width:
-        heard, width = text.line(heard, 40), text.line(width, 40)
-        yield f"the UNet listens to a text of width {heard}, and the text encoder's is {width}"
+        listens, is_ = text.line(heard, 40), text.line(width, 40)
+        yield f"the UNet listens to a text of width {listens}, and the text encoder's is {is_}"
     for key in ADDED:
         if unet.get(key) is not None:
             yield f"the UNet wants more than a text (unet/config.json: {key} = {text.line(unet[key], 40)})"
@@ -197,4 +197,6 @@ def tokens(base: Path) -> int:
 
 def _length(value: object) -> int:
     """0 for what is no number of tokens."""
-    return int(value) if type(value) in (int, float) and 1 <= value < float("inf") else 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    return int(value) if 1 <= value < float("inf") else 0

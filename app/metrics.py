@@ -51,8 +51,11 @@ ADMITTED, SHARE = "admitted number", "largest-share"  # what may bound the image
 
 def sane(metrics: Mapping[str, Any]) -> tuple[dict[str, int | float], int]:
     """(the known numbers that lie in their range, how many others there were); NaN lies in none, a yes is no number."""
-    numbers = {name: value for name in RANGES if type(value := metrics.get(name)) in (int, float)}
-    kept = {name: value for name, value in numbers.items() if RANGES[name][0] <= value <= RANGES[name][1]}
+    kept: dict[str, int | float] = {}
+    for name, (low, high) in RANGES.items():
+        value = metrics.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+            kept[name] = value
     return kept, len(metrics) - len(kept)
 
 

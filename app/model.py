@@ -15,17 +15,22 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from app import family
 from app.config import LORA_TARGETS, RunConfig
 from app.errors import AdapterError, ModelError
 from app.family import PARTS, incomplete, read_json, read_text, readable
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 HUGGING_FACE = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
     "stable-diffusion-v1-5": (
@@ -42,7 +47,8 @@ CLASSES = {  # what is loaded, and what a plain base model's index says; the sch
 }
 WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") | {"text_encoder": "model.safetensors"}
 HALF = "fp16"  # as the files of a copy in half precision are named, which is all that many people download
-Adapter = dict[str, torch.Tensor]
+Adapter = dict[str, Tensor]
+Net = Any  # a part's torch.nn.Module, with what diffusers, transformers and PEFT give it beside that
 
 
 def locate(name: str, models: Path) -> Path:
@@ -192,7 +198,7 @@ def _remembered(files: list[Path], memory: Path | None) -> str:
     seen = [(str(p.resolve()), (s := p.stat()).st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files]
     note = memory / f"sum-{hashlib.sha256(repr(('loaded', seen)).encode()).hexdigest()[:32]}.json"
     if note.exists():
-        return json.loads(note.read_text())
+        return str(json.loads(note.read_text()))
     total = _sum(files)
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = note.with_suffix(f".{os.getpid()}")
@@ -234,21 +240,21 @@ def check(folder: Path) -> None:
         raise incomplete(f"the tokenizer in {folder} has {words} words, the text encoder knows {known}")
 
 
-def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Net:
     """The UNet alone, frozen, without the rest of the pipeline. Errors: MODEL-03, MODEL-05."""
     from diffusers import UNet2DConditionModel
 
     return _whole(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
 
 
-def load_vae(folder: Path) -> torch.nn.Module:
+def load_vae(folder: Path) -> Net:
     """The autoencoder, frozen, float32. Errors: MODEL-03, MODEL-05."""
     from diffusers import AutoencoderKL
 
     return _whole(AutoencoderKL, folder, "vae", torch_dtype=torch.float32)
 
 
-def load_text_encoder(folder: Path) -> torch.nn.Module:
+def load_text_encoder(folder: Path) -> Net:
     """Frozen, float32. Errors: MODEL-03, MODEL-05."""
     from transformers import CLIPTextModel
 
@@ -263,7 +269,7 @@ def load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def _whole(kind: Any, folder: Path, part: str, **how: torch.dtype) -> torch.nn.Module:
+def _whole(kind: Any, folder: Path, part: str, **how: Any) -> Net:
     """A part with every tensor from its file: what is missing there, both libraries would draw at random and go on.
 
     Tensors in the file that the part has no place for mean other settings than its own; a text encoder may be cut
@@ -284,23 +290,24 @@ def _whole(kind: Any, folder: Path, part: str, **how: torch.dtype) -> torch.nn.M
     return loaded.requires_grad_(False)
 
 
-def load_scheduler(folder: Path):
+def load_scheduler(folder: Path) -> Any:
     """The model's noise schedule as a DDPMScheduler (training needs no other). Errors: MODEL-03."""
     from diffusers import DDPMScheduler
 
+    kind: Any = DDPMScheduler  # its from_pretrained has no types
     settings = folder / "scheduler" / "scheduler_config.json"
     with readable(settings):
         steps = read_json(settings).get("num_train_timesteps", 1000)
         if type(steps) is not int or not 1 <= steps <= 100_000:
             raise ValueError("num_train_timesteps is no number from 1 to 100000")
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        scheduler = kind.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         signal = scheduler.alphas_cumprod
         if len(signal) != steps or not (signal.isfinite() & (signal >= 0) & (signal < 1)).all():
             raise ValueError(f"{len(signal)} betas for {steps} timesteps, or betas that are none")
     return scheduler
 
 
-def lora_config(config: RunConfig):
+def lora_config(config: RunConfig) -> LoraConfig:
     """PEFT's LoraConfig; alpha = rank, so that every file format agrees on the scale (1)."""
     from peft import LoraConfig
 
@@ -312,7 +319,7 @@ def lora_config(config: RunConfig):
     )
 
 
-def add_adapter(unet: torch.nn.Module, config: RunConfig) -> None:
+def add_adapter(unet: Net, config: RunConfig) -> None:
     """Put a fresh adapter (B = 0, A seeded by `config.seed`) on a frozen UNet, its parameters float32 and trainable."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -323,7 +330,7 @@ def add_adapter(unet: torch.nn.Module, config: RunConfig) -> None:
             parameter.data = parameter.data.float()
 
 
-def add_layers(net: torch.nn.Module, adapter: Adapter) -> None:
+def add_layers(net: Net, adapter: Adapter) -> None:
     """Room for that very adapter on a frozen net, whatever its layers. Errors: ADAPTER-01 (no such layer)."""
     from peft import LoraConfig
 
@@ -334,7 +341,7 @@ def add_layers(net: torch.nn.Module, adapter: Adapter) -> None:
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
 
 
-def adapter_of(unet: torch.nn.Module) -> Adapter:
+def adapter_of(unet: Net) -> Adapter:
     """A copy of the adapter: PEFT's keys without the adapter's name, float32, on the CPU, in key order."""
     from peft import get_peft_model_state_dict
 
@@ -367,7 +374,7 @@ def _misfit(found: str) -> AdapterError:
     return AdapterError("ADAPTER-01", "The adapter does not fit this model.", found=found, fix=fix)
 
 
-def apply_adapter(unet: torch.nn.Module, adapter: Adapter) -> str:
+def apply_adapter(unet: Net, adapter: Adapter) -> str:
     """Load `adapter` strictly into the UNet's adapter; returns the hash of what the UNet then holds."""
     from peft import set_peft_model_state_dict
 
@@ -376,7 +383,7 @@ def apply_adapter(unet: torch.nn.Module, adapter: Adapter) -> str:
     return adapter_hash(adapter_of(unet))
 
 
-def adapter_hash(adapter: Adapter) -> str:
+def adapter_hash(adapter: Mapping[str, Tensor]) -> str:
     """SHA-256 over keys, shapes and little-endian bytes, in key order."""
     total = hashlib.sha256()
     for key in sorted(adapter):

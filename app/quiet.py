@@ -25,7 +25,7 @@ def libraries() -> None:
     It imports them, so it is called where there is work.
     """
     from diffusers.utils import logging as diffusers
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers
 
     for name, library in (("TRANSFORMERS", transformers), ("DIFFUSERS", diffusers)):

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from app.model import Adapter
 
 NAME = "adapter.safetensors"
-_inflate = Array.inflate.__func__
+_inflate = Array.inflate.__func__  # type: ignore[attr-defined]
 
 
 def rounded(adapter: Adapter, precision: str) -> Adapter:
@@ -46,6 +46,8 @@ def unpack(record: ArrayRecord | None, precision: str = "fp32") -> Adapter:
 
     Tensors of another type than was agreed on fit no model either: float64 where fp16 was, else what they are.
     """
+    if record is None:
+        return {}
     try:
         adapter = load(record[NAME].numpy().tobytes())
     except Exception:  # numpy's and safetensors' readers fail in many ways on bytes that they did not write
@@ -68,6 +70,7 @@ def bound_arrays(most: int) -> None:
         chunks = [(children or {})[name].data.nbytes for name in get_object_children_ids_from_object_content(content)]
         if sum(chunks[number] for number in json.loads(get_object_body(content, cls))["arraychunk_ids"]) > most:
             raise ValueError(f"an array of more than {most} bytes")
-        return _inflate(cls, content, children)
+        array: Array = _inflate(cls, content, children)
+        return array
 
-    Array.inflate = classmethod(inflate)
+    Array.inflate = classmethod(inflate)  # type: ignore[method-assign, assignment]

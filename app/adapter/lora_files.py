@@ -26,8 +26,10 @@ from app.model import Adapter
 
 PEFT, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
-DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight")
-DOWN += (".lora_linear_layer.down.weight",)
+DOWN = (
+    ".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight",
+    ".lora_linear_layer.down.weight",
+)  # fmt: skip
 ENDS = dict.fromkeys(DOWN, A) | {end.replace("lora_A", "lora_B").replace("down", "up"): B for end in DOWN}
 ENDS |= dict.fromkeys((".alpha", "_lora.alpha", ".lora.alpha"), ALPHA)
 END = f"({'|'.join(map(re.escape, ENDS))})"
@@ -308,7 +310,7 @@ def _by_kohya(path: Path, notes: dict[str, str], a: torch.Tensor) -> float | Non
 
 def number(path: Path, alpha: object) -> float:
     """An alpha. Errors: EXPORT-03, where it is no number, or none that a tensor can be multiplied by."""
-    if type(alpha) not in (int, float) or not -1e6 < alpha < 1e6:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -1e6 < alpha < 1e6:
         raise refused(path, f"its alpha is {str(alpha)[:40] if type(alpha) is not int else 'a large number'}")
     return float(alpha)
 

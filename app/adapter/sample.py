@@ -6,7 +6,9 @@ Enters: a base model's folder, prompts, and adapters in order. Leaves: PIL image
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,21 +16,24 @@ from PIL import Image, ImageDraw, ImageFont
 from app import family, model
 from app.adapter.lora_files import LoraFile, shaped
 from app.config import RunConfig
-from app.model import Adapter
+from app.model import Adapter, Net
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 GAP, LINE = 6, 17  # pixels between pictures, and from line to line of a name
 BATCH = 8  # pictures at a time
+Pipeline = Any  # diffusers' StableDiffusionPipeline
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def plain(base: Path, device: torch.device | None = None):
+def plain(base: Path, device: torch.device | None = None) -> Pipeline:
     """The base model's own pipeline, of the very parts that the training loads; a prompt has as many tokens as a
     caption.
 
     Errors: MODEL-03, MODEL-05.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
+    kind: Pipeline = diffusers.StableDiffusionPipeline
     parts = {"unet": model.load_unet(base), "vae": model.load_vae(base), "text_encoder": model.load_text_encoder(base)}
     parts["tokenizer"] = tokenizer = model.load_tokenizer(base)
     tokenizer.model_max_length = family.tokens(base)
@@ -39,33 +44,32 @@ def plain(base: Path, device: torch.device | None = None):
         "requires_safety_checker": False,
     }
     parts |= _scheduler(base)
-    with model.readable(base):
+    with family.readable(base):
         if "scheduler" in parts:  # all parts are here; from_pretrained would look for the class that cannot be had
-            pipe = StableDiffusionPipeline(**parts)
+            pipe = kind(**parts)
         else:
-            pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
+            pipe = kind.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _scheduler(base: Path) -> dict:
+def _scheduler(base: Path) -> dict[str, Any]:
     """In place of the base model's own scheduler where that needs scipy, which is not among the packages, the nearest
     that does not.
     """
     import diffusers
-    from diffusers.utils import is_scipy_available
 
     own = family.read_json(base / "scheduler" / "scheduler_config.json")
     name = own["_class_name"]  # one of family.SCHEDULES: the parts are loaded
     instead = "EulerDiscreteScheduler" if name == "LMSDiscreteScheduler" else name  # Euler's is LMS of the first order
-    if is_scipy_available() or not (instead != name or own.get("use_beta_sigmas")):
+    if find_spec("scipy") or not (instead != name or own.get("use_beta_sigmas")):
         return {}
     what = name + (" with use_beta_sigmas" if own.get("use_beta_sigmas") else "")
     print(f"bouquet: without scipy, {what} cannot draw; {instead} with its usual steps does", flush=True)
     return {"scheduler": getattr(diffusers, instead).from_config(own | {"use_beta_sigmas": False})}
 
 
-def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
+def pipeline(base: Path, config: RunConfig, device: torch.device | None = None) -> Pipeline:
     """`plain` with an adapter of the run's shape on its UNet (B = 0: it draws like the base). Errors: as `plain`."""
     pipe = plain(base, torch.device("cpu"))
     model.add_adapter(pipe.unet, config)
@@ -73,7 +77,7 @@ def pipeline(base: Path, config: RunConfig, device: torch.device | None = None):
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def dressed(base: Path, file: LoraFile, device: torch.device | None = None):
+def dressed(base: Path, file: LoraFile, device: torch.device | None = None) -> Pipeline:
     """`plain` with a LoRA file on its UNet and its text encoder, every tensor of it, as strong as the file says.
 
     Errors: as `plain`, ADAPTER-01, ADAPTER-02.
@@ -86,7 +90,7 @@ def dressed(base: Path, file: LoraFile, device: torch.device | None = None):
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def wear(net, adapter: Adapter | None) -> None:
+def wear(net: Net, adapter: Adapter | None) -> None:
     """Draw under this adapter from now on, where the net has room for one; None is the base model."""
     if not net._hf_peft_config_loaded:
         return
@@ -98,9 +102,14 @@ def wear(net, adapter: Adapter | None) -> None:
 
 
 def render(
-    pipe, adapter: Adapter | None, prompts: Sequence[str], config: RunConfig, seed: int | None = None,
-    *, text: Adapter | None = None,
-) -> list[Image.Image]:  # fmt: skip
+    pipe: Pipeline,
+    adapter: Adapter | None,
+    prompts: Sequence[str],
+    config: RunConfig,
+    seed: int | None = None,
+    *,
+    text: Adapter | None = None,
+) -> list[Image.Image]:
     """One picture a prompt; picture i starts from noise seeded by (seed + i), whatever the adapter.
 
     text: what is on the text encoder, where the pipeline has room for it (`dressed`).
@@ -108,7 +117,8 @@ def render(
     first = config.seed if seed is None else seed
     wear(pipe.unet, adapter)
     wear(pipe.text_encoder, text)
-    side, images = config.resolution, []
+    side = config.resolution
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
         images += pipe(
@@ -127,7 +137,7 @@ def scaled(adapter: Adapter, strength: float) -> Adapter:
     return {key: value * strength if ".lora_B." in key else value for key, value in adapter.items()}
 
 
-def wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def wrapped(name: str, font: Font, width: int) -> str:
     """The name in lines of at most `width` pixels, after every comma a new one; a single longer word stays whole."""
     lines = []
     for part in name.replace(", ", ",\n").splitlines():

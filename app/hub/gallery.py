@@ -30,7 +30,7 @@ class Gallery:
         self.config, self.file, self.shown = config, run / FILE, shown
         self.cell = max(128, min(256, config.resolution))
         self.rows: dict[int, list[Image.Image]] = {}
-        self.drawn: list[Future] = []
+        self.drawn: list[Future[int | None]] = []
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="gallery") if config.prompts else None
         if self.pool:
             try:

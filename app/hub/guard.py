@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
 
 from app import metrics, text
@@ -45,6 +45,12 @@ class Reply:
     left_out: int = 0
     bound: str = ""
 
+    @property
+    def trained(self) -> Mapping[str, torch.Tensor]:
+        """The adapter of a reply to a training message."""
+        assert self.adapter is not None
+        return self.adapter
+
 
 def accept(
     message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32"
@@ -72,8 +78,8 @@ def accept(
             fix="read that site's log",
         )
     content = message.content
-    told = content.config_records.get("info", {})
-    info = {name: told[name] for name in ("site", "applied", "gpu") if type(told.get(name)) is str}
+    told: Mapping[str, object] = content.config_records.get("info", ConfigRecord())
+    info = {name: value for name in ("site", "applied", "gpu") if isinstance(value := told.get(name), str)}
     numbers, left_out = metrics.sane(content.metric_records.get("metrics", {}))
     wrong = [name for name in metrics.NEEDED if name not in numbers]
     images = numbers.get("num-examples")

@@ -23,7 +23,7 @@ from app.model import Adapter
 class Kept(Mapping[str, torch.Tensor]):
     """An adapter in a file."""
 
-    def __init__(self, file: Path, adapter: Adapter) -> None:
+    def __init__(self, file: Path, adapter: Iterable[str]) -> None:
         self.file, self.keys_ = file, dict.fromkeys(adapter)
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -57,11 +57,11 @@ class Spool:
     def __init__(self, run: Path) -> None:
         self.folder = run / ".replies"
 
-    def keep(self, site: int, adapter: Adapter) -> Kept:
+    def keep(self, site: int, adapter: Mapping[str, torch.Tensor]) -> Kept:
         """The reply of node `site`; a later one takes its place. Errors: HUB-09."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(adapter, self.folder / f"{site}.safetensors")
+            save_file(dict(adapter), self.folder / f"{site}.safetensors")
         except (OSError, SafetensorError) as error:
             raise no_room(self.folder.parent, f"a site's reply could not be kept ({type(error).__name__})") from error
         return Kept(self.folder / f"{site}.safetensors", adapter)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from app.config import RunConfig
@@ -65,14 +66,15 @@ def _call(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], keys: 
         _Valid(
             RecordDict(
                 {
-                    "arrays": ArrayRecord(some(reply.adapter, sorted(keys))),
+                    "arrays": ArrayRecord(torch_state_dict=some(reply.trained, sorted(keys))),
                     "metrics": MetricRecord({"num-examples": reply.images}),
                 }
             )
         )
         for reply in replies
     ]
-    arrays, _ = strategy.aggregate_train(number, messages)
+    arrays, _ = strategy.aggregate_train(number, cast(list[Message], messages))
+    assert arrays is not None  # guard.py lets no round through without a reply
     return {key: value.float() for key, value in arrays.to_torch_state_dict().items()}
 
 
@@ -92,8 +94,9 @@ class Strategy:
     """One run's strategy: Flower's, with its state in and out."""
 
     def __init__(self, config: RunConfig, state: dict[str, torch.Tensor] | None = None) -> None:
-        self.flower = _choose(config)
-        for name in KEPT if state else ():
+        self.flower: Any = _choose(config)  # its parts differ from strategy to strategy
+        state = state or {}
+        for name in KEPT:
             own = {key.partition("/")[2]: state[key].numpy() for key in sorted(state) if key.startswith(f"{name}/")}
             if own:
                 setattr(self.flower, name, list(own.values()) if name == "momentum_vector" else own)
@@ -101,7 +104,7 @@ class Strategy:
     def aggregate(self, number: int, replies: Iterable[Reply], adapter: Adapter) -> Adapter:
         """The global adapter after round `number`, which started from `adapter`. In the order of the sites' names."""
         if hasattr(self.flower, "current_arrays"):  # FedAdam wants arrays, FedAvgM a record
-            record = ArrayRecord(_ordered(adapter))
+            record = ArrayRecord(torch_state_dict=_ordered(adapter))
             self.flower.current_arrays = (
                 {k: v.numpy() for k, v in adapter.items()} if hasattr(self.flower, "m_t") else record
             )
@@ -117,7 +120,7 @@ class Strategy:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The server optimiser's memory by name; {} for a strategy that has none."""
-        kept = {}
+        kept: dict[str, torch.Tensor] = {}
         for name in KEPT:
             value = getattr(self.flower, name, None)
             items = value.items() if isinstance(value, dict) else ((f"{i:05d}", v) for i, v in enumerate(value or ()))

@@ -36,6 +36,8 @@ PART = 16  # photos that a site encodes again, at most, when it was killed
 FORM = 2  # the version of the captions' file
 # may be mended without a change to the photo's bytes: tried again every time
 PASSING = ("changed", "outside", "unreadable")
+Rows = dict[str, torch.Tensor]  # by a photo's or a caption's key
+Notes = dict[str, str]  # by such a key: why there is no row, or what is said about it
 
 
 @dataclass(frozen=True)
@@ -69,25 +71,27 @@ class Encoded:
 
 def encode(
     partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device
-) -> tuple[Partition, Callable]:
+) -> tuple[Partition, Callable[[tuple[Photo, ...]], Encoded]]:
     """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`.
 
     Errors: SITE-01, SITE-02 when too few photos can be decoded; MODEL-06.
     """
-    kept, latents, bad = f"latents-{sums['vae'][:16]}-{resolution}", {}, {}
+    kept = f"latents-{sums['vae'][:16]}-{resolution}"
+    latents: Rows = {}
+    bad: Notes = {}
     latents_file, parts = cache / f"{kept}-{READING}.safetensors", sorted(cache.glob(f"{kept}-{READING}.part*"))
     for path in (latents_file, *parts):
-        rows, spoiled = _read(path)
-        latents, bad = latents | rows, bad | spoiled
+        found, spoiled = _read(path)
+        latents, bad = latents | found, bad | spoiled
     todo = [p for p in partition.photos if p.key not in latents and p.key not in bad]
     if todo:
-        for number, (rows, spoiled) in enumerate(_encode_photos(todo, base, resolution, device)):
-            _write(cache / f"{kept}-{READING}.part-{os.getpid()}-{number}", rows, _lasting(spoiled))
-            latents, bad = latents | rows, bad | spoiled
+        for number, (found, spoiled) in enumerate(_encode_photos(todo, base, resolution, device)):
+            _write(cache / f"{kept}-{READING}.part-{os.getpid()}-{number}", found, _lasting(spoiled))
+            latents, bad = latents | found, bad | spoiled
     if todo or parts:
         keep = {p.key for p in partition.photos}
-        some = ({k: v for k, v in found.items() if k in keep} for found in (latents, _lasting(bad)))
-        _write(latents_file, *some)
+        lasting = {k: v for k, v in _lasting(bad).items() if k in keep}
+        _write(latents_file, {k: v for k, v in latents.items() if k in keep}, lasting)
         former = cache / f"{kept}.safetensors"  # another version's
         for path in (*cache.glob(f"{kept}-{READING}.*"), former):
             if path != latents_file:
@@ -122,17 +126,19 @@ def _digest(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()
 
 
-def _lasting(bad: dict[str, str]) -> dict[str, str]:
+def _lasting(bad: Notes) -> Notes:
     return {key: reason for key, reason in bad.items() if reason not in PASSING}
 
 
 @torch.no_grad()
 def _encode_photos(
     photos: list[Photo], base: Path, resolution: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+) -> Iterator[tuple[Rows, Notes]]:
     """PART photos and a few at a time: latents by key (the posterior's mean, scaled), and the reasons of the others."""
     vae = load_vae(base).to(device)
-    latents, bad, size = {}, {}, max(1, PIXELS // resolution**2)
+    latents: Rows = {}
+    bad: Notes = {}
+    size = max(1, PIXELS // resolution**2)
     for start in range(0, len(photos), size):
         pixels = {}
         for photo in photos[start : start + size]:
@@ -166,12 +172,11 @@ def _finite(numbers: torch.Tensor, part: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _encode_captions(
-    captions: list[str], base: Path, device: torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _encode_captions(captions: list[str], base: Path, device: torch.device) -> tuple[Rows, Notes]:
     """The text encoder's last hidden state by caption digest: float16 [T, D]; and which captions are cut."""
     tokenizer, encoder = load_tokenizer(base), load_text_encoder(base).to(device)
-    out, length = {}, family.tokens(base)
+    out: Rows = {}
+    length = family.tokens(base)
     cut = {_digest(caption): "cut" for caption in _too_long(captions, tokenizer, length)}
     for start in range(0, len(captions), BATCH):
         part = captions[start : start + BATCH]
@@ -201,7 +206,7 @@ def _short(captions: list[str]) -> list[str]:
     return [caption[:MAX_CAPTION] for caption in captions]  # a template may have made them longer
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[Rows, Notes]:
     """Rows by key and notes by key; nothing where there is no file, or one that was cut off (it is encoded again)."""
     try:
         with safe_open(path, "pt") as file:
@@ -214,7 +219,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {}, {}
 
 
-def _write(path: Path, rows: dict[str, torch.Tensor], bad: dict[str, str]) -> None:
+def _write(path: Path, rows: Rows, bad: Notes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     stacked = torch.stack(list(rows.values())).contiguous() if rows else torch.zeros(0)

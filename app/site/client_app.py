@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,9 +29,22 @@ from app.site.privacy import Secret
 if TYPE_CHECKING:
     from app.site.train import Site
 
+
+class MadeFrom(NamedTuple):
+    """All that a site is made from; with another one it is made anew."""
+
+    run: int
+    config: RunConfig
+    models: Path
+    folder: Path
+    cached: Path
+    limits: str
+    secret: Secret
+
+
 quiet.flower()
 app = ClientApp()
-kept: dict[tuple, Site] = {}  # at most one: the site that took the last round, by all that it was made from
+kept: dict[MadeFrom, Site] = {}  # at most one: the site that took the last round
 KEYS = ("site-name", "data-path", "models-path", "cache-path")  # of a SuperNode's node config
 FOLDERS = ("BOUQUET_DATA", "BOUQUET_MODELS", "BOUQUET_CACHE")  # of a simulation's environment
 ERROR = 100  # our error code in Flower's replies; the reason has our own code
@@ -72,20 +85,22 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     from app.site import gpu, journal  # torch is imported only once there is work
 
     quiet.libraries()
-    config, order = RunConfig.read(context.run_config), message.content["config"]
+    config, order = RunConfig.read(context.run_config), message.content.config_records["config"]
     own = str(context.node_config.get("limits", ""))
     limits.Limits.read(own).check(config)
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached, secret = places(context)
-    number = int(order["round"])
+    number = int(str(order["round"]))
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
-        made_from = (context.run_id, config, models, folder, cached, own, secret)
+        made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret)
         site = take_up(made_from, str(order["base-fingerprint"]))
         site.limits.check_budget(config, str(context.run_id), journal.read(cached))
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
-        applied = model.apply_adapter(site.unet, wire.unpack(message.content["arrays"], config.wire_precision))
+        applied = model.apply_adapter(
+            site.unet, wire.unpack(message.content.array_records["arrays"], config.wire_precision)
+        )
         metrics: dict[str, int | float] = {
             "num-examples": len(site.train.keys),
             "train-loss": 0.0,
@@ -99,7 +114,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
     metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
-    reply["metrics"] = MetricRecord(site.privacy.told(metrics))
+    reply["metrics"] = MetricRecord({**site.privacy.told(metrics)})
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
@@ -113,7 +128,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     return reply
 
 
-def take_up(made_from: tuple, base_fingerprint: str) -> Site:
+def take_up(made_from: MadeFrom, base_fingerprint: str) -> Site:
     """The site of the round before when all that it was made from is the same, else a new one; a message that fails
     keeps none.
     """
@@ -123,8 +138,9 @@ def take_up(made_from: tuple, base_fingerprint: str) -> Site:
     site = kept.pop(made_from, None)
     kept.clear()
     if site is None:
-        *places_, own, secret = made_from[1:]
-        return train.Site(*places_, base_fingerprint, began, limits=limits.Limits.read(own), secret=secret)
+        own = limits.Limits.read(made_from.limits)
+        config, models, folder, cached = made_from.config, made_from.models, made_from.folder, made_from.cached
+        return train.Site(config, models, folder, cached, base_fingerprint, began, limits=own, secret=made_from.secret)
     site.get_ready(base_fingerprint, began)
     return site
 
@@ -136,12 +152,12 @@ def places(context: Context) -> tuple[str, Path, Path, Path, Secret]:
     """
     own = context.node_config
     if all(key in own for key in KEYS):
-        name, *paths = (str(own[key]) for key in KEYS)
-        return name, *map(Path, paths), Secret.MADE
+        name, data, models, cached = (str(own[key]) for key in KEYS)
+        return name, Path(data), Path(models), Path(cached), Secret.MADE
     if "partition-id" in own and all(name in os.environ for name in FOLDERS):
         name = f"site-{int(own['partition-id']) + 1}"
-        data, models, cached = (Path(os.environ[folder]) for folder in FOLDERS)
-        return name, data / name, models, cached / name, Secret.NONE
+        data, models, cached = (os.environ[folder] for folder in FOLDERS)
+        return name, Path(data, name), Path(models), Path(cached, name), Secret.NONE
     raise SiteError(
         "SITE-12",
         "The site does not say where its data are.",

@@ -1,4 +1,4 @@
-"""Noise, prediction, loss: pure functions; the UNet and the noise schedule are arguments.
+"""Noise, prediction, loss: pure functions; the UNet and the noise schedule, diffusers' own (Any), are arguments.
 
 Shapes: latents_BChw, C=4, h=H/8 (mini: H/4), scaled by vae.config.scaling_factor; text_BTD, SD 1.5: T=77, D=768.
 """
@@ -6,21 +6,33 @@ Shapes: latents_BChw, C=4, h=H/8 (mini: H/4), scaled by vae.config.scaling_facto
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from app.errors import ConfigError
 
 Digest = Callable[[str], bytes]
 
 
+class Photos(Protocol):
+    """Encoded photos, as cache.Encoded."""
+
+    @property
+    def latents_NChw(self) -> Tensor: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    def batch(self, pick_B: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
 def sha256(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """From the host's memory without waiting for the GPU: it copies from pinned memory while the host prepares the next
     pass.
     """
@@ -28,8 +40,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def noise_loss(
-    unet, scheduler, latents_BChw, text_BTD, generator: torch.Generator, *, min_snr_gamma: float = 0.0
-) -> torch.Tensor:
+    unet: Any,
+    scheduler: Any,
+    latents_BChw: Tensor,
+    text_BTD: Tensor,
+    generator: torch.Generator,
+    *,
+    min_snr_gamma: float = 0.0,
+) -> Tensor:
     """Mean squared error of the prediction, one random timestep an image.
 
     Returns: float32 scalar.
@@ -47,7 +65,9 @@ def noise_loss(
     return loss_B.mean()
 
 
-def losses(unet, scheduler, latents_BChw, text_BTD, noise_BChw, t_B) -> torch.Tensor:
+def losses(
+    unet: Any, scheduler: Any, latents_BChw: Tensor, text_BTD: Tensor, noise_BChw: Tensor, t_B: Tensor
+) -> Tensor:
     """Squared error of the UNet's prediction at the given noise and timesteps: float32 [B]."""
     noisy = scheduler.add_noise(latents_BChw, noise_BChw, t_B)
     predicted = unet(noisy.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
@@ -55,12 +75,13 @@ def losses(unet, scheduler, latents_BChw, text_BTD, noise_BChw, t_B) -> torch.Te
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def _target(scheduler, latents, noise, t):
+def _target(scheduler: Any, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, t)
+        velocity: Tensor = scheduler.get_velocity(latents, noise, t)
+        return velocity
     raise ConfigError(
         "CONFIG-03",
         "The base model predicts something this app cannot train.",
@@ -69,9 +90,9 @@ def _target(scheduler, latents, noise, t):
     )
 
 
-def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
+def min_snr_weight(scheduler: Any, t_B: Tensor, gamma: float) -> Tensor:
     """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: float32 [B]."""
-    alpha = scheduler.alphas_cumprod.to(t_B.device)[t_B].float()
+    alpha: Tensor = scheduler.alphas_cumprod.to(t_B.device)[t_B].float()
     snr = alpha / (1 - alpha)
     bottom = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
     return snr.clamp(max=gamma) / bottom
@@ -79,10 +100,17 @@ def min_snr_weight(scheduler, t_B, gamma: float) -> torch.Tensor:
 
 @torch.no_grad()
 def validation_loss(
-    unet, scheduler, photos, device: torch.device, *, timesteps: int, batch_size: int, digest: Digest = sha256
-) -> float:  # fmt: skip
-    """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in
-    every round of every run.
+    unet: Any,
+    scheduler: Any,
+    photos: Photos,
+    device: torch.device,
+    *,
+    timesteps: int,
+    batch_size: int,
+    digest: Digest = sha256,
+) -> float:
+    """Mean loss on encoded photos over fixed noise and stratified timesteps, the same for an image in every round of
+    every run.
 
     Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
     `digest` makes its noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
@@ -93,15 +121,17 @@ def validation_loss(
         for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True)
     )
     image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
-    for part in torch.arange(len(image)).split(batch_size):
+    for start in range(0, len(image), batch_size):
+        part = slice(start, start + batch_size)
         latents, text = (to_device(rows, device) for rows in photos.batch(image[part]))
         totals.append(
             losses(unet, scheduler, latents, text, to_device(noise[part], device), to_device(t[part], device)).sum()
         )
-    return sum(torch.stack(totals).tolist()) / len(image)
+    sums: list[float] = torch.stack(totals).tolist()
+    return sum(sums) / len(image)
 
 
-def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     where = (torch.arange(strata) + torch.rand(strata, generator=generator)) / strata
     return torch.randn((strata, *shape), generator=generator), (where * steps).long().clamp(max=steps - 1)

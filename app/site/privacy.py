@@ -157,7 +157,7 @@ def _line(photo: Photo) -> str:
 
 
 def _count(value: int) -> int:
-    unit = 10 ** max(0, len(str(abs(value))) - COUNTED)
+    unit: int = 10 ** max(0, len(str(abs(value))) - COUNTED)
     return value // unit * unit
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from app import model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
+from app.model import Net
 from app.site import cache, diffusion, privacy
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data
@@ -47,10 +49,10 @@ def check_base(name: str, folder: Path, own: str, hubs: str) -> None:
 
 def halved(accelerator: Accelerator) -> bool:
     """Whether the frozen base is kept in bf16: on a GPU alone, where the arithmetic is bf16 too."""
-    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    return bool(accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda")
 
 
-def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple:
+def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple[Any, Net]:
     """(noise schedule, UNet with a fresh adapter on the accelerator's device)."""
     unet = model.load_unet(base, torch.bfloat16 if halved(accelerator) else torch.float32)
     model.add_adapter(unet, config)
@@ -79,8 +81,8 @@ class Site:
         self.limits, self.secret = limits, secret
         self.fits = config  # the images a pass that fit into the GPU's memory
         self.accelerator = accelerator(config)
-        self.encoded_from: tuple = ()  # what the encoded photos, and the UNet, were made from
-        self.loaded_from: tuple = ()
+        self.encoded_from: tuple[object, ...] = ()  # what the encoded photos, and the UNet, were made from
+        self.loaded_from: tuple[object, ...] = ()
         self.get_ready(base_fingerprint, began)
 
     def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
@@ -178,7 +180,9 @@ class Site:
         )
 
 
-def fit(unet, scheduler, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int) -> float:
+def fit(
+    unet: Net, scheduler: Any, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int
+) -> float:
     """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
 
     Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from app.errors import SiteError
 from app.site.photos.images import MAX_BYTES, BadImage, open_inside, read_inside
@@ -171,7 +171,7 @@ def read_list(root: Path, name: str, there: Callable[[str], bool]) -> Iterator[M
         raise _list_error(f"{root / name}: {error}") from None
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends. Errors: _Unreadable."""
     wide = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
     lines: Any = io.TextIOWrapper(file, encoding="utf-16", newline="\n") if wide else file
@@ -256,9 +256,13 @@ def _cells(lines: Iterable[tuple[int, str]], separator: str, titles: list[str], 
                 what = f"{len(row)} fields, and its head has {len(titles)}; quote what holds a separator"
                 raise _Unreadable(f"row {reader.line_num + 1}: {what}")
             row[column:] = [separator.join(row[column:])]
-        cell = lambda number: row[number] if number is not None and number < len(row) else None  # noqa: E731, B023
         if any(part.strip() for part in row):
-            yield Mention((cell(at) or "").strip(), one_line(cell(column)), label(cell(classes)))
+            name, caption, kind = (_cell(row, number) for number in (at, column, classes))
+            yield Mention((name or "").strip(), one_line(caption), label(kind))
+
+
+def _cell(row: list[str], number: int | None) -> str | None:
+    return row[number] if number is not None and number < len(row) else None
 
 
 def _pair(line: str, separator: str, there: Callable[[str], bool]) -> tuple[str, str] | None:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import SiteError
+from app.metrics import REASONS
 from app.site.photos.captions import checked_template
 from app.site.photos.folders import Entry, entries, statuses
-from app.site.photos.images import REASONS, BadImage, check, rgb, to_pixels
+from app.site.photos.images import BadImage, check, rgb, to_pixels
 from app.site.photos.seen import Seen
 
 if TYPE_CHECKING:

@@ -257,8 +257,8 @@ class _Folder:
                     yield Entry(f"{name} {row.place}", reason="unused-caption")
         except BadImage:
             yield Entry(name, partial(read_inside, self.root, name))  # its load() says why
-        except NoPictures as what:
-            yield Entry(f"{name} ({what})", reason="not-a-picture")
+        except NoPictures as why:
+            yield Entry(f"{name} ({why})", reason="not-a-picture")
         except TableError as error:
             what = "Git LFS's pointer to the file: git lfs pull" if self._first_bytes(name) == "!pointer" else error
             found = f"{self.root / name}: {what}"

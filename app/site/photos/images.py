@@ -16,9 +16,9 @@ import struct
 import warnings
 import zlib
 from functools import lru_cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -68,7 +68,7 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def open_inside(root: Path, name: str) -> BinaryIO:
+def open_inside(root: Path, name: str) -> BufferedReader:
     """The regular file `name` below `root` (a resolved folder), open. Errors: BadImage "outside" or "unreadable".
 
     Its folders are opened one after the other without following a link, so that nobody can exchange one for a link
@@ -201,7 +201,8 @@ def _without_texts(data: bytes) -> tuple[bytes, bytes]:
     """(a PNG without its texts and its colour profile, the profile), of which Pillow unpacks a megabyte and then gives
     the picture up. What turns it upright stays. Errors: BadImage, too many pieces.
     """
-    at, done, kept, upright, profile = 8, 0, [], set(UPRIGHT), b""
+    at, done, upright, profile = 8, 0, set(UPRIGHT), b""
+    kept: list[bytes] = []
     for _ in range(MAX_PIECES + 1):
         if at >= len(data):
             return (b"".join([*kept, data[done:]]) if kept else data), profile
@@ -275,7 +276,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, space: str, to_srgb: Any) -> Image.Image:
-    return ImageCms.applyTransform(image.convert({"GRAY": "L", "RGB ": "RGB"}.get(space, space)), to_srgb)
+    converted = ImageCms.applyTransform(image.convert({"GRAY": "L", "RGB ": "RGB"}.get(space, space)), to_srgb)
+    assert converted is not None  # a new picture, unless it is asked to work in place
+    return converted
 
 
 @lru_cache(maxsize=4)
@@ -328,7 +331,7 @@ def _to_d50(places: tuple[tuple[float, float], ...]) -> np.ndarray:
     rgb_to_xyz = np.array([[x, y, 1 - x - y] for x, y in primaries]).T
     eye = np.array(BRADFORD)
     adapted = np.linalg.inv(eye) @ np.diag((eye @ D50) / (eye @ white)) @ eye
-    found = adapted @ rgb_to_xyz @ np.diag(np.linalg.solve(rgb_to_xyz, white))
+    found: np.ndarray = adapted @ rgb_to_xyz @ np.diag(np.linalg.solve(rgb_to_xyz, white))
     if not (np.isfinite(found).all() and np.abs(found).max() < 4):
         raise ValueError("no colours that there are")
     return found

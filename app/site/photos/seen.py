@@ -15,7 +15,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from app.site.photos.images import READING, REASONS
+from app.metrics import REASONS
+from app.site.photos.images import READING
 
 FILE = "seen.json"
 LARGEST = 200_000_000  # bytes: a million files and more

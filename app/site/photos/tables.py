@@ -150,7 +150,7 @@ def _columns(schema: Any) -> _Columns:
         raise NoPictures(f"its column {image} holds {kind}, no pictures"[:300])
     label = next((name for name in labels if _is_label(_only(schema, name))), None)
     texts = tuple(name for name in TEXTS if name in schema.names and _is_text(_only(schema, name), lists=True))
-    about = features.get(label)
+    about = features.get(label) if label else None
     classes = about.get("names") if isinstance(about, dict) else None
     classes = classes if isinstance(classes, list) else []
     return _Columns(image, fields, tuple(name for name in texts if name != label), label, classes)
@@ -225,8 +225,11 @@ def _path(value: Any) -> str | None:
     import pyarrow as pa
 
     if isinstance(value, pa.StructScalar) and value.is_valid and "path" in value.type.names:
-        return value["path"].as_py()
-    return value.as_py() if _is_text(value.type) else None
+        value = value["path"]
+    elif not _is_text(value.type):
+        return None
+    path: str | None = value.as_py()
+    return path
 
 
 def _length(value: Any) -> int:
@@ -250,6 +253,7 @@ class _Table:
 
     columns: _Columns
     size: int
+    now: dict[str, Any]
 
     def read(self, group: int) -> Iterator[tuple[At, dict[str, Any]]]:
         """Place and values of every row from the first of that group on."""

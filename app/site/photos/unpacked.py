@@ -107,11 +107,12 @@ def buffers(message: Any) -> int:
         entries = table - struct.unpack_from("<i", data, table)[0]
         if 4 + 2 * slot >= struct.unpack_from("<H", data, entries)[0]:
             return 0
-        offset = struct.unpack_from("<H", data, entries + 4 + 2 * slot)[0]
+        offset: int = struct.unpack_from("<H", data, entries + 4 + 2 * slot)[0]
         return table + offset if offset else 0
 
     def follow(place: int) -> int:
-        return place + struct.unpack_from("<I", data, place)[0]
+        offset: int = struct.unpack_from("<I", data, place)[0]
+        return place + offset
 
     if message.type not in ("record batch", "dictionary"):
         return 0
