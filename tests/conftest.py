@@ -2,7 +2,8 @@
 
 BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
 With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment
-once; all that uses Docker is worked on by one, as there is one engine. The groups that take longest begin first.
+once; what uses Docker is worked on by two of them, as there is one engine. The groups that take longest begin first.
+A test that needs its file's deployment is slow, as is whatever is marked so: what takes more than some five seconds.
 """
 
 from __future__ import annotations
@@ -16,26 +17,33 @@ import pytest
 
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
-# the first builds the image, the last attacks the one that is there
-DOCKER = ("test_compose", "test_join_compose", "test_access")
+DOCKER = ("test_join_compose", "test_access", "test_compose")  # the second attacks the image that the first builds
+TOGETHER = dict.fromkeys(DOCKER[:2], "docker")
+ALONE = {  # tests that share nothing with their file, and take as long as another file
+    "test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been": "docker",
+    "test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars": "comparison",
+    "test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started": "demo",
+    "test_ctrl_c_in_the_demo_stops_everything": "demo",
+}
 LONGEST = (
-    "docker",
-    "test_bench",
-    "test_faults",
-    "test_accept",
-    "test_trust",
-    "test_federation",
-    "test_publish",
-    "test_parity",
+    *("docker", "test_compose", "test_faults", "test_accept", "test_trust", "test_federation", "test_join"),
+    *("test_bench", "comparison", "test_parity", "test_publish", "demo", "test_superexec", "test_database"),
 )
+DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
+    **dict.fromkeys(("test_federation", "test_trust", "test_preflight"), "federation"),
+    **dict.fromkeys(("test_join", "test_superlink"), "hub"),
+    **dict.fromkeys((*DOCKER, "test_faults"), "docker"),
+    "test_simulation": "simulation",
+}
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 def group(nodeid: str) -> str:
-    """What is worked on by one process, by the name of a test's file."""
-    name = Path(nodeid.split("::")[0]).stem
-    return "docker" if name in DOCKER else name
+    """What is worked on by one process, by the name of a test and of its file."""
+    file, _, test = nodeid.partition("::")
+    name = Path(file).stem
+    return ALONE.get(test.partition("[")[0]) or TOGETHER.get(name, name)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups by mark take no effect with pytest 9.2
@@ -49,7 +57,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {DEPLOYMENTS.get(item.path.stem), "bench"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
     def place(item: pytest.Item) -> tuple[int, int]:
         name, of = item.path.stem, group(item.nodeid)
         return LONGEST.index(of) if of in LONGEST else len(LONGEST), DOCKER.index(name) if name in DOCKER else 0

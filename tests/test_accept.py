@@ -24,6 +24,7 @@ from benchmarks.speed import __main__ as bench
 from benchmarks.speed import base
 from bouquet import ROOT
 from bouquet.hub.deployment import is_alive
+from tests.kit.wait import PATIENT, until
 
 MISSED, MET = Target("round / floor", 1.4, most=1.25), Target("round / floor", 1.1, most=1.25)
 MIB = 2**20
@@ -152,7 +153,7 @@ def test_a_check_that_takes_too_long_fails_and_what_it_started_is_ended(tmp_path
     code, told = run(tmp_path, endless=Check(endless, 0, 1), found=Check(found, 0, 5))
     assert (code, told["checks"]["endless"]["state"], told["checks"]["found"]["state"]) == (1, "fail", "pass")
     assert "took too long" in told["checks"]["endless"]["text"]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 300  # and not the 600 that it would sleep
 
 
 def test_what_cannot_begin_in_time_is_skipped_and_makes_it_incomplete(tmp_path):
@@ -182,7 +183,8 @@ from types import SimpleNamespace
 from benchmarks.gpu import accept
 from benchmarks.gpu.accept_found import Found
 endless = [sys.executable, "-c", "import time; time.sleep(600)"]
-checks = {"first": accept.Check(lambda desk: Found("fine"), 0, 5), "held": accept.Check(lambda desk: desk.command(endless), 0, 300)}
+checks = {"first": accept.Check(lambda desk: Found("fine"), 0, 5)}
+checks["held"] = accept.Check(lambda desk: desk.command(endless), 0, 300)
 asked = SimpleNamespace(device="cpu", tiny=True, json=Path(sys.argv[1]) / "found.json", limit=60)
 sys.exit(accept.accept(asked, list(checks), checks, time.monotonic()))
 """
@@ -198,7 +200,7 @@ def test_whatever_ends_it_the_json_has_what_was_found(number, tmp_path):
         assert process.stdout.readline().startswith("first")
         children = until(lambda: children_of(process.pid))
         process.send_signal(number)
-        code = process.wait(timeout=30)
+        code = process.wait(PATIENT)
     told = json.loads((tmp_path / "found.json").read_text())
     assert told["checks"]["first"]["state"] == "pass"
     if number == signal.SIGKILL:
@@ -216,14 +218,6 @@ def children_of(pid: int) -> list[int]:
     return [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
-
-
-def until(what, seconds: float = 20.0):
-    end = time.monotonic() + seconds
-    while not (answer := what()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return answer
 
 
 # --- the command line
@@ -334,7 +328,8 @@ def test_two_runs_have_a_worker_each_that_leaves_nothing(changes, wrong):
 
 
 NEEDS = {  # MiB, as accept_child.probe says it
-    "context": 500.0, "evaluate reserved": 300.0, "half allocated": 2000.0, "half reserved": 2400.0, "whole allocated": 4000.0,
+    "context": 500.0, "evaluate reserved": 300.0, "half allocated": 2000.0, "half reserved": 2400.0,
+    "whole allocated": 4000.0,
 }  # fmt: skip
 
 
@@ -419,7 +414,8 @@ def test_nvmls_facts_are_those_of_the_first_gpu_and_what_it_cannot_say_is_none(t
 
 @pytest.mark.slow
 def test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind(tmp_path):
-    command = ["scripts/bench", "accept", "--device", "cpu", "--tiny", "--json", str(tmp_path / "found.json")]
+    command = ["scripts/bench", "accept", "--device", "cpu", "--tiny", "--limit", "3600"]
+    command += ["--json", str(tmp_path / "found.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
     told = json.loads((tmp_path / "found.json").read_text())
     states = {name: row["state"] for name, row in told["checks"].items()}

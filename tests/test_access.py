@@ -222,6 +222,7 @@ def test_the_pages_commands_are_those_that_are_executed_here() -> None:
     assert documented() == [BOTH, ONE]
 
 
+@pytest.mark.slow
 def test_the_command_against_a_hub_that_runs_ends_with_1_where_something_got_through(
     false_hub: FalseHub, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.hub import control
+from tests.kit.wait import PATIENT
 
 SECTION = "[superlink.remote-deployment]\n"
 NOON = "2026-01-02T12:00:00"
@@ -116,7 +117,7 @@ from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.supercore.control import ControlHttpClient
 assert control_pb2 is control.control and flwr.__version__
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENT)
 
 
 def test_where_flower_is_in_memory_its_messages_are_taken_from_there():
@@ -126,4 +127,4 @@ def test_where_flower_is_in_memory_its_messages_are_taken_from_there():
 @pytest.mark.parametrize("command", ["admission", "status"])
 def test_the_hubs_commands_wait_for_neither_flower_nor_torch(command):
     code = f"import bouquet.hub.{command}, sys; print(*({{'flwr', 'httpx', 'numpy', 'torch'}} & sys.modules.keys()))"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=120).split() == []
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENT).split() == []

@@ -130,6 +130,7 @@ def test_naive_trains_from_the_adapter_that_arrived(tmp_path, monkeypatch):
     assert watch.seconds.keys() == {"start", "imports", "load"}
 
 
+@pytest.mark.slow
 def test_the_floor_runs_all_sites_and_gives_the_two_phases_of_arithmetic(tmp_path):
     base.build(tmp_path / "models", "tiny")
     folders = {name: tiny.site(tmp_path / name, 8, seed) for seed, name in enumerate(("site-1", "site-2"))}
@@ -269,6 +270,7 @@ def test_every_command_of_the_page_is_executed_here():
     assert commands == RUN.keys() | SLOW | ON_A_GPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_gives_its_table(command, tmp_path):
     asked, row = RUN[command]

@@ -89,6 +89,7 @@ def test_its_hash_and_its_fresh_adapter_are_the_apps_which_it_does_not_import(ro
     assert done.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_the_command_says_so_and_ends_with_0_or_1(root):
     caches = [f"--cache=site-{n}={root / 'cache' / f'site-{n}'}" for n in (1, 2)]
     command = [

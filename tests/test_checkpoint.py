@@ -21,6 +21,7 @@ from app.config import LORA_TARGETS
 from app.errors import AdapterError
 from app.hub import volume
 from tests.kit import tiny
+from tests.kit.wait import PATIENT
 
 ADAPTER = tiny.adapter(1)
 
@@ -153,7 +154,8 @@ def watch(moment):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
         return call
-    for owner, name in ((volume, "save_file"), (store, "save_file"), (Path, "write_text"), (os, "fsync"), (Path, "replace"), (Path, "chmod")):
+    of_files = ((Path, "write_text"), (os, "fsync"), (Path, "replace"), (Path, "chmod"))
+    for owner, name in ((volume, "save_file"), (store, "save_file"), *of_files):
         setattr(owner, name, watched(getattr(owner, name)))
 
 moment, ends = 0, []
@@ -180,7 +182,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
     adapter = {"w.lora_A.weight": torch.full((2, 4), 2.0)}
     save_file(adapter, tmp_path / "adapter.safetensors")
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "adapter.safetensors")]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=PATIENT)
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout)
     assert ends == [signal.SIGKILL] * (len(ends) - 1) + [0] and len(ends) > 15

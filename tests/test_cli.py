@@ -15,10 +15,11 @@ import typer
 from conftest import sh
 
 from bouquet import ROOT, __version__, cli
+from tests.kit.wait import PATIENT
 
 BEFORE = {  # the name of one release: what it is now
-    "hub": "hub", "report": "report", "sample": "adapter sample", "publish": "adapter publish", "measure": "measure", "worth": "worth",
-    "live": "hub page", "partition": "data partition",
+    "hub": "hub", "report": "report", "sample": "adapter sample", "publish": "adapter publish", "measure": "measure",
+    "worth": "worth", "live": "hub page", "partition": "data partition",
 }  # fmt: skip
 
 
@@ -56,9 +57,10 @@ def test_nothing_asked_is_wrong_use_and_shows_what_there_is(capsys):
 @pytest.mark.parametrize(
     "asked",
     [
-        "hub admit garden", "hub invite", "hub status not-a-number", "hub nothing", "report --follow --out -", "adapter sample --strength 2",
-        "adapter sample --grid --strength 0.5", "data partition --dataset mini --by iid", "data partition --by colour", "data partition --sites 0",
-        "measure pictures run --kid other", "measure pictures run --count 1", "adapter publish flowers", "--nonsense",
+        "hub admit garden", "hub invite", "hub status not-a-number", "hub nothing", "report --follow --out -",
+        "adapter sample --strength 2", "adapter sample --grid --strength 0.5", "data partition --dataset mini --by iid",
+        "data partition --by colour", "data partition --sites 0", "measure pictures run --kid other",
+        "measure pictures run --count 1", "adapter publish flowers", "--nonsense",
     ],
 )  # fmt: skip
 def test_wrong_use_ends_with_2_before_anything_is_done(asked, capsys):
@@ -100,7 +102,9 @@ def test_the_hubs_commands_wait_for_neither_flower_nor_torch_nor_arrays(words, t
         " 'torch', 'rich'} & sys.modules.keys()))"
     )
     env = os.environ | {"FLWR_HOME": str(tmp_path), "BOUQUET_ADAPTERS": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENT
+    )
     assert done.stdout.split() == [], done.stdout + done.stderr
 
 
@@ -136,7 +140,7 @@ def test_the_command_is_that_of_the_folder_one_stands_in_else_of_its_environment
 
 def test_the_index_names_every_command():
     page = (ROOT / "docs/README.md").read_text()
-    rows = {name: row for name, row in re.findall(r"^\| (`bouquet \w+`.*?) \| (.*) \|$", page, re.MULTILINE)}
+    rows = dict(re.findall(r"^\| (`bouquet \w+`.*?) \| (.*) \|$", page, re.MULTILINE))
     told = {word for names in rows for word in re.findall(r"`bouquet (\w+)`", names)}
     assert told == {words[0] for words in commands()}
     for group, *words in commands():

@@ -22,6 +22,7 @@ from conftest import copy_project, sh
 from bouquet import ROOT
 from bouquet.hub.deployment import free_port
 from bouquet.hub.runs import follow, status
+from tests.kit.wait import until
 
 pytestmark = pytest.mark.usefixtures("docker")
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts=''"
@@ -73,7 +74,8 @@ def inside(host: Path, service: str, command: str) -> str:
 
 def test_a_run_by_hand_leaves_its_adapter_on_the_shared_volume(up: Path, run: str) -> None:
     assert inside(up, "serverapp", "ls /adapters/latest/final").split() == [
-        "adapter_config.json", "adapter_model.safetensors", "fp16", "kohya.safetensors", "provenance.json", "pytorch_lora_weights.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "fp16", "kohya.safetensors", "provenance.json",
+        "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert inside(up, "serverapp", "readlink /adapters/latest") == run
     sh("docker compose cp serverapp:/adapters ./adapters", up)
@@ -95,8 +97,8 @@ def test_down_keeps_adapters_and_a_second_up_continues_with_the_same_certificate
 
 
 BACK = (
-    "docker compose run --rm --no-deps -T -w /state superlink sh -c 'mv superlink.db superlink.db.newer && cp"
-    " superlink.db.before-* superlink.db'"
+    "docker compose run --rm --no-deps -T -w /state superlink sh -c"
+    " 'mv superlink.db superlink.db.newer && cp superlink.db.before-* superlink.db'"
 )
 
 
@@ -124,7 +126,7 @@ def containers(host: Path) -> dict[str, dict]:
 
 
 def test_no_container_may_do_more_than_its_work(up: Path) -> None:
-    """What Docker enforces, not what the file says: a plain user, nothing writable but volumes, no privileges, bounds."""
+    """What Docker enforces, not what the file says: a plain user, only volumes writable, no privileges, bounds."""
     found = containers(up)
     assert found.keys() == {"gateway", "superlink", "register", "serverapp", *SITES}
     for service, container in found.items():
@@ -194,7 +196,8 @@ def test_a_supernode_that_hears_nothing_from_the_hub_is_unhealthy(up: Path) -> N
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("python /opt/bouquet/supernode.py --help", "--superlink SUPERLINK"), ("python -m app.preflight --help", "bouquet site check"),
+        ("python /opt/bouquet/supernode.py --help", "--superlink SUPERLINK"),
+        ("python -m app.preflight --help", "bouquet site check"),
         ("python -m app.journal /tmp", "this site has answered no message yet"),
     ],
 )  # fmt: skip
@@ -330,12 +333,10 @@ def test_the_hubs_page_shows_its_sites_and_runs_on_this_hosts_loopback_alone_and
     port = str(free_port())
     try:
         sh("docker compose --profile dashboard up -d --wait page", up, PAGE_PORT=port)
-        for _ in range(60):  # the hub is asked in the background
-            shown = " ".join(re.sub(r"<[^>]*>", " ", sh(f"curl -sf http://127.0.0.1:{port}/", up).stdout).split())
-            if "2 of 2 sites online" in shown:
-                break
-            time.sleep(0.5)
-        assert "2 of 2 sites online" in shown and run in shown and "site-1 online" in shown
+        page = lambda: re.sub(r"<[^>]*>|\s+", " ", sh(f"curl -sf http://127.0.0.1:{port}/", up).stdout)  # noqa: E731
+        until(lambda: "2 of 2 sites online" in " ".join(page().split()), page)  # the hub is asked in the background
+        shown = " ".join(page().split())
+        assert run in shown and "site-1 online" in shown
         assert "Did it work?" in sh(f"curl -sf http://127.0.0.1:{port}/runs/{run}", up).stdout
         [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q page)", up).stdout)
         host = container["HostConfig"]
@@ -415,7 +416,7 @@ def test_every_supernode_gets_exactly_its_own_gpu(host: Path) -> None:
 def test_without_nvidia_the_cpu_overlay_removes_every_reservation(host: Path) -> None:
     with_gpu = config(host, COMPOSE_FILE="compose.yaml")["services"]
     without = config(host, COMPOSE_FILE="compose.yaml:docker/cpu.yaml")["services"]
-    for number, service in enumerate(SITES):
+    for service in SITES:
         [device] = with_gpu[service]["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
         assert not without[service]["deploy"]["resources"]["reservations"].get("devices")
@@ -433,5 +434,5 @@ def test_a_third_site_is_one_command_and_trains_with_the_others(up: Path, run: s
     shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL} min-sites=3" --format json', up).stdout
     run_id = json.loads(shown[shown.index("{") :])["run-id"]
     lines: list[str] = []
-    assert follow(run_id, lines.append, timeout=600)[0] == "finished:completed", lines
+    assert follow(run_id, lines.append)[0] == "finished:completed", lines
     assert any("sites 3" in line for line in lines)

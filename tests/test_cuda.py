@@ -25,6 +25,7 @@ from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import connect, follow, start_run
 from tests.kit.nvml import A10, library
+from tests.kit.wait import PATIENT
 
 IMAGE = os.environ.get("BOUQUET_CUDA_IMAGE", "")
 pytestmark = pytest.mark.skipif(not (IMAGE or torch.version.cuda), reason="torch has no CUDA here: scripts/test-cuda")
@@ -72,7 +73,7 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     else:
         command = (sys.executable, *command)
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
-    return subprocess.run(command, env=inherited | env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=inherited | env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENT)
 
 
 def say(code: str, **env: str) -> list:
@@ -188,8 +189,8 @@ def test_the_preflight_of_a_site_without_a_gpu_looks_at_all_that_is_here(tmp_pat
     states = {line["name"]: line["state"] for line in json.loads(done.stdout)["checks"]}
     assert states["memory"] in ("pass", "warn") and states["disk"] in ("pass", "warn"), done.stdout
     assert {name: state for name, state in states.items() if name not in ("memory", "disk")} == {
-        "name": "pass", "gpu": "pass", "driver": "skip", "others": "skip", "hub": "fail", "clock": "skip", "key": "skip",
-        "model": "warn", "data": "pass",
+        "name": "pass", "gpu": "pass", "driver": "skip", "others": "skip", "hub": "fail", "clock": "skip",
+        "key": "skip", "model": "warn", "data": "pass",
     }, done.stdout  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def test_a_run_of_two_sites_completes(
     try:
         running.start()
         run_id = start_run(SMALL)
-        state, details = follow(run_id, lines.append, timeout=300)
+        state, details = follow(run_id, lines.append)
         logs = {name: (running.logs / f"{name}.log").read_text() for name in sites}
         assert state == "finished:completed", (details, lines, logs)
         rounds = json.loads((running.fetch(run_id) / "history.json").read_text())["rounds"]

@@ -26,6 +26,7 @@ from benchmarks.faults.bench import certificates
 from bouquet import ROOT
 from bouquet.flower import database
 from bouquet.hub.deployment import Processes, free_port
+from tests.kit.wait import PATIENT
 
 OLD = "6e5225b231fc"  # one step before this Flower's newest revision
 OLDEST = "26b5d6018750"  # many steps before it
@@ -202,7 +203,7 @@ from bouquet.flower import database
 def alone(code: str, *arguments: object) -> list:
     """What a Python of its own says, a line of JSON each."""
     command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if not line.startswith("bouquet: ")]
 
@@ -270,6 +271,7 @@ for last in range(0, 400, int(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("revision", "every"), [("", 15), (OLD, 2)])
 def test_a_kill_at_any_moment_leaves_what_the_next_start_needs(tmp_path, revision, every):
     (tmp_path / "start").mkdir()
@@ -319,6 +321,7 @@ def tables(file: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_superlink_that_is_killed_again_and_again_in_its_first_start_starts(tmp_path):
     state = tmp_path / "state"
     with hub(tmp_path) as running:

@@ -15,7 +15,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from benchmarks.speed.watch import MESSAGE, Watch, processes
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port, is_alive
 from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
+from tests.kit.wait import PATIENT, until
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
 NODES = re.compile(r"(\x1b\[92m)?INFO")  # the SuperNode's own, about each message
@@ -58,7 +58,7 @@ def finished(federation: Processes) -> tuple[Path, list[str]]:
     """One small run to its end: its folder and the lines that a person saw."""
     lines: list[str] = []
     run = start_run(SMALL)
-    state, details = follow(run, lines.append, timeout=600)
+    state, details = follow(run, lines.append)
     assert state == "finished:completed", (details, lines)
     return federation.fetch(run), lines
 
@@ -69,7 +69,11 @@ def stream(run: str) -> list[str]:
     """
     command = [BIN / "flwr", "log", run, "remote-deployment", "--stream"]
     done = subprocess.run(
-        command, env=os.environ | QUIET | {"FLWR_LOG_LEVEL": "WARNING"}, stdout=subprocess.PIPE, text=True, timeout=120
+        command,
+        env=os.environ | QUIET | {"FLWR_LOG_LEVEL": "WARNING"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=PATIENT,
     )
     said = [line for line in re.split(r"[\r\n]+", done.stdout) if line]
     assert said[0].startswith("Using SuperLink: ")
@@ -87,7 +91,8 @@ def test_a_run_leaves_every_rounds_adapter_the_final_files_and_the_picture(finis
     assert files == {
         *(f"round-000{number}/{name}" for number in (1, 2) for name in a_round),
         *(f"{final}/{name}" for final in ("final", "final/fp16") for name in (
-            "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "kohya.safetensors")),
+            "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
+            "kohya.safetensors")),
         "final/provenance.json", "history.json", "status.json", "samples.png",
     }  # fmt: skip
     assert (folder.parent / "latest").resolve() == folder
@@ -135,17 +140,14 @@ def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_
     for _ in range(2):
         watch = Watch(sessions(federation))
         watch.start()
-        state, details = follow(start_run(SMALL), lambda line: None, timeout=600)
+        state, details = follow(start_run(SMALL), lambda line: None)
         watch.stop()
         assert state == "finished:completed", details
         seen.append({site: set(watch.began.get(site, {})) for site in federation.sites})
     assert all(len(pids) == 1 for run in seen for pids in run.values()), seen
     # a run's process never serves another run
     assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen
-    end = time.monotonic() + 30
-    while left := [process.pid for _, process in processes(sessions(federation)) if process.name == MESSAGE]:
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
+    until(lambda: not [process for _, process in processes(sessions(federation)) if process.name == MESSAGE])
 
 
 def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Processes) -> None:
@@ -164,7 +166,7 @@ def test_a_site_whose_key_was_not_admitted_is_turned_away_and_its_process_ends(f
     federation.sites["stranger"] = federation.sites["site-1"]
     try:
         federation.start_site("stranger")
-        federation.running["stranger"].wait(timeout=60)
+        federation.running["stranger"].wait(PATIENT)
         assert nodes_online() == 2
     finally:
         federation.stop_site("stranger")
@@ -180,7 +182,6 @@ def test_an_unknown_run_config_key_is_named_and_no_run_starts(federation: Proces
 
 
 def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Processes) -> None:
-    start = time.monotonic()
     done = sh(
         """scripts/bouquet run --run-config "min-sites=3 wait-for-sites=3 sample-prompts=''\"""", ROOT, check=False
     )
@@ -188,7 +189,6 @@ def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Proc
     assert done.returncode == 1 and re.search(rf"^run {run}  finished:failed  .*HUB-01", done.stdout, re.MULTILINE), (
         done.stdout
     )
-    assert time.monotonic() - start < 60
     lines = stream(run)
     at = next(at for at, line in enumerate(lines) if line.startswith("HUB-01  "))
     assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["found", "fix", "help"] and LOUD.match(
@@ -223,7 +223,7 @@ def test_a_supernode_that_got_one_bad_answer_ends_its_process(federation: Proces
         federation.start_site("spare", hub=f"127.0.0.1:{broken_hub.port}")
         federation.wait_until_online(3)
         broken_hub.broken.set()
-        assert federation.running["spare"].wait(timeout=60) == 1
+        assert federation.running["spare"].wait(PATIENT) == 1
     finally:
         federation.stop_site("spare")
         del federation.sites["spare"]
@@ -314,7 +314,7 @@ def test_ctrl_c_in_the_demo_stops_everything(demo_project: Path) -> None:
         started = pids(demo_project)
         os.killpg(demo.pid, signal.SIGINT)
         demo.stdout.read()
-        assert demo.wait(timeout=60) == 130
+        assert demo.wait(PATIENT) == 130
     assert len(started) == 4 and not any(is_alive(pid) for pid in started)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from app.site.gpu import NO_GPU, Driver, GpuError, Meter, check_driver, check_pi
 from bouquet import ROOT
 from tests.kit.memory import Federation
 from tests.kit.nvml import A10, T4, StandIn, gpu, library
+from tests.kit.wait import until
 
 MIB = 2**20
 
@@ -224,11 +224,8 @@ def test_a_site_that_hid_its_gpus_from_cuda_measures_none(nvml: StandIn, monkeyp
     assert meter.name == NO_GPU and meter.numbers() == {}
 
 
-def wait(until) -> None:
-    end = time.monotonic() + 10
-    while not until():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def wait(what) -> None:
+    until(what, every=0.005)
 
 
 # --- a round's numbers

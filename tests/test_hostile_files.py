@@ -30,6 +30,7 @@ from app.site.photos import images
 from app.site.photos.data import scan
 from bouquet import ROOT
 from tests.kit import tiny
+from tests.kit.wait import PATIENT
 
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000
@@ -364,7 +365,7 @@ def test_a_pipe_by_any_name_is_not_waited_for(tmp_path, name):
     )
     script += "except app.site.photos.data.SiteError as error: print(error.code)"
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=PATIENT
     )
     expected = {"caption.txt": "SITE-05", "metadata.jsonl": "SITE-06"}.get(name, "{'images': 2, 'unreadable': 1}")
     assert done.stdout.strip() == expected

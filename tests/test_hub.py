@@ -366,6 +366,7 @@ def test_a_reply_for_which_the_volume_has_no_room_ends_the_run_and_blames_no_sit
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "precision"), [("fedavg", "fp32"), ("fedavgm", "fp32"), ("fedavgm", "fp16")])
 def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
     strategy, precision, tmp_path, monkeypatch

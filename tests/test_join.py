@@ -14,7 +14,6 @@ import shutil
 import stat
 import subprocess
 import tarfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from bouquet import ROOT
 from bouquet.hub.deployment import Processes, end_group, free_port
 from bouquet.hub.roster import registered
 from bouquet.hub.runs import connect, follow
+from tests.kit.wait import PATIENT, until
 
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"
 KIT = {".env", "README.md", "ca.crt", "compose.yaml", "cpu.yaml", "env.awk", "key.py", "models", "site", "trusted.yaml"}
@@ -81,8 +81,8 @@ class SiteHost:
     def start(self) -> None:
         with (self.kit / "log").open("w") as log:
             self.process = subprocess.Popen(
-                ["./site", "start"], cwd=self.kit, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={"PATH": "/usr/bin:/bin", "SITE_PORT": str(free_port())},
+                ["./site", "start"], cwd=self.kit, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True, env={"PATH": "/usr/bin:/bin", "SITE_PORT": str(free_port())},
             )  # fmt: skip
 
     def stop(self) -> None:
@@ -111,7 +111,7 @@ def garden(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     sh(f"scripts/hub admit garden {site.kit}/garden.pub --fingerprint {fingerprint}", root)
     site.start()
     try:
-        wait_for(root, "garden", "online")
+        wait_for(root, site, "online")
         yield site
     finally:
         site.stop()
@@ -122,11 +122,11 @@ def sites(root: Path) -> dict[str, dict]:
     return {site["name"]: site for site in json.loads(shown)["sites"]}
 
 
-def wait_for(root: Path, name: str, state: str, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while (now := sites(root).get(name, {}).get("state")) != state:
-        assert time.monotonic() < end, f"{name} is {now}, not {state}"
-        time.sleep(0.5)
+def wait_for(root: Path, site: SiteHost, state: str) -> None:
+    """Until the hub says so of a site, whose process must go on meanwhile."""
+    now = lambda: sites(root).get(site.kit.name, {}).get("state")  # noqa: E731
+    said = lambda: f"{site.kit.name} is {now()}; {(site.kit / 'log').read_text()[-2000:]}"  # noqa: E731
+    until(lambda: now() == state, said, over=lambda: site.process.poll() is not None, every=0.5)
 
 
 def heartbeat(site: SiteHost, hub: Processes, node: int) -> int:
@@ -164,8 +164,8 @@ def test_the_kit_names_the_hub_the_image_and_the_base_model(root: Path, tmp_path
     assert {path.name for path in kit.iterdir()} == KIT
     settings = dict(line.split("=", 1) for line in (kit / ".env").read_text().splitlines()[1:])
     assert settings == {
-        "SITE_NAME": "'studio'", "HUB": f"'127.0.0.1:{port_of(root)}'", "IMAGE": "'bouquet:cuda'", "BASE_MODEL": "'mini'",
-        "BASE_FINGERPRINT": f"'{model.fingerprint(ROOT / 'models' / 'mini')['base']}'",
+        "SITE_NAME": "'studio'", "HUB": f"'127.0.0.1:{port_of(root)}'", "IMAGE": "'bouquet:cuda'",
+        "BASE_MODEL": "'mini'", "BASE_FINGERPRINT": f"'{model.fingerprint(ROOT / 'models' / 'mini')['base']}'",
     }  # fmt: skip
     assert (kit / "ca.crt").read_bytes() == (root / "certs/ca.crt").read_bytes()
     page = (kit / "README.md").read_text()
@@ -326,7 +326,7 @@ def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path
     # known already; from now on it weighs no more
     sh(f"scripts/hub admit garden {garden.kit}/garden.pub --images 5", root)
     shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL}" --format json', root).stdout
-    state = follow(json.loads(shown[shown.index("{") :])["run-id"], lambda line: None, timeout=300)
+    state = follow(json.loads(shown[shown.index("{") :])["run-id"], lambda line: None)
     assert state[0] == "finished:completed", state
     row = sites(root)["garden"]
     assert row["rounds"] == before + 1 and 20 <= row["images"] <= 24  # of 24 drawn photos some are held out
@@ -346,14 +346,18 @@ def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path
 
 def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteHost) -> None:
     before = sites(root)["garden"]["rounds"]
-    entries = [
-        {"sites": {"garden": {"num-examples": 480, "gpu": {"name": "NVIDIA H100"}}, "lab": {"num-examples": 12}}},
-        {"sites": {"lab": {"num-examples": 12}}},
-        {"sites": {"garden": {"num-examples": 500}}},
+    parts = [
+        {"garden": {"num-examples": 480, "gpu": "NVIDIA H100"}, "lab": {"num-examples": 12}},
+        {"lab": {"num-examples": 12}},
+        {"garden": {"num-examples": 500}},
     ]
+    done = {"round": 1, "started_from": "a", "adapter": "b", "train_loss": 0.1, "seconds": 1.0}
+    entries = [done | {"sites": sites} for sites in parts]
     for run, rounds in (("101", entries), ("102", entries[2:]), ("103", [])):
         (root / ".bouquet/adapters" / run).mkdir()
-        (root / ".bouquet/adapters" / run / "history.json").write_text(json.dumps({"run": run, "rounds": rounds}))
+        (root / ".bouquet/adapters" / run / "history.json").write_text(
+            json.dumps({"run": run, "state": "failed", "rounds": rounds})
+        )
     row = sites(root)["garden"]
     assert (row["images"], row["gpu"], row["rounds"]) == (500, "NVIDIA H100", before + 3)
 
@@ -381,7 +385,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
     }
     other.start()
     try:
-        wait_for(root, "orchard", "online")
+        wait_for(root, other, "online")
         online = other.process.pid
         with_orchard = contents(root / "certs")
 
@@ -389,13 +393,13 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         assert heartbeat(garden, hub, node) == 200
         sh("scripts/hub revoke garden", root)
         assert heartbeat(garden, hub, node) == 401  # the very next request
-        garden.process.wait(timeout=30)  # a SuperNode asks every 3 s; refused, it ends
+        garden.process.wait(PATIENT)  # a SuperNode asks every 3 s; refused, it ends
         assert sites(root)["garden"]["state"] == "revoked"
         theirs = {"admitted/garden.pub", "admitted/garden.json"}
         assert {name for name, _ in with_orchard.items() - contents(root / "certs").items()} == theirs
 
         garden.start()  # again with the revoked key
-        garden.process.wait(timeout=60)
+        garden.process.wait(PATIENT)
         assert sites(root)["garden"]["state"] == "revoked"
         refused = sh(f"scripts/hub admit garden {garden.kit}/garden.pub", root, check=False)
         assert (
@@ -408,7 +412,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         assert new != old
         sh(f"scripts/hub admit garden {garden.kit}/garden.pub --fingerprint {new}", root)
         garden.start()
-        wait_for(root, "garden", "online")
+        wait_for(root, garden, "online")
         assert (
             sites(root)["orchard"]["state"] == "online" and other.process.pid == online and other.process.poll() is None
         )

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from conftest import copy_project, sh
 
 from bouquet import ROOT
 from bouquet.hub.deployment import free_port
+from tests.kit.wait import until
 
 pytestmark = [pytest.mark.usefixtures("docker"), pytest.mark.slow]
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"
@@ -63,8 +63,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     )
     address = sh("docker network inspect bridge --format '{{(index .IPAM.Config 0).Gateway}}'", folder).stdout.strip()
     here = {
-        "hub.example.org": address, "0.0.0.0": address, "scripts/setup": "scripts/setup --engine docker", "bouquet:cuda": "bouquet:cpu",
-        "remote-deployment --stream": f'remote-deployment --run-config "{SMALL}" --stream', "restart": "restart --timeout 5",
+        "hub.example.org": address, "0.0.0.0": address, "scripts/setup": "scripts/setup --engine docker",
+        "bouquet:cuda": "bouquet:cpu",
+        "remote-deployment --stream": f'remote-deployment --run-config "{SMALL}" --stream',
+        "restart": "restart --timeout 5",
     }  # fmt: skip
     operator = Operator("hub.md", folder, here)
     with pytest.MonkeyPatch.context() as patch:
@@ -117,12 +119,10 @@ def state(hub: Operator) -> str | None:
     return row(hub)["state"]
 
 
-def wait_until_heard(hub: Operator, timeout: float = 150) -> None:
+def wait_until_heard(hub: Operator) -> None:
     """Until the site has said something to the hub that is up now."""
-    since, end = datetime.now(timezone.utc), time.monotonic() + timeout
-    while state(hub) != "online" or row(hub)["last-seen"] < since.isoformat():
-        assert time.monotonic() < end, row(hub)
-        time.sleep(2)
+    since = datetime.now(UTC).isoformat()
+    until(lambda: state(hub) == "online" and row(hub)["last-seen"] >= since, lambda: row(hub), every=1)
 
 
 def runs(hub: Operator) -> list[dict]:
@@ -171,7 +171,8 @@ def test_the_sites_container_may_nothing_and_holds_its_own_key_alone(site: Opera
     )
     assert not host["PortBindings"] and not any(found["NetworkSettings"]["Ports"].values())
     assert {mount["Destination"]: mount["RW"] for mount in found["Mounts"]} == {
-        "/data": False, "/site/models": False, "/cache": True, "/ca.crt": False, "/trusted.yaml": False, "/run/secrets/site.key": False,
+        "/data": False, "/site/models": False, "/cache": True, "/ca.crt": False, "/trusted.yaml": False,
+        "/run/secrets/site.key": False,
     }  # fmt: skip
 
 
@@ -224,10 +225,7 @@ def test_a_hub_that_was_lost_comes_back_from_its_backup_and_so_does_the_site(hub
 
 def test_a_revoked_site_is_refused_and_leaves(hub: Operator, site: Operator) -> None:
     hub.follow("A site leaves, or must leave")
-    end = time.monotonic() + 60
-    while not container(site, "supernode")["RestartCount"]:  # its process has ended; Docker tries again, in vain
-        assert time.monotonic() < end
-        time.sleep(1)
+    until(lambda: container(site, "supernode")["RestartCount"])  # its process has ended; Docker tries again, in vain
     assert state(hub) == "revoked"
     site.follow("Leave")
     assert not sh("docker compose ps -aq", site.folder).stdout

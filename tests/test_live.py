@@ -27,6 +27,7 @@ from bouquet.hub.live import view
 from bouquet.hub.live.server import application
 from bouquet.hub.live.sites import Known, Sites
 from tests.kit.runs import HOSTILE, history, written
+from tests.kit.wait import PATIENT, until
 
 HOME = "http://127.0.0.1"
 
@@ -277,7 +278,7 @@ def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monke
 
     monkeypatch.setattr(roster, "registered", registered)
     with Sites(every=0.05) as sites:
-        assert asked.acquire(timeout=10) and asked.acquire(timeout=10)
+        assert asked.acquire(timeout=PATIENT) and asked.acquire(timeout=PATIENT)
         sites.closed.set()
         sites.thread.join(10)
         assert [one.name for one in sites.now().sites] == ["rose"] and "The hub does not answer." in sites.now().trouble
@@ -289,7 +290,8 @@ def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monke
 
 def command(*args: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        ["scripts/live", *args], cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["scripts/live", *args], cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True
     )  # fmt: skip
 
 
@@ -299,7 +301,7 @@ def test_the_command_says_where_the_page_is_and_ends_with_ctrl_c(tmp_path):
     try:
         line = process.stdout.readline()
         address = re.fullmatch(r"live: (http://127\.0\.0\.1:\d+)   Ctrl-C ends it\n", line)[1]
-        with urllib.request.urlopen(f"{address}/runs/7", timeout=30) as answer:
+        with urllib.request.urlopen(f"{address}/runs/7", timeout=PATIENT) as answer:
             assert b"Did it work?" in answer.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0 and process.stdout.read() == ""
@@ -313,10 +315,10 @@ def test_a_port_that_is_taken_and_a_folder_that_is_absent_are_named(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = command("--port", str(other.getsockname()[1]), BOUQUET_ADAPTERS=str(tmp_path))
-        said, _ = taken.communicate(timeout=60)
+        said, _ = taken.communicate(timeout=PATIENT)
     assert taken.returncode == 1 and said.startswith("HOST-04  The port is taken.")
     absent = command("--port", "0", BOUQUET_ADAPTERS=str(tmp_path / "nowhere"))
-    said, _ = absent.communicate(timeout=60)
+    said, _ = absent.communicate(timeout=PATIENT)
     assert absent.returncode == 1 and said.startswith("LIVE-01  There is no folder of runs here.")
 
 
@@ -347,11 +349,8 @@ def served(tmp_path) -> Iterator[tuple[Path, str, uvicorn.Server]]:
     door.close()
 
 
-def until(browser: browser_.Browser, question: str, seconds: float = 30) -> bool:
-    end = time.monotonic() + seconds
-    while not browser.js(question) and time.monotonic() < end:
-        time.sleep(0.1)
-    return browser.js(question)
+def shows(browser: browser_.Browser, question: str) -> bool:
+    return until(lambda: browser.js(question), lambda: question)
 
 
 def test_the_page_shows_itself_and_renews_itself_without_a_complaint(browser, served):
@@ -368,7 +367,7 @@ def test_the_page_shows_itself_and_renews_itself_without_a_complaint(browser, se
     )
     told = history(rounds=2, state="running", losses={HOSTILE: [0.30, 0.20, 0.19], "lily": [0.40, 0.30, 0.29]})
     (root / "7" / "history.json").write_text(json.dumps(told))
-    assert until(browser, "document.querySelector('.outcome').textContent.startsWith('Run 7: round 3 of 3')")
+    assert shows(browser, "document.querySelector('.outcome').textContent.startsWith('Run 7: round 3 of 3')")
     assert browser.complaints() == []
 
 
@@ -376,7 +375,7 @@ def test_when_nobody_answers_any_more_the_page_says_so_and_keeps_what_it_had(bro
     _, address, server = served
     browser.visit(address)
     server.should_exit = True
-    assert until(browser, "document.body.classList.contains('stale')")
+    assert shows(browser, "document.body.classList.contains('stale')")
     assert "Nobody answers any more" in browser.js("document.getElementById('fresh').textContent")
     assert "Run 7" in browser.js("document.querySelector('#run').textContent")
 

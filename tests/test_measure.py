@@ -125,6 +125,7 @@ def test_what_a_site_reads():
     )
 
 
+@pytest.mark.slow
 def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_them(run, site, tmp_path):
     command = (
         f"scripts/measure memory rose --data {site} {run} --models {tiny.models()} --count 4 --out"
@@ -193,6 +194,7 @@ def test_the_judge_counts_what_was_asked_for():
         pictures.judged(["a bicycle"], [poppies])
 
 
+@pytest.mark.slow
 def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
     shown = sh(f"scripts/measure pictures {run} --models {tiny.models()} --count 2", tiny.ROOT).stdout
     told = json.loads((run / "measures.json").read_text())

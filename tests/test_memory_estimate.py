@@ -257,6 +257,7 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_and_computes_one_at_a_time
     assert again.peak > again.floor + 8 * 2 * geglu  # with its gradient
 
 
+@pytest.mark.slow
 def test_evaluation_and_encoding_count_where_they_take_more_than_a_step(sd15: Path) -> None:
     step = guess(sd15, 8, True).peak
     assert (

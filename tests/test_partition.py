@@ -193,6 +193,7 @@ def test_the_text_column_is_the_caption_and_bad_pictures_are_counted(tmp_path):
     assert "6 images" in out and "1 format" in out and "1 empty" in out
 
 
+@pytest.mark.slow
 def test_the_seed_decides_who_gets_what(tmp_path, flowers):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         partition("--dataset", flowers, "--sites", 1, "--images-per-site", 10, "--seed", seed, "--out", tmp_path / name)
@@ -200,6 +201,7 @@ def test_the_seed_decides_who_gets_what(tmp_path, flowers):
     assert keys["a"] == keys["b"] != keys["c"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real photos are not on this machine (../shared/data)")
 def test_the_real_flower_photos_are_divided_without_the_network(tmp_path):
     out = partition("--dataset", SHARED / "oxford-flowers-128", "--out", tmp_path)

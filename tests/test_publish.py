@@ -211,6 +211,7 @@ def test_stable_diffusions_place_on_the_hub_and_licence_are_known():
     assert model.HUGGING_FACE[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
+@pytest.mark.slow
 def test_the_cards_snippet_runs_as_printed(publish, monkeypatch, tmp_path):
     _, _, final = publish("--base-id", "garden/base")
     [snippet] = re.findall(r"^```python\n(.*?)^```", card_of(final)[1], re.DOTALL | re.MULTILINE)
@@ -289,6 +290,7 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
     } | {f"{folder}{name}" for folder in ("", "fp16/") for name in formats.FILES}
 
 
+@pytest.mark.slow
 def test_sites_go_out_unnamed_unless_that_is_asked_for(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     publish("--upload")

@@ -15,6 +15,7 @@ from app import quiet
 from bouquet import ROOT
 from bouquet.flower import superexec
 from bouquet.hub.runs import OURS
+from tests.kit.wait import PATIENT
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
 DRIVER = """
@@ -49,12 +50,13 @@ def printed(folder: Path, name: str) -> list[str]:
     clean = {key: value for key, value in os.environ.items() if key not in switches}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, folder, name], cwd=ROOT, env=clean | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return re.split(r"[\r\n]+", done.stdout.partition("\nbegin\n")[2].strip())
 
 
+@pytest.mark.slow
 def test_a_run_prints_our_lines_and_others_warnings_alone(tmp_path):
     lines = printed(tmp_path / "run", "whole")
     assert [line for line in lines if not OURS.match(line) and not LOUD.match(line)] == []
@@ -62,6 +64,7 @@ def test_a_run_prints_our_lines_and_others_warnings_alone(tmp_path):
     assert sum(line.startswith("bouquet: round 1/1") for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_a_named_error_is_four_lines_at_the_site_and_four_at_the_hub(tmp_path):
     lines = printed(tmp_path / "run", "empty")
     site, hub = (next(n for n, line in enumerate(lines) if line.startswith(code)) for code in ("SITE-01  ", "HUB-02  "))

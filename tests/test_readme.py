@@ -54,6 +54,9 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/doctor": (
         "tests/test_doctor.py::test_the_doctor_needs_no_packages_changes_nothing_and_ends_with_a_verdict",
         "scripts/doctor"),
+    "scripts/check": (
+        "tests/test_checks.py::test_what_is_wrong_is_named_and_each_check_is_made_whatever_the_others_find",
+        "scripts/check"),
     "scripts/test": (SCRIPTS_TEST, "scripts/test"),
     'scripts/test -m "not slow"': (SCRIPTS_TEST, '-m "not slow"'),
     "scripts/test tests/test_diffusion.py": (SCRIPTS_TEST, "scripts/test tests/test_diffusion.py"),
@@ -163,6 +166,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_project(tmp_path_factory.mktemp("readme") / "bouquet")
 
 
+@pytest.mark.slow
 def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
     shown = sh('scripts/test tests/test_diffusion.py -m "not slow"', copy).stdout
     asked = re.search(r"2 workers \[(\d+) items\]", shown)[1]
@@ -183,6 +187,7 @@ def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

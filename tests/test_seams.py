@@ -19,6 +19,7 @@ from bouquet import ROOT
 from bouquet.flower import contracts, seams
 from bouquet.flower.contracts import called_with, in_order, says, uses_only
 from bouquet.site import reach
+from tests.kit.wait import PATIENT
 
 ALL = seams.declared()
 OURS = {name: seam for name, seam in ALL.items() if seam.ours}
@@ -79,7 +80,7 @@ def test_each_seam_says_why_it_is_there_and_what_would_end_it():
 
 def test_the_command_says_what_holds_and_starts_nothing():
     done = subprocess.run(
-        [sys.executable, "-m", "bouquet.flower.seams"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "bouquet.flower.seams"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENT
     )
     assert done.returncode == 0 and done.stdout.split() == [word for name in ALL for word in ("ok", name)]
 
@@ -281,7 +282,7 @@ runpy.run_module("bouquet.flower.{program.removesuffix(".py")}", run_name="__mai
 """
     env = {"PATH": "", "BOUQUET_SIGNATURES": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env, cwd=tmp_path
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENT, env=env, cwd=tmp_path
     )
     assert done.returncode == 1 and "started" not in done.stdout
     assert done.stderr.startswith("FLWR-01  Bouquet does not fit this version of Flower.\n  found  flwr "), done.stderr
@@ -295,7 +296,7 @@ def test_nothing_of_the_app_is_imported_by_what_fits():
         f"import sys; sys.path.insert(0, {beside!r}); from bouquet.flower import seams; seams.check(); print('app' in"
         " sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENT, cwd="/")
     assert done.stdout == "False\n", done.stderr
 
 

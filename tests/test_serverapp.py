@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from benchmarks.hostile import Door
 from bouquet import ROOT
 from bouquet.flower import serverapp
 from bouquet.hub.deployment import Processes, free_port
+from tests.kit.wait import PATIENT, until
 
 
 class Line:
@@ -44,7 +44,7 @@ def test_a_task_is_kept_until_its_process_begins(monkeypatch, capsys):
     monkeypatch.setattr(serverapp, "BEAT", 0.01)
     line = Line()
     thread = line.kept()
-    assert line.enough.wait(30)
+    assert line.enough.wait(PATIENT)
     os.close(line.theirs)
     thread.join(30)
     assert not thread.is_alive() and "(OSError)" in capsys.readouterr().out
@@ -147,13 +147,12 @@ class Hub(Control, Processes):
         return (self.home / "slow" / "signs").stat().st_size if (self.home / "slow" / "signs").exists() else 0
 
 
-def wait(hub: Hub, what, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, (hub.logs / "superlink.log").read_text()[-2000:]
-        time.sleep(0.1)
+def wait(hub: Hub, what) -> None:
+    log = hub.logs / "superlink.log"
+    until(what, lambda: log.read_text()[-2000:], over=lambda: hub.running["superlink"].poll() is not None)
 
 
+@pytest.mark.slow
 def test_a_slow_start_happens_once_and_one_that_died_is_followed_by_another(tmp_path):
     hub = Hub(tmp_path)
     try:

@@ -34,6 +34,7 @@ from app.site.privacy import Secret
 from bouquet import ROOT
 from bouquet.hub.deployment import free_port
 from tests.kit import tiny
+from tests.kit.wait import PATIENT
 
 BIN = Path(sys.executable).parent
 RUN = {
@@ -68,7 +69,7 @@ class Simulation:
         """(run id, state, details) of a run that has ended."""
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in (RUN | changes).items())
         run_id = self.flwr("run", str(ROOT), "local", "--run-config", config)["run-id"]
-        end = time.monotonic() + 300
+        end = time.monotonic() + PATIENT
         while True:
             run = self.flwr("ls", "local", "--run-id", run_id)["runs"][0]
             if run["status"].startswith("finished") or time.monotonic() > end:
@@ -104,10 +105,12 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
         sh(f"scripts/partition --dataset mini --sites 2 --images-per-site {count} --out {drawn}", ROOT)
         shutil.move(drawn / f"site-{number}", home / f"data/site-{number}")
     env = os.environ | {
-        "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()), "RAY_TMPDIR": ray_home, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-        "BOUQUET_DATA": str(home / "data"), "BOUQUET_MODELS": str(tiny.models()), "BOUQUET_CACHE": str(home / "cache"), "BOUQUET_ADAPTERS": str(home / "adapters"),
+        "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port), "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "RAY_TMPDIR": ray_home, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+        "BOUQUET_DATA": str(home / "data"), "BOUQUET_MODELS": str(tiny.models()), "BOUQUET_CACHE": str(home / "cache"),
+        "BOUQUET_ADAPTERS": str(home / "adapters"),
     }  # fmt: skip
     running = Simulation(home, env, port)
     try:

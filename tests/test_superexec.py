@@ -14,13 +14,14 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 
 from bouquet import ROOT
+from tests.kit.wait import PATIENT
 
 PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bouquet.flower import superexec; import json; "
 
 
 def run(code: str) -> list:
     """What a fresh Python says, as JSON, a line each; it ends with 0."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -141,7 +142,7 @@ def work(orders, keep):
             (what, *_), began = orders.recv()
         except EOFError:
             return
-        assert 0 <= time.monotonic() - began < 60
+        assert 0 <= time.monotonic() - began < {patient}
         if what == "dies":
             os._exit(9)
         time.sleep(0.5 if what == "slow" else 0)
@@ -149,7 +150,7 @@ def work(orders, keep):
             file.write(f"{{what}} {{os.getpid()}}\\n")
         orders.send(keep and what != "last")
 
-def after(workers, seconds=20.0):
+def after(workers, seconds={patient}):
     '''Until none is busy.'''
     end = time.monotonic() + seconds
     while workers.tidy() or any(worker.busy for worker in workers.alive):
@@ -179,8 +180,8 @@ def took(tmp_path: Path, *orders: str, keep: float = 300) -> list[tuple[str, int
     many wait).
     """
     out, driver = tmp_path / "out", tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(docker=str(ROOT), out=str(out)))
-    subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=120)
+    driver.write_text(DRIVER.format(docker=str(ROOT), out=str(out), patient=PATIENT))
+    subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=PATIENT)
     pids: dict[str, int] = {}
     lines = [line.split() for line in out.read_text().splitlines()]
     return [(what, int(who) if what == "alive" else pids.setdefault(who, len(pids) + 1)) for what, who in lines]

@@ -10,7 +10,6 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from benchmarks.faults.bench import certificates
 from benchmarks.hostile import CONTROL, Door, Key, new_key, public
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port
+from tests.kit.wait import until
 
 BUSY = 2000  # milliseconds that the SuperLink waits for its database here; else 25000, and Flower's own 5000
 HUB = f"""
@@ -70,11 +70,11 @@ class Hub(Control, Processes):
         self.door = Door("127.0.0.1", self.port, self.certs / "ca.crt")
         self.code = {"superlink": HUB, "site-1": SITE, "site-2": HEARTLESS}
 
-    def _spawn(self, name: str, command: list, env: dict[str, str] = {}) -> None:
+    def _spawn(self, name: str, command: list, env: dict[str, str] | None = None) -> None:
         if name == "serverapp":
             return  # there is no run
         beside = f"import sys; del sys.argv[:2]; sys.path.insert(0, {str(ROOT)!r})"
-        super()._spawn(name, [command[0], "-c", f"{beside}\n{self.code[name]}", *command[1:]], env)
+        super()._spawn(name, [command[0], "-c", f"{beside}\n{self.code[name]}", *command[1:]], env or {})
 
     def admit(self, key: Key, name: str) -> None:
         answer = self.door.call(CONTROL + "register-node", RegisterNodeRequest(public_key=public(key), name=name))
@@ -101,11 +101,8 @@ class Hub(Control, Processes):
             other.execute("ROLLBACK")
 
 
-def wait(what: Callable[[], object], logs: Callable[[], str], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, logs()[-3000:]
-        time.sleep(0.1)
+def wait(what: Callable[[], object], logs: Callable[[], str]) -> None:
+    until(what, lambda: logs()[-3000:])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Sites run only what a publisher they pin has signed: a real hub, two real sites over TLS, the real app, as processes."""
+"""Sites run only what a publisher they pin has signed: a real hub, two real sites over TLS, the real app."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from bouquet.flower.trust import DAY, DAYS
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import CONNECTION, connect, flwr, follow
 from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign, trust
+from tests.kit.wait import PATIENT
 
 TINY = "rounds=1 round-retries=0 local-steps=2 batch-size=2 lora-rank=2 validation-timesteps=1 sample-prompts=''"
 REFUSED = "TRUST-01  The site does not trust this code"
@@ -226,7 +227,7 @@ def alive():
 cli.flower_supernode = alive
 runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENT)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert "a thread of the SuperNode has died" in done.stdout
 
@@ -252,7 +253,7 @@ class Outcome:
 
 
 class Trusting(Processes):
-    """Two sites that pin the publisher of certs/; site-2 takes at most 2 local steps, and signatures of up to 400 days."""
+    """Two sites that pin the publisher of certs/; site-2: at most 2 local steps, signatures of up to 400 days."""
 
     def start(self) -> None:
         self.start_hub()
@@ -265,7 +266,7 @@ class Trusting(Processes):
     def run(self, app: Path, config: str = TINY) -> Outcome:
         """`flwr run APP remote-deployment` to its end."""
         run, lines = flwr("run", str(app), CONNECTION, "--run-config", config)["run-id"], []
-        state, details = follow(run, lines.append, timeout=300)
+        state, details = follow(run, lines.append)
         return Outcome(state, details, lines, json.loads((self.fetch(run) / "history.json").read_text()))
 
     def memory(self, site: str) -> Path:
@@ -391,7 +392,7 @@ def sign_at(federation: Trusting, app: Path, when: int) -> str:
 
 
 def assert_ran_at(federation: Trusting, app: Path, sites: set[str], refused: dict[str, str]) -> None:
-    """A run of the app: these sites work on it; the others say why they do not, by that code, and the hub hears of it."""
+    """A run of the app: these sites work on it; the others say why not, by that code, and the hub hears of it."""
     worked, told = federation.said("bouquet: "), {code: federation.said(f"\n{code}  ") for code in refused.values()}
     outcome = federation.run(app)
     assert (outcome.state == "finished:completed") == (not refused), outcome
@@ -447,5 +448,5 @@ def test_a_site_that_pins_nobody_does_not_start(tmp_path: Path) -> None:
         "--insecure",
         f"--trusted-entities={tmp_path}/trusted.yaml",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENT)
     assert done.returncode == 1 and "TRUST-05  The site pins no publisher." in done.stdout + done.stderr

@@ -23,7 +23,7 @@ from PIL import Image
 
 from app.site import privacy
 from app.site.photos import data
-from benchmarks.faults.hub import Hub
+from benchmarks.faults.hub import BACK, Hub
 from benchmarks.hostile import Door
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port
@@ -122,8 +122,8 @@ class Bench(Hub, Processes):
         os.killpg(self.running[name].pid, number)
 
     def child(self, name: str, program: str) -> int:
-        """The id of the process that runs `program` for `name`. Errors: Late, when there is none within 30 s."""
-        return self.until(lambda: next(_running(self.running[name].pid, program), 0), 30, f"{name}'s {program}")
+        """The id of the process that runs `program` for `name`. Errors: Late, when there is none in BACK seconds."""
+        return self.until(lambda: next(_running(self.running[name].pid, program), 0), BACK, f"{name}'s {program}")
 
     def log(self, name: str) -> str:
         file = self.logs / f"{name}.log"

@@ -54,36 +54,40 @@ class Hub(Control, ABC):
     def __exit__(self, *_: object) -> None:
         self.down()
 
-    def until(self, what: Callable[[], object], seconds: float, name: str) -> object:
+    def until(self, what: Callable[[], object], seconds: float, name: str, pause: float = 0.02) -> object:
         """The first true answer of `what`. Errors: Late."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := what():
                 return found
-            time.sleep(0.02)
+            time.sleep(pause)
         raise Late(f"{name}: not within {seconds:.0f} s")
 
     def all_online(self, seconds: float = BACK) -> None:
-        while_waiting = lambda: self.online() == len(self.sites) or time.sleep(0.5)  # noqa: E731
-        self.until(while_waiting, seconds, "every site online")
+        def online() -> bool:
+            return self.online() == len(self.sites)
+
+        self.until(online, seconds, "every site online", pause=0.5)
 
     def wait_for_end(self, run: str, seconds: float = LIMIT) -> str:
         """The state in which a run ended. Errors: Late."""
-        ended = lambda: state if (state := self.state(run)).startswith("finished") else time.sleep(0.3)  # noqa: E731
-        return str(self.until(ended, seconds, f"run {run}'s end"))
+
+        def ended() -> str:
+            state = self.state(run)
+            return state if state.startswith("finished") else ""
+
+        return str(self.until(ended, seconds, f"run {run}'s end", pause=0.3))
 
     def mid_round(self, run: str, number: int, site: str = "site-3") -> None:
         """Wait until that site works on round `number`: its ClientApp has read the photos, and trains."""
-        waiting = lambda: (
-            (self.said(run).get("round"), self.said(run).get("state"))
-            == (
-                number,
-                "waiting",
-            )
-        )  # noqa: E731
-        self.until(waiting, 200, f"round {number}")
+
+        def waiting() -> bool:
+            said = self.said(run)
+            return (said.get("round"), said.get("state")) == (number, "waiting")
+
+        self.until(waiting, LIMIT, f"round {number}")
         heard = self.log(site).count("usable .png")
-        self.until(lambda: self.log(site).count("usable .png") > heard, 60, f"{site} at work in round {number}")
+        self.until(lambda: self.log(site).count("usable .png") > heard, LIMIT, f"{site} at work in round {number}")
 
     def evidence(self, run: str, **other) -> check.Evidence:
         return check.Evidence(self.adapters / run, self.caches, ROOT / "models", **other)
