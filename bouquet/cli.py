@@ -20,11 +20,11 @@ import typer
 from app.errors import BouquetError
 from bouquet import ROOT, __version__
 
-WIDE = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110}}
+WIDE = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
-bouquet = typer.Typer(name="bouquet", no_args_is_help=True, pretty_exceptions_enable=False, **WIDE)
+bouquet = typer.Typer(name="bouquet", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=WIDE)
 hub, site, adapter, measure, worth, data = (
-    typer.Typer(no_args_is_help=True, help=about, **WIDE)
+    typer.Typer(no_args_is_help=True, help=about, context_settings=WIDE)
     for about in (
         "Who takes part, and what the run is doing: the hub operator's commands.",
         "At a site: will the first round work, and what was sent so far.",
@@ -339,7 +339,8 @@ def publish(
 ) -> None:
     """To Hugging Face, with its card and pictures, after every file was seen to draw the same."""
     asked = given(locals())
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     from bouquet.adapter import publish
 

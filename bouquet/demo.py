@@ -49,7 +49,12 @@ def main() -> int:
             run_id = start_run(args.run_config)
             say(f"run {run_id} has started; logs: {deployment.logs}")
             view = View(sys.stdout)
-            state, details = follow(run_id, lambda line: (heard.set(), view(line)))
+
+            def show(line: str) -> None:
+                heard.set()
+                view(line)
+
+            state, details = follow(run_id, show)
         if state != "finished:completed":
             raise BouquetError("HOST-09", "The run failed.", found=f"{state}: {details}", fix=f"see {deployment.logs}")
         result = deployment.fetch(run_id)
@@ -130,8 +135,8 @@ def settings_of_sites(setting: str, env: Mapping[str, str]) -> dict[str, str]:
 
 def report(result: Path, args: argparse.Namespace) -> None:
     setup = os.environ.get("BOUQUET_TIMES", "")
-    rows = [line.split("\t") for line in Path(setup).read_text().splitlines()] if setup else []
-    rows = [(name, float(seconds.replace(",", "."))) for name, seconds in rows] + TIMES
+    lines = Path(setup).read_text().splitlines() if setup else []
+    rows = [(name, float(seconds.replace(",", "."))) for name, seconds in (line.split("\t") for line in lines)] + TIMES
     say("  ".join(f"{name} {seconds:.0f} s" for name, seconds in rows) + f"  total {sum(s for _, s in rows):.0f} s")
     here = result.relative_to(ROOT)
     print(f"adapter  {here / 'final' / 'pytorch_lora_weights.safetensors'}")
@@ -174,7 +179,8 @@ class View:
     ROUND = re.compile(r"(round \d+/\d+)  train \S+  validation (\S+)  (.*)")
 
     def __init__(self, out: TextIO) -> None:
-        self.out, self.losses, self.open = out, [], False
+        self.out, self.open = out, False
+        self.losses: list[float] = []
 
     def __call__(self, line: str) -> None:
         text = line.removeprefix("bouquet: ")

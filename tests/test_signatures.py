@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 from conftest import copy_project, sh
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.flower.superlink import signatures
 from bouquet.flower.trust import DAY, DAYS, Ran, Refusal, days, read, refusals
-from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign
+from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign, sign_all
+from tests.kit.wait import PATIENT
 
 NOW = 1_800_000_000
 A, B = "a" * 64, "b" * 64
@@ -171,7 +175,7 @@ sys.argv = ["supernode.py", "--trusted-entities={folder}/trusted.yaml", '--node-
 runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 """
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env={"PATH": "", **env})
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENT, cwd=folder, env={"PATH": "", **env})
 
 
 ASK = """
@@ -307,6 +311,15 @@ def test_the_command_says_that_another_bundle_is_newer_and_again_mends_it(hub: P
     sign(b"another bundle", publisher_key(hub / "certs/publisher.key"), file.parent)
     assert "sign: 1 signed later" in sh("scripts/hub sign", hub).stdout
     assert "signed later" not in sh("scripts/hub sign --again", hub).stdout
+
+
+def test_a_public_key_of_another_kind_is_no_publishers(tmp_path: Path) -> None:
+    """The private one is elsewhere, and what lies beside it is a site's key: Flower signs with Ed25519 alone."""
+    (tmp_path / "publisher.key").mkdir()  # not to be read
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    (tmp_path / "publisher.pub").write_bytes(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    with pytest.raises(BouquetError, match="TRUST-02"):
+        sign_all([b"bundle"], tmp_path / "publisher.key", tmp_path / "signatures", again=False, now=NOW)
 
 
 def test_checkouts_of_one_command_have_one_time(hub: Path, tmp_path: Path) -> None:

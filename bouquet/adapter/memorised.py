@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from app.adapter.sample import Pipeline
 from app.site.limits import Limits
 
 NEIGHBOURS = 50
@@ -35,7 +36,7 @@ def numbers(rows_ND: torch.Tensor, photos_MD: torch.Tensor, neighbours: int = NE
 
 
 @torch.no_grad()
-def latents(pipe, images: Sequence[Image.Image]) -> torch.Tensor:
+def latents(pipe: Pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """float32 [N, D]: each picture as the cache encodes photos, flattened."""
     import numpy as np
 

@@ -26,6 +26,7 @@ import torch
 from app import model
 from app.adapter import formats, sample, store
 from app.adapter.lora_files import LoraFile
+from app.adapter.sample import Pipeline
 from app.config import RunConfig
 from app.errors import AdapterError
 
@@ -45,31 +46,36 @@ class Drawn(NamedTuple):
         return self.difference <= LIMIT[self.precision]
 
 
-def stock(folder: Path):
+def stock(folder: Path) -> Pipeline:
     """A pipeline as anybody loads it, in float32 on the CPU."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
+    kind: Pipeline = diffusers.StableDiffusionPipeline
     known = {"safety_checker": None, "requires_safety_checker": False, "local_files_only": True}
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **known)
+    pipe = kind.from_pretrained(folder, dtype=torch.float32, **known)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def with_peft(pipe, folder: Path) -> None:
+def with_peft(pipe: Pipeline, folder: Path) -> None:
     from peft import PeftModel
 
     pipe.unet = PeftModel.from_pretrained(pipe.unet, folder).base_model.model
 
 
-def with_diffusers(pipe, folder: Path) -> None:
+def with_diffusers(pipe: Pipeline, folder: Path) -> None:
     pipe.load_lora_weights(folder)
 
 
-def with_kohya(pipe, folder: Path) -> None:
+def with_kohya(pipe: Pipeline, folder: Path) -> None:
     pipe.load_lora_weights(folder, weight_name=formats.KOHYA)
 
 
-PATHS: dict[str, Callable] = {"PEFT": with_peft, "diffusers": with_diffusers, "kohya": with_kohya}
+PATHS: dict[str, Callable[[Pipeline, Path], None]] = {
+    "PEFT": with_peft,
+    "diffusers": with_diffusers,
+    "kohya": with_kohya,
+}
 
 
 def check(final: Path, base: Path, config: RunConfig) -> list[Drawn]:
@@ -109,9 +115,10 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
             yield Drawn(path, precision, float(np.abs(drawn(pipe, config) - expected).mean() / effect))
             del pipe
             gc.collect()
-    with tempfile.TemporaryDirectory(prefix="bouquet-merged-") as folder:
-        formats.merge(base, LoraFile(adapter, {}), Path(folder))
-        yield Drawn("merged", "fp32", float(np.abs(drawn(stock(Path(folder)), config) - expected).mean() / effect))
+    with tempfile.TemporaryDirectory(prefix="bouquet-merged-") as scratch:
+        merged = Path(scratch)
+        formats.merge(base, LoraFile(adapter, {}), merged)
+        yield Drawn("merged", "fp32", float(np.abs(drawn(stock(merged), config) - expected).mean() / effect))
 
 
 def reference(base: Path, adapter: model.Adapter, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -127,12 +134,12 @@ def reference(base: Path, adapter: model.Adapter, config: RunConfig) -> tuple[np
     return plain, expected
 
 
-def drawn(pipe, config: RunConfig) -> np.ndarray:
+def drawn(pipe: Pipeline, config: RunConfig) -> np.ndarray:
     """The first prompt's picture: float32 [side, side, 3] in [0, 1]."""
     seed = torch.Generator().manual_seed(config.seed)
     prompt = config.prompts[0] if config.prompts else ""
     side = {"height": config.resolution, "width": config.resolution}
-    return pipe(
+    picture: np.ndarray = pipe(
         prompt,
         **side,
         num_inference_steps=config.sample_steps,
@@ -140,3 +147,4 @@ def drawn(pipe, config: RunConfig) -> np.ndarray:
         generator=seed,
         output_type="np",
     ).images[0]
+    return picture

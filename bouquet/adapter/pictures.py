@@ -12,18 +12,20 @@ import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from app.adapter.sample import Pipeline
 from app.errors import BouquetError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name; it would fetch the file itself
 SUBSETS = 100
 
 
-def diversity(pipe, rows: Sequence[Sequence[Image.Image]]) -> float:
+def diversity(pipe: Pipeline, rows: Sequence[Sequence[Image.Image]]) -> float:
     """Mean distance between two pictures of one prompt, per number of the autoencoder's latents (root mean square); 0:
     all alike.
     """
@@ -31,7 +33,7 @@ def diversity(pipe, rows: Sequence[Sequence[Image.Image]]) -> float:
 
     def one(images: Sequence[Image.Image]) -> float:
         rows_ND = latents(pipe, images).double()
-        return (torch.pdist(rows_ND) / rows_ND.shape[1] ** 0.5).mean().item()
+        return float((torch.pdist(rows_ND) / rows_ND.shape[1] ** 0.5).mean())
 
     return statistics.fmean(map(one, rows))
 
@@ -85,24 +87,23 @@ def clip(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]], folder: 
     from torchmetrics.multimodal.clip_score import CLIPScore
     from transformers import CLIPModel, CLIPProcessor
 
-    class Plain(CLIPModel):
+    class Plain(CLIPModel):  # type: ignore[no-untyped-call]
         """With the bare features that torchmetrics 1.9 asks for; transformers 5 wraps them."""
 
-        def get_image_features(self, *args, **more) -> torch.Tensor:
+        def get_image_features(self, *args: Any, **more: Any) -> Any:
             return super().get_image_features(*args, **more).pooler_output
 
-        def get_text_features(self, *args, **more) -> torch.Tensor:
+        def get_text_features(self, *args: Any, **more: Any) -> Any:
             return super().get_text_features(*args, **more).pooler_output
 
-    def load() -> tuple:  # by name torchmetrics would fetch
-        return Plain.from_pretrained(folder, local_files_only=True).eval(), CLIPProcessor.from_pretrained(
-            folder, local_files_only=True
-        )
+    def load() -> tuple[Any, Any]:  # by name torchmetrics would fetch
+        clip: Any = Plain.from_pretrained(folder, local_files_only=True)
+        return clip.eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
 
     metric = CLIPScore(load)
     for prompt, images in zip(prompts, rows, strict=True):
         metric.update(list(_pixels(images)), [prompt] * len(images))
-    return metric.compute().item()
+    return float(metric.compute())
 
 
 def need_kid(features: str) -> None:
@@ -152,6 +153,7 @@ def _judge_features() -> torch.nn.Module:
         def forward(self, pixels_N3HW: torch.Tensor) -> torch.Tensor:
             images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels_N3HW]
             with torch.no_grad():
-                return self.net(judge.tensor(images))
+                features: torch.Tensor = self.net(judge.tensor(images))
+            return features
 
     return Features().eval()

@@ -138,7 +138,7 @@ def upload(repo: str, files: dict[str, Path | bytes], private: bool) -> str:
     """One commit with all files; returns its address. Errors: EXPORT-07."""
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not get_token():
         raise refused("this machine has no token of the hub")

@@ -14,12 +14,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from app.errors import BouquetError
 from bouquet import ROOT
+
+if TYPE_CHECKING:
+    from app.adapter.lora_files import LoraFile
+    from app.config import RunConfig
 
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDERS = [ROOT / ".bouquet" / "adapters", ROOT / "adapters"]  # of runs, after scripts/demo; after docker compose cp
@@ -33,7 +38,7 @@ def chosen(args: SimpleNamespace) -> Path:
     return args.adapter or next((folder for folder in LATEST if folder.exists()), LATEST[0])
 
 
-def opened(args: SimpleNamespace):
+def opened(args: SimpleNamespace) -> tuple[LoraFile, RunConfig, Path]:
     """(what the LoRA file holds, the configuration of its run, its base model's folder)."""
     from app import model
     from app.adapter import formats
@@ -76,9 +81,10 @@ def draw(args: SimpleNamespace) -> None:
 @contextmanager
 def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
     """Errors: EXPORT-08."""
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
-    except (OSError, *also) as error:
+    except kinds as error:
         fix = "name another place: --out FILE.png, --merge DIR; in the operator's container: --out - >FILE.png"
         raise BouquetError(
             "EXPORT-08",

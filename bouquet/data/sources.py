@@ -93,7 +93,8 @@ def divide(dataset: Any, args: SimpleNamespace) -> Callable[[int], Any]:
         partitioner.load_partition(0)
     except (ValueError, IndexError) as error:
         raise divide_error(str(error), "ask for fewer --sites, or a larger --alpha") from None
-    return partitioner.load_partition
+    load: Callable[[int], Any] = partitioner.load_partition
+    return load
 
 
 def divide_error(found: str, fix: str) -> SiteError:
@@ -114,14 +115,14 @@ def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]],
     names = getattr(dataset.features.get(label), "names", None) or []
 
     def caption(row: dict[str, Any]) -> str | None:
-        words = class_name(row.get(label), names)
+        words = class_name(row.get(label) if label else None, names)
         said = next(filter(None, (one_line(row[name]) for name in text)), None)
         return said or (fill(template, words) if words or not text else None)
 
     return caption
 
 
-def samples_of(part: Any, caption: Callable[[dict[str, Any]], str], args: SimpleNamespace) -> Iterator[Sample]:
+def samples_of(part: Any, caption: Callable[[dict[str, Any]], str | None], args: SimpleNamespace) -> Iterator[Sample]:
     """The rows of one part, in their shuffled order."""
     import datasets
 

@@ -267,7 +267,7 @@ def begin(*steps: Callable[[], object]) -> None:
     except Exception as error:
         if not isinstance(error, _bouquet_error()):
             raise
-        sys.exit(error.report())  # type: ignore[attr-defined]
+        sys.exit(error.report())
     finally:
         tree.cache_clear()  # some megabytes
 
@@ -279,9 +279,9 @@ def misfit(seam: Seam, found: str) -> Exception:
         there = "none"
     headline = "Bouquet does not fit this version of Flower."
     found = f"flwr {there}, {seam.place} ({seam.why}): {found}"
-    return _bouquet_error()(
-        "FLWR-01", headline, found=found, fix=f"install flwr {FITS}: docker/install, or take the hub's image"
-    )
+    fix = f"install flwr {FITS}: docker/install, or take the hub's image"
+    error: Exception = _bouquet_error()("FLWR-01", headline, found=found, fix=fix)
+    return error
 
 
 def _bouquet_error() -> Any:

@@ -58,14 +58,13 @@ class Runs:
     command = RUN
 
     def __init__(self) -> None:
-        self.run, self.alive = 0, list[subprocess.Popen]()
+        self.run, self.alive = 0, list[subprocess.Popen[bytes]]()
 
     def start(self, arguments: list[str]) -> None:
         mine, theirs = os.pipe()
         command = [sys.executable, "-m", "bouquet.flower.serverapp", RUN, str(theirs), *arguments]
-        # as Flower does: it is in the run's log
-        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.alive.append(subprocess.Popen(command, pass_fds=[theirs], **nowhere))
+        nowhere = subprocess.DEVNULL  # as Flower does: it is in the run's log
+        self.alive.append(subprocess.Popen(command, pass_fds=[theirs], stdout=nowhere, stderr=nowhere))
         os.close(theirs)
         threading.Thread(target=keep, args=(mine, cache(lambda: speaker(options(arguments)))), daemon=True).start()
 
@@ -95,9 +94,9 @@ def speaker(run: argparse.Namespace) -> Callable[[], object]:
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
     from flwr.supercore.runtime import RuntimeHttpClient
 
-    interceptors = [RuntimeVersionHttpInterceptor(component_name=RUN), RuntimeTokenHttpInterceptor(run.token)]
+    version, token = RuntimeVersionHttpInterceptor(component_name=RUN), RuntimeTokenHttpInterceptor(run.token)
     authority = run.root_certificates and Path(run.root_certificates).read_bytes()
-    client = RuntimeHttpClient.from_server_address(run.address, run.insecure, authority, interceptors)
+    client = RuntimeHttpClient.from_server_address(run.address, run.insecure, authority, [version, token])
     return lambda: client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
 

@@ -71,7 +71,7 @@ def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
 # --- the fork server --------------------------------------------------------------------------------------------------
 
 
-def server() -> multiprocessing.context.BaseContext:
+def server() -> multiprocessing.context.ForkServerContext:
     """The running fork server, which has the libraries: a message is asked for only when it can be worked on."""
     fork, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH", "")
     fork.set_forkserver_preload(["bouquet.flower.libraries"])
@@ -154,7 +154,7 @@ def watched_already(arguments: list[str]) -> list[str]:
 class Worker:
     """A run's process, seen from the SuperExec."""
 
-    def __init__(self, fork: multiprocessing.context.BaseContext, run: int, keep: bool) -> None:
+    def __init__(self, fork: multiprocessing.context.ForkServerContext, run: int, keep: bool) -> None:
         self.run, self.busy, self.since = run, False, time.monotonic()
         self.orders, theirs = multiprocessing.Pipe()
         self.process = fork.Process(target=work, args=(theirs, keep), daemon=True)
@@ -189,7 +189,7 @@ class Workers:
 
     command = "flwr-clientapp"
 
-    def __init__(self, fork: multiprocessing.context.BaseContext, keep: float) -> None:
+    def __init__(self, fork: multiprocessing.context.ForkServerContext, keep: float) -> None:
         self.fork, self.keep, self.alive = fork, keep, list[Worker]()
         self.run = 0  # of the message that comes next
         self.worked = time.monotonic()

@@ -158,7 +158,7 @@ def main() -> None:
     prepare_database(sys.argv[1:])
     signed = Path(os.environ["BOUQUET_SIGNATURES"])
     seams.begin(wait_for_database, ask_to_come_back, refuse_impostors, lambda: send_signatures(signed))
-    sys.exit(flower_superlink())
+    flower_superlink()
 
 
 if __name__ == "__main__":

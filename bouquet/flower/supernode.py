@@ -92,7 +92,8 @@ def judge_age(memory: Path, limit: int) -> None:
             try:
                 record = fab.verifications[publisher]
                 if verify(Fab(fab.hash_str, fab.content, {publisher: record}), {publisher: key}):
-                    return json.loads(record)["signed_at"]
+                    signed_at: int = json.loads(record)["signed_at"]
+                    return signed_at
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 pass
             return None
@@ -132,7 +133,7 @@ def hasten() -> None:
 
     class Warm:
         @staticmethod
-        def Popen(command: list[str]) -> subprocess.Popen:
+        def Popen(command: list[str]) -> subprocess.Popen[bytes]:
             assert command[0] == "flower-superexec", command
             superexec = subprocess.Popen([sys.executable, "-m", "bouquet.flower.superexec", *command[1:]])
             threading.Thread(target=end_with, args=(superexec,), daemon=True).start()
@@ -154,7 +155,7 @@ def hasten() -> None:
     seams.take(seams.SUPERNODES_PULL, lambda pull_objects: partial(pull_objects, **SOON))
 
 
-def end_with(superexec: subprocess.Popen) -> None:
+def end_with(superexec: subprocess.Popen[bytes]) -> None:
     """End here when the SuperExec has: Flower's SuperNode would stay online and work on no message ever again."""
     code = superexec.wait()
     time.sleep(GOODBYE)

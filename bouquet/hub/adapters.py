@@ -9,7 +9,6 @@ Errors: REPORT-01 (no run there).
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import tarfile
@@ -17,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app import text
+from app import records
 from app.errors import BouquetError
+from app.hub import history
+from app.hub.history import History
 from bouquet import ROOT
 
-SMALL = ("history.json", "status.json")
+SMALL = (history.FILE, history.STATUS)
 
 
 def folder() -> Path | None:
@@ -31,7 +32,7 @@ def folder() -> Path | None:
     return Path(os.environ.get("BOUQUET_ADAPTERS", ROOT / ".bouquet" / "adapters"))
 
 
-def histories() -> Iterator[dict[str, Any]]:
+def histories() -> Iterator[History]:
     """Every run's history.json that can be read, oldest first."""
     if (here := folder()) is None:
         each = "for it in $(ls -tr /adapters/*/history.json); do [ -L ${it%/*} ] || { cat $it; printf '\\0'; }; done"
@@ -39,8 +40,8 @@ def histories() -> Iterator[dict[str, Any]]:
         return
     files = [file for file in here.glob("*/history.json") if not file.parent.is_symlink()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
-        if history := _history(file.read_bytes()):
-            yield history
+        if told := _history(file.read_bytes()):
+            yield told
 
 
 def run(name: str, copies: Path) -> Path:
@@ -57,8 +58,8 @@ def run(name: str, copies: Path) -> Path:
         if archive:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 names = tar.getnames()
-                # Python before 3.11.4 has none
-                tar.extractall(copies, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+                safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+                tar.extractall(copies, **safe)
             return copies / names[0].split("/")[0]
         here = copies
     files = [file for file in here.glob(f"{name or '*'}/history.json") if not file.parent.is_symlink()]
@@ -70,13 +71,12 @@ def run(name: str, copies: Path) -> Path:
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
-def _history(content: bytes) -> dict[str, Any] | None:
+def _history(content: bytes) -> History | None:
     """None for one that is torn, as after a crash of the machine: it says nothing, and must not hide the others."""
     try:
-        value = text.tidy(json.loads(content))
-    except (ValueError, RecursionError):
+        return records.parse(History, content)
+    except records.Unfit:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _inside(script: str) -> bytes:

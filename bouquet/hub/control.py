@@ -67,12 +67,13 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     try:
         status, body = post(call, request.SerializeToString())
     except (OSError, http.client.HTTPException, KeyError, ValueError) as error:  # no connection, certificate or answer
-        found = text.line(str(error) or type(error).__name__)
+        why = text.line(str(error) or type(error).__name__)
         fix = "is the deployment up? docker compose ps, or scripts/demo"
-        raise BouquetError("HOST-08", "The hub does not answer.", found=found, fix=fix) from None
+        raise BouquetError("HOST-08", "The hub does not answer.", found=why, fix=fix) from None
     try:
         if status == 200:
-            return answer.FromString(body)
+            found: Answer = answer.FromString(body)
+            return found
         said = json.loads(body)["detail"]
     except (DecodeError, ValueError, KeyError, TypeError):
         said = "without a word that we know"
@@ -101,9 +102,10 @@ def connection() -> dict[str, Any]:
     """[superlink.remote-deployment]. Errors: OSError, ValueError."""
     file = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr", "config.toml")
     try:
-        return tomllib.loads(file.read_text())["superlink"][CONNECTION]
+        known: dict[str, Any] = tomllib.loads(file.read_text())["superlink"][CONNECTION]
     except (FileNotFoundError, KeyError, TypeError):
         raise ValueError(f"no [superlink.{CONNECTION}] in {file}; scripts/setup writes it") from None
+    return known
 
 
 def nodes() -> list[Any]:

@@ -46,13 +46,13 @@ def spared(env: Mapping[str, str]) -> dict[str, str]:
 os.environ.update(spared(os.environ))  # for flwr's client and urllib in this process, and for all that it starts
 
 
-def flwr(*args: str) -> dict:
+def flwr(*args: str) -> dict[str, Any]:
     """One `flwr` command as JSON. Raises HOST-08 with flwr's own words when it fails."""
     done = subprocess.run(
         [BIN / "flwr", *args, "--format", "json"], cwd=ROOT, env=os.environ | QUIET, capture_output=True, text=True
     )
     try:
-        answer = json.loads(done.stdout[done.stdout.index("{") :])
+        answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
         answer = {"success": False, "error-message": done.stdout + done.stderr}
     if not answer.get("success"):
@@ -71,7 +71,7 @@ def start_run(run_config: str = "") -> str:
     overrides = ["--run-config", run_config] if run_config else []
     defaults = flatten_dict(get_project_config(ROOT)["tool"]["flwr"]["app"].get("config", {}))
     RunConfig.read(defaults | parse_config_args([run_config] if run_config else None))
-    return flwr("run", str(ROOT), CONNECTION, *overrides)["run-id"]
+    return str(flwr("run", str(ROOT), CONNECTION, *overrides)["run-id"])
 
 
 def status(run_id: str) -> tuple[str, str]:
@@ -98,13 +98,13 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
     """Pass on the server's own lines as they come, until the run has really ended; its (state, details)."""
     shown, end = 0, time.monotonic() + timeout
     while True:
-        command = [BIN / "flwr", "log", run_id, CONNECTION, "--stream"]
+        command = [str(BIN / "flwr"), "log", run_id, CONNECTION, "--stream"]
         with subprocess.Popen(
             command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as log:
             try:
                 ours = 0
-                for line in log.stdout:
+                for line in log.stdout or ():
                     if OURS.match(line):
                         ours += 1
                         if ours > shown:  # a stream that was cut starts again from the first line
@@ -169,13 +169,13 @@ def with_entry(before: str, wanted: dict[str, Any]) -> str:
     head = re.compile(rf"""\s*\[\s*["']?superlink["']?\s*\.\s*["']?{CONNECTION}["']?\s*\]\s*(#.*)?""")
     lines = before.split("\n")
     for first in (number for number, line in enumerate(lines) if head.fullmatch(line)):
-        after = next(
+        end = next(
             (number for number in range(first + 1, len(lines)) if lines[number].lstrip().startswith("[")), len(lines)
         )
         # a comment before the next table is that one's
-        while after > first + 1 and not lines[after - 1].split("#")[0].strip():
-            after -= 1
-        del lines[first:after]
+        while end > first + 1 and not lines[end - 1].split("#")[0].strip():
+            end -= 1
+        del lines[first:end]
         break
     rest = "\n".join(lines).rstrip()
     section = tomli_w.dumps({"superlink": {CONNECTION: wanted["superlink"][CONNECTION]}})

@@ -23,6 +23,7 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -37,6 +38,8 @@ from flwr.supercore.primitives.asymmetric_ed25519 import (
 
 from app.errors import BouquetError
 from bouquet.flower.trust import DAY, DAYS
+
+Record = dict[str, Any]  # a publisher's in a file of signatures: signature (base64), signed_at (seconds)
 
 
 def sign_and_tell(apps: list[Path], key: Path, to: Path, again: bool = False) -> None:
@@ -56,6 +59,8 @@ def sign_all(apps: list[bytes], key: Path, to: Path, again: bool, now: int) -> t
         if again or not key.with_suffix(".pub").is_file():
             raise
         public = serialization.load_ssh_public_key(key.with_suffix(".pub").read_bytes())
+        if not isinstance(public, Ed25519PublicKey):
+            raise
         digests = [hashlib.sha256(content) for content in apps]
         files = [to / f"{digest.hexdigest()}.json" for digest in digests]
         records = [read(file).get(publisher_id(public)) for file in files]
@@ -141,26 +146,26 @@ def sign(content: bytes, key: Ed25519PrivateKey, to: Path, *, again: bool = Fals
     return file
 
 
-def read(file: Path) -> dict[str, dict]:
+def read(file: Path) -> dict[str, Record]:
     """A bundle's signatures by publisher; none where there is no file, or one that nobody can read."""
     try:
-        return json.loads(file.read_text())
+        records: dict[str, Record] = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    return records
 
 
-def is_young(record: dict, now: int, days: float) -> bool:
+def is_young(record: Record | None, now: int, days: float) -> bool:
     """Whether a record is at most so old, and not from a clock that was ahead by more than a site allows."""
-    return -DAY <= now - record["signed_at"] <= days * DAY
+    return record is not None and -DAY <= now - record["signed_at"] <= days * DAY
 
 
-def is_good(record: dict | None, digest: bytes, key: Ed25519PublicKey) -> bool:
+def is_good(record: Record | None, digest: bytes, key: Ed25519PublicKey) -> bool:
     """Whether a record of a file of signatures holds, checked as a SuperNode does."""
     if not record:
         return False
-    return verify_signature(
-        key, create_message_to_sign(digest, record["signed_at"]), decode_base64url(record["signature"])
-    )
+    signed = create_message_to_sign(digest, record["signed_at"])
+    return bool(verify_signature(key, signed, decode_base64url(record["signature"])))
 
 
 def trust(*keys: Ed25519PublicKey) -> str:

@@ -105,13 +105,14 @@ def estimate(
     return Estimate(own + kept, peak, int((ON_GPU if on_gpu else ON_CPU) * peak + ROOM))
 
 
-def _unet(base: Path, config: RunConfig, half: bool) -> torch.nn.Module:
+def _unet(base: Path, config: RunConfig, half: bool) -> model.Net:
     """As train.load makes it, without contents."""
     from diffusers import UNet2DConditionModel
 
-    settings = UNet2DConditionModel.load_config(base, subfolder="unet", local_files_only=True)
+    kind: model.Net = UNet2DConditionModel
+    settings = kind.load_config(base, subfolder="unet", local_files_only=True)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(settings).requires_grad_(False)
+        unet = kind.from_config(settings).requires_grad_(False)
         for parameter in unet.parameters() if half else ():
             parameter.data = parameter.data.bfloat16()
         model.add_adapter(unet, config)
@@ -145,7 +146,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def step_of(
-    unet: torch.nn.Module, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool
+    unet: model.Net, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool
 ) -> tuple[int, int]:
     """(bytes alive when a step's forward pass ends, at most in the whole step), aside from parameters, their gradients
     and the inputs.
@@ -158,14 +159,15 @@ def step_of(
             predicted = unet(latents_BChw.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
             loss = F.mse_loss(predicted.float(), torch.empty_like(latents_BChw))
         kept = alive.now
-        loss.backward()  # gradient checkpointing computes its blocks again in here
+        loss.backward()  # type: ignore[no-untyped-call]  # gradient checkpointing computes its blocks again in here
     return kept, alive.most
 
 
 @torch.no_grad()
-def forward_of(net: torch.nn.Module, *inputs: torch.Tensor, half: bool) -> int:
+def forward_of(net: model.Net, *inputs: torch.Tensor, half: bool) -> int:
     """Bytes alive at most in a forward pass without gradients, aside from parameters."""
-    with Alive(net.parameters()) as alive, OnGpu(half):
+    alive = Alive(net.parameters())
+    with alive, OnGpu(half):
         net(*(x.to(net.dtype) if x.dim() > 1 else x for x in inputs))
     return alive.most
 
@@ -175,24 +177,26 @@ def encoding_of(base: Path, resolution: int, count: int) -> int:
     """Bytes of the autoencoder (float32, as cache.py loads it) and of its encoding `count` photos."""
     from diffusers import AutoencoderKL
 
+    kind: model.Net = AutoencoderKL
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae", local_files_only=True))
+        vae = kind.from_config(kind.load_config(base, subfolder="vae", local_files_only=True))
     photos = torch.empty(count, 3, resolution, resolution, device="meta")
-    with Alive(vae.parameters()) as alive, OnGpu(half=False):
+    alive = Alive(vae.parameters())
+    with alive, OnGpu(half=False):
         vae.encode(photos)
     return _bytes(vae.parameters()) + _bytes([photos]) + alive.most
 
 
-class Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors made while it is entered that are still alive, `now` and at `most`; views and `known`
     tensors take none.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.storages: dict[int, weakref.ref] = {}
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
@@ -238,7 +242,8 @@ class OnGpu(TorchFunctionMode):
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if not query.is_meta:
         return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    attended: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    return attended
 
 
 def free_ram() -> int:

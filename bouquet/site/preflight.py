@@ -57,7 +57,7 @@ class Settings:
         """Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04."""
         from flwr.common.config import parse_config_args
 
-        values = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
+        values: dict[str, Any] = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
         if text := run_config or env.get("RUN_CONFIG"):
             values |= parse_config_args([text])
         if limits.wants_checkpointing(env):
@@ -129,7 +129,8 @@ class Preflight:
         self.own = settings
         self.driver_found: gpu.Driver | None = None
         self.device: gpu.Device | None = None
-        self.base = self.partition = None
+        self.base: Path | None = None
+        self.partition: data.Partition | None = None
         self.photos = 0
 
     def run(self, fast: bool) -> Iterator[Line]:
@@ -277,14 +278,14 @@ class Preflight:
         from app import family, model
         from app.site import train
 
-        self.base = model.locate(self.own.config.base_model, self.own.models)
-        family.check(self.base)
-        name, estimate = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
-        sums = model.fingerprint(self.base, estimate)["base"]
+        self.base = base = model.locate(self.own.config.base_model, self.own.models)
+        family.check(base)
+        name, memory = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
+        sums = model.fingerprint(base, memory)["base"]
         if not self.own.fingerprint:
             raise Warn(f"{name} {sums[:16]}, not compared", "set BASE_FINGERPRINT to the one in the hub's join kit")
-        if not model.is_base(self.base, sums, self.own.fingerprint):  # an older kit's may be of the former rule
-            train.check_base(name, self.base, sums, self.own.fingerprint)
+        if not model.is_base(base, sums, self.own.fingerprint):  # an older kit's may be of the former rule
+            train.check_base(name, base, sums, self.own.fingerprint)
         return f"{name} {sums[:16]}, the same as the hub's"
 
     def check_data(self) -> str:
@@ -297,19 +298,19 @@ class Preflight:
 
     def check_decode(self) -> str:
         """Every photo to its last pixel, as training will."""
-        partition, bad = data.scan(self.own.data, memory=self.own.cache), {}
-        for photo in partition.photos:
+        found, bad = data.scan(self.own.data, memory=self.own.cache), {}
+        for photo in found.photos:
             try:
                 photo.read()
             except BadImage as error:
                 bad[photo.key] = error.reason
-        self.partition = replace(partition.without(bad).require(2), cut=self._cut(partition))
-        kind, counts = self._enough(self.partition), self.partition.counts
-        if counts.keys() - {"images", "system"} or self.partition.cut:
+        self.partition = partition = replace(found.without(bad).require(2), cut=self._cut(found))
+        kind, counts = self._enough(partition), partition.counts
+        if counts.keys() - {"images", "system"} or partition.cut:
             fix = "what is set aside is left out, and what is cut is not read; mend or remove it when you can"
-            raise Warn(self.partition.report(), fix)
+            raise Warn(partition.report(), fix)
         own = f", and {counts['system']} files are a computer's own" if "system" in counts else ""
-        return f"all {len(self.partition.photos)} pictures can be read; they are {kind}{own}"
+        return f"all {len(partition.photos)} pictures can be read; they are {kind}{own}"
 
     def _cut(self, partition: data.Partition) -> int:
         """Captions that the base model reads only the beginning of; 0 where no base model is at hand."""
@@ -378,11 +379,12 @@ class Preflight:
         from app.site import cache, train
         from bouquet.site import estimate
 
-        config = self.own.config
+        config, base = self.own.config, self.base
+        assert base is not None  # NEEDS
         return estimate.estimate(
-            self.base,
+            base,
             config,
-            tokens=family.tokens(self.base),
+            tokens=family.tokens(base),
             half=train.halved(train.accelerator(config)),
             on_gpu=self.device is not None,
             evaluated=min(train.WIDER * config.batch_size, self.photos * config.validation_timesteps),
@@ -398,8 +400,9 @@ class Preflight:
         from app.site import cache, train
         from bouquet.site import estimate
 
-        config, cuda = self.own.config, torch.cuda.is_available()
-        some = replace(self.partition, photos=self.partition.photos[: max(2, config.batch_size)], quarantined=())
+        config, cuda, base, partition = self.own.config, torch.cuda.is_available(), self.base, self.partition
+        assert base is not None and partition is not None  # NEEDS
+        some = replace(partition, photos=partition.photos[: max(2, config.batch_size)], quarantined=())
         accelerator = train.accelerator(config)
         quiet.libraries()
         try:
@@ -407,10 +410,10 @@ class Preflight:
                 redirect_stdout(sys.stderr),
                 tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder,
             ):
-                sums = model.fingerprint(self.base, self.own.cache)
-                some, rows = cache.encode(some, self.base, sums, config.resolution, Path(folder), accelerator.device)
+                sums = model.fingerprint(base, self.own.cache)
+                some, rows = cache.encode(some, base, sums, config.resolution, Path(folder), accelerator.device)
                 encoded = rows(some.photos)
-            scheduler, unet = train.load(self.base, config, accelerator)
+            scheduler, unet = train.load(base, config, accelerator)
             seconds = self._seconds(unet, scheduler, encoded, accelerator, 1)
             if seconds * TIMED < PATIENCE:  # the first step has things to set up
                 seconds = self._seconds(unet, scheduler, encoded, accelerator, TIMED)

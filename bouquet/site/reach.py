@@ -16,9 +16,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from app import text
 from app.errors import BouquetError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 TIMEOUT = 10
 BEHIND, AHEAD = 300, 5  # seconds that Flower lets a site's signed time be off (flwr.common.constant.*_TOLERANCE)
@@ -64,7 +68,7 @@ def certificate(hub: str, ca: Path) -> float:
     return (min(map(ssl.cert_time_to_seconds, ends)) - time.time()) / 86400
 
 
-def _ask(hub: str, ca: Path) -> tuple[dict, str]:
+def _ask(hub: str, ca: Path) -> tuple[dict[str, Any], str]:
     """The certificate that the hub shows, and the Date of its answer ('' where it gives none), by the SuperNode's
     client and way.
 
@@ -75,7 +79,7 @@ def _ask(hub: str, ca: Path) -> tuple[dict, str]:
     host, port = address(hub)
     context, seen = trust(ca), {}
 
-    def look(event: str, info: dict) -> None:
+    def look(event: str, info: dict[str, Any]) -> None:
         if event.endswith("start_tls.complete"):  # through a proxy that is TLS itself, the hub's is the later one
             seen["certificate"] = info["return_value"].get_extra_info("ssl_object").getpeercert()
 
@@ -238,7 +242,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
     )
 
 
-def fingerprint(public_key) -> str:
+def fingerprint(public_key: ec.EllipticCurvePublicKey) -> str:
     """SHA256:…, as ssh-keygen -lf prints it."""
     import base64
     import hashlib
@@ -249,7 +253,7 @@ def fingerprint(public_key) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(base64.b64decode(line.split()[1])).digest()).decode().rstrip("=")
 
 
-def _private_key(path: Path):
+def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The site's key, of the one kind that Flower takes. Errors: CHECK-07."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
