@@ -144,7 +144,7 @@ class RunConfig:
                 hint = f"did you mean {close[0]}?" if close else "docs/run-config.md has them all"
                 short = name[:100]
                 found = f"{short} = {_shown(values[name])}"
-                raise ConfigError("CONFIG-01", f"Unknown run-config key {short!r}.", found=found, fix=hint)
+                raise ConfigError("CONFIG-01", key=repr(short), found=found, fix=hint)
         config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
         if config.resolution % 8:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
@@ -167,7 +167,7 @@ class RunConfig:
 def _wrong(name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(
         "CONFIG-02",
-        f"Run-config key {name!r} has a value it cannot have.",
+        key=repr(name),
         found=f"{name} = {_shown(value)}",
         fix=f"give {expected}, for example --run-config '{name}=...'",
     )

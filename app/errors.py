@@ -9,17 +9,26 @@ a line of ours.
 from __future__ import annotations
 
 from app import text
+from app.codes import HEADLINES
+
+
+def public(code: str, **facts: object) -> str:
+    """The code and its sentence, with the facts that it tells; one line of what may go out."""
+    return f"{code}  {_headline(code, facts)}"
+
+
+def _headline(code: str, facts: dict[str, object]) -> str:
+    return text.printable(HEADLINES[code].format(**facts)[: text.LONGEST])
 
 
 class BouquetError(Exception):
-    """A named mistake: `code` is a heading of docs/troubleshooting.md, `headline` a public sentence without names,
-    captions or paths.
+    """A named mistake: `code` is one of codes.HEADLINES, whose sentence takes the `facts`; none is a caption or a
+    path.
     """
 
-    def __init__(self, code: str, headline: str, *, found: str, fix: str) -> None:
-        headline = text.printable(headline[: text.LONGEST])
-        super().__init__(f"{code}  {headline}")
-        self.code, self.headline, self.found, self.fix = code, headline, found, fix
+    def __init__(self, code: str, *, found: str, fix: str, **facts: object) -> None:
+        self.code, self.headline, self.found, self.fix = code, _headline(code, facts), found, fix
+        super().__init__(f"{code}  {self.headline}")
 
     def report(self) -> str:
         """The whole message, for this machine's log only: code, found, fix, help."""

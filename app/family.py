@@ -135,7 +135,6 @@ KNOWN = "Stable Diffusion 1.x and 2.x and what is made from them (StableDiffusio
 def _unknown(folder: Path, why: str) -> ModelError:
     return ModelError(
         "MODEL-05",
-        "The base model is not a kind of base model that can be trained here.",
         found=f"{folder}: {why}",
         fix=f"choose a base model of a kind that can: {KNOWN}",
     )
@@ -177,7 +176,7 @@ def readable(path: Path) -> Iterator[None]:
 
 def incomplete(found: str) -> ModelError:
     fix = f"copy the whole model in diffusers layout, weights as safetensors: {', '.join(PARTS)}, model_index.json"
-    return ModelError("MODEL-03", "The base model is incomplete or damaged.", found=found, fix=fix)
+    return ModelError("MODEL-03", found=found, fix=fix)
 
 
 def tokens(base: Path) -> int:

@@ -57,7 +57,6 @@ def locate(name: str, models: Path) -> Path:
     if Path(name).name != name or name not in known:
         raise ModelError(
             "MODEL-01",
-            "Unknown base model.",
             found=f"base-model = {name!r}{_instead(name, models)}; known here: {', '.join(known) or 'none'}",
             fix=(
                 "choose a known name, or put the model in diffusers layout into a folder of that name among the base"
@@ -81,7 +80,6 @@ def locate(name: str, models: Path) -> Path:
     except Exception as error:
         raise ModelError(
             "MODEL-02",
-            "The base model is not on this machine.",
             found=f"no folder {folder}, and {repository} at {revision[:8]} cannot be fetched ({type(error).__name__})",
             fix=f"put the model into {folder}, or allow this machine to reach Hugging Face",
         ) from error
@@ -363,7 +361,6 @@ def check_adapter(adapter: Adapter, reference: Adapter) -> None:
     if broken := [key for key, value in adapter.items() if not torch.isfinite(value).all()]:
         raise AdapterError(
             "ADAPTER-02",
-            "The adapter has numbers that are not finite.",
             found=f"NaN or infinity in {len(broken)} of {len(adapter)} tensors; first: {broken[0]}",
             fix='lower learning-rate, or use precision = "fp32"',
         )
@@ -371,7 +368,7 @@ def check_adapter(adapter: Adapter, reference: Adapter) -> None:
 
 def _misfit(found: str) -> AdapterError:
     fix = "use the same base-model, lora-rank and lora-targets as the run that made it"
-    return AdapterError("ADAPTER-01", "The adapter does not fit this model.", found=found, fix=fix)
+    return AdapterError("ADAPTER-01", found=found, fix=fix)
 
 
 def apply_adapter(unet: Net, adapter: Adapter) -> str:

@@ -67,9 +67,7 @@ def outside(script: str, *arguments: str) -> NoReturn:
     import os
 
     if not (file := ROOT / "scripts" / script).is_file():
-        raise BouquetError(
-            "HOST-18", "This is not in the image.", found=f"no {file}", fix=f"in a clone: scripts/{script}"
-        )
+        raise BouquetError("HOST-18", found=f"no {file}", fix=f"in a clone: scripts/{script}")
     sys.stdout.flush()
     os.execv(file, [str(file), *arguments])
 

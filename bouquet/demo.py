@@ -56,7 +56,7 @@ def main() -> int:
 
             state, details = follow(run_id, show)
         if state != "finished:completed":
-            raise BouquetError("HOST-09", "The run failed.", found=f"{state}: {details}", fix=f"see {deployment.logs}")
+            raise BouquetError("HOST-09", found=f"{state}: {details}", fix=f"see {deployment.logs}")
         result = deployment.fetch(run_id)
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, str]:
 
 
 def unreadable(found: str, fix: str) -> BouquetError:
-    return BouquetError("HOST-14", ".env cannot be read.", found=found, fix=fix)
+    return BouquetError("HOST-14", found=found, fix=fix)
 
 
 def settings(folder: Path) -> dict[str, str]:
@@ -59,9 +59,7 @@ def port(text: str, key: str) -> int:
     """Errors: HOST-15."""
     if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536:
         return int(text)
-    raise BouquetError(
-        "HOST-15", "A setting cannot be used.", found=f"{key}={text}", fix=f"{key} takes a port's number, 1 to 65535"
-    )
+    raise BouquetError("HOST-15", found=f"{key}={text}", fix=f"{key} takes a port's number, 1 to 65535")
 
 
 def path(folder: Path, text: str) -> Path:
@@ -90,4 +88,4 @@ def host(word: str, setting: str = "HUB_HOST") -> str:
         'names or addresses only, with a space or a comma between, no https:// and no port: HUB_HOST="hub.example.org'
         ' 192.0.2.7"'
     )
-    raise BouquetError("CERT-05", "That is no name of the hub.", found=f"{setting} has {word}", fix=fix)
+    raise BouquetError("CERT-05", found=f"{setting} has {word}", fix=fix)

@@ -61,7 +61,6 @@ def alike(runs: list[Path]) -> list[RunConfig]:
     if len(same) > 1 or len(bases) > 1 or len({config.seed for config in configs}) < len(configs) or not whole:
         raise BouquetError(
             "WORTH-01",
-            "These runs cannot be compared.",
             found=", ".join(
                 f"{run.name}: {h['state']}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)
             ),
@@ -173,7 +172,6 @@ def collect(run: Path, files: list[Path]) -> Path:
     ) < len(columns):
         raise BouquetError(
             "WORTH-02",
-            "The sites' columns do not fit each other.",
             found=", ".join(f"{c.get('site')}: seeds {c.get('seeds')}, {c.get('steps')} steps" for c in columns),
             fix="let every site measure the same runs once: scripts/worth measure",
         )

@@ -36,7 +36,7 @@ class Hub:
 
     def register(self, name: str, pem: bytes) -> None:
         if self.refuses:
-            raise BouquetError("HOST-08", "The hub refused register-node.", found="500", fix="")
+            raise BouquetError("HOST-08", did="refused register-node", found="500", fix="")
         self.step("register")
         self.known[name] = roster.Site(name, "admitted", None, roster.Key.of(load_pem_public_key(pem)), len(self.known))
 

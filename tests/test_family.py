@@ -407,7 +407,7 @@ def test_a_named_error_ends_the_run_without_a_traceback_and_another_with_one(cap
 
     log.addHandler(caplog.handler)
     try:
-        named = fail(ModelError("MODEL-02", "The base model is not on this machine.", found="/private", fix="copy it"))
+        named = fail(ModelError("MODEL-02", found="/private", fix="copy it"))
         assert "ServerApp raised an exception" in named and "Traceback" not in named and "no route" not in named
         assert "Traceback" in fail(ValueError("unforeseen"))
     finally:

@@ -154,7 +154,7 @@ def test_within_a_major_version_an_older_driver_works_with_a_remark(cuda: tuple[
 
 
 def test_a_torch_made_for_the_cpu_is_named_where_a_gpu_is_pinned() -> None:
-    with pytest.raises(GpuError, match="GPU-04  This image's torch is made for the CPU."):
+    with pytest.raises(GpuError, match="GPU-04  The NVIDIA driver and this image's torch do not fit each other."):
         check_driver(Driver("x", (13, 0)), None)
 
 

@@ -98,7 +98,9 @@ def test_a_json_value_keeps_what_can_be_shown_and_nothing_else():
 
 
 def test_an_error_report_has_four_messages_whatever_was_found():
-    report = BouquetError("X-01", f"H{FIELD}", found=f"one\n{FIELD}", fix=f"fix {NASTY['cleared screen']}").report()
+    report = BouquetError(
+        "HUB-04", reason=f"H{FIELD}", found=f"one\n{FIELD}", fix=f"fix {NASTY['cleared screen']}"
+    ).report()
     assert wrong(report) == [] and [line[:9] for line in report.splitlines() if not line.startswith(" " * 9)] == [
         report[:9], "  found  ", "  fix    ", "  help   ",
     ]  # fmt: skip
@@ -379,7 +381,7 @@ def test_a_reply_that_fails_in_an_unforeseen_way_spoils_no_other(tmp_path, monke
 
     monkeypatch.setattr(exchange.guard, "accept", fails)
     kept, refused = exchanged({2: "site-1", 3: "site-2"}, tmp_path / "7", monkeypatch)
-    reason = "HUB-05  The reply could not be read (RecursionError)."
+    reason = "HUB-05  The reply cannot be used: RecursionError."
     assert kept == ["site-1"] and refused == [{"site": "site-2", "reason": reason}]
 
 

@@ -28,7 +28,9 @@ def test_a_refused_site_is_named_with_the_reason_and_the_others_go_on(federation
     federation.grid.tamper = spoil_from("1")
     folder = federation.go(monkeypatch)
     (entry,) = federation.history()["rounds"]
-    assert entry["refused"] == [{"site": "site-2", "reason": "HUB-05  The reply's metrics are missing or impossible."}]
+    assert entry["refused"] == [
+        {"site": "site-2", "reason": "HUB-05  The reply cannot be used: its metrics are missing or impossible."}
+    ]
     assert list(entry["sites"]) == ["site-1"]
     assert tiny.equal(
         store.read_adapter(folder / "final"), federation.grid.adapters("1", federation.grid.came)["site-1"]
@@ -123,7 +125,7 @@ def test_a_message_that_the_superlink_did_not_take_is_a_site_missing(federation,
     federation.grid.push_messages = lambda messages: push(messages[:1]) + [""]
     federation.go(monkeypatch)
     assert federation.history()["rounds"][0]["refused"] == [
-        {"site": "site-2", "reason": "HUB-03  The SuperLink did not take its message."}
+        {"site": "site-2", "reason": "HUB-03  No reply because the SuperLink did not take its message."}
     ]
 
 

@@ -246,7 +246,7 @@ def test_a_site_without_photos_docker_or_settings_is_told_what_is_missing(root: 
     for tool in ("awk", "dirname", "tr"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     without = sh(f"PATH={tmp_path}/bin /bin/sh ./site init --data ../photos --gpu none", kit, check=False).stdout
-    assert without.startswith("JOIN-09  Neither Docker with Compose v2 nor Bouquet's environment is here.")
+    assert without.startswith("JOIN-09  Docker with Compose v2, or Bouquet's environment, is not here.")
     without = sh("./site init --data ../photos --gpu none", kit, check=False, BOUQUET=str(tmp_path)).stdout
     assert without.startswith("JOIN-09") and "scripts/setup packages" in without
     assert not (kit / "site.key").exists()

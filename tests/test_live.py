@@ -267,7 +267,7 @@ def test_every_answer_forbids_frames_sniffing_and_other_scripts(tmp_path):
 
 
 def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monkeypatch):
-    answers = iter([[site("rose")], BouquetError("HOST-08", "The hub does not answer.", found="x", fix="y")])
+    answers = iter([[site("rose")], BouquetError("HOST-08", did="does not answer", found="x", fix="y")])
     asked = threading.Semaphore(0)
 
     def registered():
@@ -316,7 +316,7 @@ def test_a_port_that_is_taken_and_a_folder_that_is_absent_are_named(tmp_path):
         other.listen()
         taken = command("--port", str(other.getsockname()[1]), BOUQUET_ADAPTERS=str(tmp_path))
         said, _ = taken.communicate(timeout=PATIENT)
-    assert taken.returncode == 1 and said.startswith("HOST-04  The port is taken.")
+    assert taken.returncode == 1 and said.startswith("HOST-04  The hub's port is taken.")
     absent = command("--port", "0", BOUQUET_ADAPTERS=str(tmp_path / "nowhere"))
     said, _ = absent.communicate(timeout=PATIENT)
     assert absent.returncode == 1 and said.startswith("LIVE-01  There is no folder of runs here.")

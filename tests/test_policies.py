@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from app.codes import HEADLINES
 from app.config import RunConfig, table
 from bouquet import ROOT
 from bouquet.hub.deployment import files as project_files
@@ -26,7 +28,7 @@ PRODUCT = sorted((ROOT / "bouquet").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
-    {"text", "quiet"},
+    {"text", "quiet", "codes"},
     {"errors"},
     {"config", "metrics", "files", "gpu", "unpacked"},
     {"images"},
@@ -212,22 +214,82 @@ def test_every_direct_dependency_has_the_same_pin_in_the_constraints():
     assert {re.sub(r"\[.*?\]", "", name).lower() for name in wanted} <= pins
 
 
-def codes() -> set[str]:
-    """Error codes that the code names."""
-    sources = [
-        path
-        for folder in ("app", "bouquet", "benchmarks", "scripts", "docker")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in {"", ".py", ".sh"}
-    ]
-    return {code for path in sources for code in re.findall(r"\b[A-Z]{3,}-\d\d\b", path.read_text())}
+SCRIPTS = [  # what prints codes without Python, or before it
+    path
+    for folder in ("scripts", "docker")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.is_file() and path.suffix in {"", ".sh"}
+]
+CODE = re.compile(r"[A-Z]{3,}-\d\d")
+FIELD = re.compile(r"\{(\w+)\}")
 
 
-def test_every_error_code_has_a_heading_in_troubleshooting_and_no_heading_is_left_over():
-    headings = re.findall(r"^### ([A-Z]{3,}-\d\d)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(headings) == len(set(headings))
-    assert sorted(codes() - set(headings)) == [], "these codes need a heading '### CODE-NN'"
-    assert sorted(set(headings) - codes()) == [], "these headings are of no code"
+def calls(code: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Every call whose first argument is an error's code."""
+    for node in ast.walk(code):
+        match node:
+            case ast.Call(args=[ast.Constant(value=str(first)), *_]) if CODE.fullmatch(first):
+                yield first, node
+
+
+def said() -> Iterator[tuple[str, str, str]]:
+    """(code, sentence, where) of what tells one in its own words: the scripts, and what may not import `app`."""
+    for path in SCRIPTS:
+        told = re.findall(r"""(?:fail |printf ')([A-Z]{3,}-\d\d) [ \\\n]*"?([^"\\]+)["\\]""", path.read_text())
+        yield from ((code, sentence, path.name) for code, sentence in told)
+    for path in APP + PRODUCT:
+        if path.stem == "codes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Constant(value=str(text)) if found := re.match(r"([A-Z]{3,}-\d\d)  (.+)", text):
+                    yield found[1], found[2], path.name
+                case ast.Call(
+                    func=ast.Name(id="Refusal") | ast.Attribute(attr="Refusal"), args=[ast.Constant(code), told, *_]
+                ):
+                    yield code, re.sub(r"\{.*?\}|…", "…", ast.unparse(told).strip("f'\"")), path.name
+
+
+def raised() -> set[str]:
+    """Codes that the code or a script tells."""
+    python = [*APP, *PRODUCT, *BENCHMARKS, *below("docker")]
+    return {code for path in python for code, _ in calls(ast.parse(path.read_text()))} | {code for code, *_ in said()}
+
+
+def shown(headline: str) -> str:
+    """As the docs have it, which know no facts."""
+    return FIELD.sub("…", headline)
+
+
+def test_every_code_is_raised_somewhere_and_every_raised_one_is_in_the_table():
+    assert sorted(HEADLINES.keys() ^ raised()) == []
+
+
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docker/kit/README.md"])
+def test_a_code_has_one_heading_in_the_docs_and_there_the_sentence_of_the_table(page):
+    told = re.findall(r"^### ([A-Z]{3,}-\d\d)\n\n?\*\*(.+?)\*\*", (ROOT / page).read_text(), re.MULTILINE)
+    codes = [code for code, _ in told]
+    wanted = HEADLINES if page.startswith("docs") else {code for code in HEADLINES if code in codes}
+    assert sorted(codes) == sorted(wanted)
+    assert [(code, sentence) for code, sentence in told if sentence != shown(HEADLINES[code])] == []
+
+
+def test_what_tells_a_code_in_its_own_words_says_the_sentence_of_the_table():
+    told = list(said())
+    assert len({where for *_, where in told}) > 9
+    assert [(code, where) for code, sentence, where in told if sentence != shown(HEADLINES[code])] == []
+
+
+def test_a_raise_gives_just_the_facts_that_its_sentence_has():
+    wrong = []
+    for path in [*APP, *PRODUCT, *BENCHMARKS]:
+        for code, call in calls(ast.parse(path.read_text())):
+            name = ast.unparse(call.func).split(".")[-1]
+            if name.lower().endswith("error") or name in {"public", "_bouquet_error()"}:
+                given = {word.arg for word in call.keywords} - {"found", "fix"}
+                if len(call.args) > 1 or given != set(FIELD.findall(HEADLINES[code])):
+                    wrong.append((path.name, call.lineno, code))
+    assert wrong == []
 
 
 # --- what is not in the repository ------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_a_run_whose_serverapp_was_killed_has_failed_although_its_history_says_r
 
 def test_without_an_answer_of_the_hub_a_run_counts_as_running_and_that_is_said(tmp_path, hub, monkeypatch):
     def silent(run: str):
-        raise BouquetError("HOST-08", "The hub does not answer.", found="", fix="")
+        raise BouquetError("HOST-08", did="does not answer", found="", fix="")
 
     monkeypatch.setattr(control, "run", silent)
     found = facts(a_run(tmp_path / "7"), hub)

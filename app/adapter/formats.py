@@ -106,9 +106,7 @@ def merge(base: Path, file: LoraFile, target: Path) -> None:
     Errors: EXPORT-04, ADAPTER-01.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(
-            "EXPORT-04", "The folder for the merged model is in use.", found=f"{target} exists", fix="name a new folder"
-        )
+        raise AdapterError("EXPORT-04", found=f"{target} exists", fix="name a new folder")
     pipe = sample.dressed(base, file, torch.device("cpu"))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -133,7 +131,6 @@ def read_lora(path: Path) -> Lora:
     if beyond:
         raise AdapterError(
             "EXPORT-03",
-            "This LoRA cannot be used here.",
             found=f"{path}: beside the UNet's layers that a run can train it has {' and '.join(beyond)}"[:500],
             fix=(
                 "start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample"
@@ -175,7 +172,7 @@ def adapter_file(path: Path) -> Path:
             "name a run's folder, one of its rounds, or a LoRA file; docker compose cp serverapp:/adapters ./adapters"
             " brings the runs here"
         )
-        raise AdapterError("EXPORT-02", "There is no adapter here.", found=f"{path} holds no {PEFT}", fix=fix)
+        raise AdapterError("EXPORT-02", found=f"{path} holds no {PEFT}", fix=fix)
     return file
 
 

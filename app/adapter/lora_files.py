@@ -331,4 +331,4 @@ def json_object(path: Path, said: str | None = None) -> dict[str, Any]:
 
 def refused(path: Path, why: str) -> AdapterError:
     fix = "give a safetensors file with a plain LoRA of Stable Diffusion (docs/models.md lists what can be read)"
-    return AdapterError("EXPORT-03", "This LoRA cannot be used here.", found=f"{path}: {why[:500]}", fix=fix)
+    return AdapterError("EXPORT-03", found=f"{path}: {why[:500]}", fix=fix)

@@ -25,12 +25,13 @@ from flwr.superlink.grid import http_grid
 
 from app import files, model, text, wire
 from app.config import RunConfig
-from app.errors import BouquetError, HubError
+from app.errors import BouquetError, HubError, public
 from app.hub import guard
 from app.hub.spool import Spool
 
 # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
 POLL = 0.5
+UNSENT = "because the SuperLink did not take its message"
 LEAST = 60.0  # seconds that a round may always take
 MOST_NAMED = 20  # sites in one sentence
 FIRST_WORD = 20.0  # seconds of a wait before a word of it
@@ -69,7 +70,7 @@ def bound_replies(most: int, end: float) -> None:
 
 def _unreadable(why: str, found: object) -> HubError:
     fix = "update that site to the hub's version"
-    return HubError("HUB-05", f"The reply could not be read ({why}).", found=text.line(found), fix=fix)
+    return HubError("HUB-05", why=why, found=text.line(found), fix=fix)
 
 
 def _listed(parts: Iterable[str], between: str = ", ") -> str:
@@ -143,7 +144,7 @@ class Exchange:
         bound_replies(most + REST, end)
         replies: list[guard.Reply] = []
         untaken = [node for node in nodes if node not in missing.values()]
-        refused = [self._refuse(self.name(node), "HUB-03  The SuperLink did not take its message.") for node in untaken]
+        refused = [self._refuse(self.name(node), public("HUB-03", why=UNSENT)) for node in untaken]
         began = time.time()
         self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=refused)
         self._note_who(replies, missing.values())
@@ -160,7 +161,6 @@ class Exchange:
                     if reply.site in {other.site for other in replies}:
                         raise HubError(
                             "HUB-07",
-                            "Another site has the same name.",
                             found=reply.site,
                             fix="give each SuperNode its own site-name",
                         )
@@ -178,7 +178,7 @@ class Exchange:
                     self._tell_of_wait(kind, number, time.time() - began, len(replies), missing.values())
                     word, silence = time.time() + silence, min(2 * silence, LONGEST_SILENCE)
                 time.sleep(max(POLL, time.monotonic() - look))
-        reason = f"HUB-03  No reply within {timeout:.0f} s."
+        reason = public("HUB-03", why=f"within {timeout:.0f} s")
         refused += [self._refuse(self.name(node), reason) for node in missing.values()]
         self.note(state="working", refused=refused)
         return sorted(replies, key=lambda reply: reply.site), refused
@@ -216,8 +216,10 @@ class Exchange:
             if time.time() > deadline:
                 raise HubError(
                     "HUB-01",
-                    f"Only {len(nodes)} of {self.config.min_sites} sites came within {self.config.wait_for_sites} s."
-                    f" Here: {here}." + (f" Missing: {_listed(missing)}." if missing else ""),
+                    came=len(nodes),
+                    needed=self.config.min_sites,
+                    seconds=self.config.wait_for_sites,
+                    who=f"Here: {here}." + (f" Missing: {_listed(missing)}." if missing else ""),
                     found=f"{len(nodes)} SuperNodes online: {here}",
                     fix=(
                         "start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower"
@@ -303,7 +305,10 @@ class Exchange:
         reasons = _listed((f"{r['site']}: {r['reason']}" for r in refused), "; ")
         return HubError(
             "HUB-02",
-            f"Too few valid replies in round {number}: {valid} of {self.config.min_sites} needed. {reasons}",
+            number=number,
+            valid=valid,
+            needed=self.config.min_sites,
+            reasons=reasons,
             found=f"{valid} valid, {len(refused)} refused or missing",
             fix='mend the sites named above, or lower min-sites, and run again with resume="latest"',
         )

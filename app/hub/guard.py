@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
 
 from app import metrics, text
-from app.errors import AdapterError, HubError
+from app.errors import AdapterError, HubError, public
 from app.model import Adapter, check_adapter
 from app.wire import unpack
 
@@ -62,8 +62,7 @@ def accept(
     if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
         raise HubError(
             "TRUST-01",
-            "The site does not trust this code:"
-            f" {UNTRUSTED.get((message.error.reason or '')[:8], 'no publisher that it pins has signed this bundle')}.",
+            why=UNTRUSTED.get((message.error.reason or "")[:8], "no publisher that it pins has signed this bundle"),
             found="Flower's error 7, the bundle could not be verified",
             fix=(
                 "sign the checkout (scripts/hub sign, or --again) and run again; a site pins publishers in its"
@@ -73,7 +72,7 @@ def accept(
     if message.has_error():
         raise HubError(
             "HUB-04",
-            f"The site could not take part: {_reason(message)}",
+            reason=_reason(message),
             found="an error reply",
             fix="read that site's log",
         )
@@ -86,14 +85,13 @@ def accept(
     if wrong or type(images) is not int:
         raise HubError(
             "HUB-05",
-            "The reply's metrics are missing or impossible.",
+            why="its metrics are missing or impossible",
             found=f"{', '.join(wrong) or 'num-examples'} is not a sensible number",
             fix="update that site to the hub's version",
         )
     if info.get("applied") != sent_hash:
         raise AdapterError(
             "ADAPTER-03",
-            "The site did not train from the global adapter.",
             found=f"it applied {info.get('applied', 'nothing')[:16]}, the hub sent {sent_hash[:16]}",
             fix="update that site to the hub's version",
         )
@@ -131,7 +129,7 @@ def guard_norms(
     for reply in replies:
         if bound and reply.norm > bound * middle:
             times = min(reply.norm / middle, 1e9) if middle else math.inf
-            refused.append((reply, f"ADAPTER-04  The update is {times:.1f} times the median one."))
+            refused.append((reply, public("ADAPTER-04", times=f"{times:.1f}")))
         else:
             kept.append(reply)
     return kept, refused

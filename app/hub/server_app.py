@@ -144,7 +144,7 @@ class Run:
             other = changed or ["the base model's fingerprint"]
             raise HubError(
                 "HUB-08",
-                f"That run cannot go on with another {', '.join(other)}.",
+                why=f"it had another {', '.join(other)}",
                 found=f"{source.name} had {then}, this run has {now}",
                 fix="give the values of that run, or leave resume out to start anew",
             )
@@ -262,7 +262,7 @@ def _folder(name: str) -> Path:
     if not (value := os.environ.get(name)) or not Path(value).is_dir():
         raise HubError(
             "HUB-06",
-            f"The ServerApp needs the folder that {name} names.",
+            name=name,
             found=f"{name} = {value!r}",
             fix=f"set {name} for flower-superexec to a folder that exists",
         )

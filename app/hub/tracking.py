@@ -173,6 +173,4 @@ def plain(name: str) -> str:
 
 
 def _unusable(tracker: str, found: str, fix: str) -> ConfigError:
-    return ConfigError(
-        "CONFIG-04", f"The tracker {tracker} cannot be used.", found=found, fix=f'{fix}, or run with tracker = "none"'
-    )
+    return ConfigError("CONFIG-04", tracker=tracker, found=found, fix=f'{fix}, or run with tracker = "none"')

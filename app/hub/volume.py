@@ -64,7 +64,6 @@ def no_room(run: Path, found: str) -> HubError:
     """The error of a full volume."""
     return HubError(
         "HUB-09",
-        "The shared volume has no room for another round.",
         found=f"{run}: {found}",
         fix=(
             "make room (older runs and rounds may be deleted; keep-rounds does it by itself), then run again with"
@@ -90,7 +89,7 @@ def find_run(adapters: Path, which: str) -> Path:
     if not whole:
         raise HubError(
             "HUB-08",
-            "There is no run to go on from.",
+            why="there is none",
             found=f"resume = {which!r}; no whole round in {adapters / which if which != 'latest' else adapters}",
             fix='give the id of a run on the shared volume, or leave resume out (resume="")',
         )

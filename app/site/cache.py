@@ -167,7 +167,7 @@ def _finite(numbers: torch.Tensor, part: Path) -> torch.Tensor:
             " numbers"
         )
         found = f"{part} makes numbers of a site's photos or captions that are not finite"
-        raise ModelError("MODEL-06", "The base model makes numbers that are not finite.", found=found, fix=fix)
+        raise ModelError("MODEL-06", found=found, fix=fix)
     return numbers
 
 

@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 
 from app import quiet
 from app.config import RunConfig
-from app.errors import BouquetError, SiteError
+from app.errors import BouquetError, SiteError, public
 from app.site import limits
 from app.site.privacy import Secret
 
@@ -61,7 +61,7 @@ def guarded(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message
             reason = str(error)
         except Exception as error:
             traceback.print_exc()
-            reason = f"SITE-99  The site failed unexpectedly ({type(error).__name__}); its own log has the details."
+            reason = public("SITE-99", kind=type(error).__name__)
         return Message(Error(code=ERROR, reason=reason), reply_to=message)
 
     return run
@@ -160,7 +160,6 @@ def places(context: Context) -> tuple[str, Path, Path, Path, Secret]:
         return name, Path(data, name), Path(models), Path(cached, name), Secret.NONE
     raise SiteError(
         "SITE-12",
-        "The site does not say where its data are.",
         found=f"node config has {', '.join(sorted(own)) or 'nothing'}",
         fix=(
             'start the SuperNode with --node-config \'site-name="…" data-path="…" models-path="…" cache-path="…"\', '

@@ -84,7 +84,6 @@ def _target(scheduler: Any, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor
         return velocity
     raise ConfigError(
         "CONFIG-03",
-        "The base model predicts something this app cannot train.",
         found=f"prediction_type = {kind!r}",
         fix="use a base model whose scheduler has prediction_type epsilon or v_prediction",
     )

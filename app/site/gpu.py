@@ -69,7 +69,6 @@ def devices() -> tuple[Driver, list[Device]]:
     except pynvml.NVMLError as error:
         raise GpuError(
             "GPU-01",
-            "NVIDIA's driver cannot be reached.",
             found=str(error),
             fix=(
                 "on the host: does nvidia-smi work? In a container: install nvidia-container-toolkit, run "
@@ -130,7 +129,6 @@ def check_pin(pin: str) -> None:
     if re.search(r"[,;\s]", pin.strip()):
         raise GpuError(
             "GPU-06",
-            "A site trains on one GPU.",
             found=f"SITE_GPU={pin}",
             fix=(
                 "one SuperNode a GPU: at the hub's host scripts/add-site, with a kit one invitation and one folder of"
@@ -148,14 +146,12 @@ def pinned(pin: str, found: list[Device]) -> Device:
     if not found or not PIN.fullmatch(pin.strip()) or other:
         raise GpuError(
             "GPU-02",
-            "The pinned GPU is not visible here.",
             found=f"SITE_GPU={pin}; visible: {shown}",
             fix="nvidia-smi -L on the host lists the GPUs: set SITE_GPU to one of their UUIDs",
         )
     if len(found) > 1:
         raise GpuError(
             "GPU-03",
-            "More than the pinned GPU is visible here.",
             found=f"SITE_GPU={pin or '(not set)'}; visible: {shown}",
             fix=(
                 "set SITE_GPU to one UUID and start the site through its Compose file, or without Docker:"
@@ -175,7 +171,6 @@ def check_driver(driver: Driver, built_for: str | None) -> str:
     if not built_for or driver.cuda[0] < int(built_for.split(".")[0]):
         raise GpuError(
             "GPU-04",
-            "The NVIDIA driver is too old for this image." if built_for else "This image's torch is made for the CPU.",
             found=(
                 f"driver {driver.version} runs CUDA up to {has}; this torch is built for"
                 f" {f'CUDA {built_for}' if built_for else 'the CPU'}"

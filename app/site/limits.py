@@ -96,7 +96,6 @@ class Limits:
         if held_out < self.floor("min-held-out") or trained < self.floor("min-photos"):
             raise SiteError(
                 "SITE-02",
-                "Too few training images.",
                 found=(
                     f"{trained} to train on and {held_out} to hold out; this site's floors are"
                     f" {self.floor('min-photos')} and {self.floor('min-held-out')}"
@@ -124,7 +123,6 @@ class Limits:
             if used > (most := self.bounds.get(name, float("inf"))):
                 raise SiteError(
                     "TRUST-10",
-                    "The site has answered as much as it allows in a week.",
                     found=(
                         f"{len(set(answered))} runs and {len(answered)} messages in seven days; with this one {used}"
                         f" {what}, and the site's budget is {name}={most:g}"
@@ -151,7 +149,7 @@ def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:
 def _not_allowed(name: str, asked: object, limit: str) -> SiteError:
     return SiteError(
         "TRUST-03",
-        f"The run's {name!r} is not within what this site allows.",
+        key=repr(name),
         found=f"{name} = {asked!r}, and the site's limit is {limit}",
         fix="agree on a run that fits, or change SITE_LIMITS and start the SuperNode again",
     )
@@ -161,7 +159,6 @@ def _unreadable(word: str, name: str) -> SiteError:
     close = [known for known in difflib.get_close_matches(name, [MODELS, *OWN, *NUMBERS], n=1) if known != name]
     return SiteError(
         "TRUST-04",
-        "The site's own limits cannot be read.",
         found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
         fix=(
             "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated"
@@ -178,7 +175,6 @@ def wants_checkpointing(env: Mapping[str, str]) -> bool:
         return False
     raise SiteError(
         "CHECK-09",
-        "A setting of the join kit is missing or wrong.",
         found=f"SITE_CHECKPOINTING={env['SITE_CHECKPOINTING']}",
         fix="set SITE_CHECKPOINTING to 1, or leave it out",
     )

@@ -183,7 +183,6 @@ def _secret(file: Path, make: bool) -> bytes:
 def _no_secret(file: Path, found: str) -> SiteError:
     return SiteError(
         "SITE-14",
-        "The site's own secret cannot be read.",
         found=f"{file}: {found}; without it nobody knows which photos were held out",
         fix=(
             "name the cache folder of this site (--cache); if it is lost, remove the file: the next round makes a new"

@@ -41,7 +41,6 @@ def check_base(name: str, folder: Path, own: str, hubs: str) -> None:
     if hubs and own != hubs:
         raise ModelError(
             "MODEL-04",
-            "The base model here is not the one the hub uses.",
             found=f"{name} in {folder} has fingerprint {own[:16]}, the hub's is {hubs[:16]}",
             fix="copy the hub's version of the base model to this site",
         )
@@ -168,7 +167,6 @@ class Site:
     def _out_of_memory(self) -> SiteError:
         return SiteError(
             "SITE-13",
-            "The GPU has too little memory for this run.",
             found=(
                 f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution}"
                 " pixels"

@@ -59,7 +59,6 @@ class Hub:
             found = f"{self.door.host}:{self.door.port} answers an ordinary call with: {answer}"
             raise BouquetError(
                 "HOST-12",
-                "The hub to attack does not answer.",
                 found=found,
                 fix="is it up, and is --ca its CA? A hub that answers nobody proves nothing",
             )

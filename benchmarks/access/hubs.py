@@ -43,7 +43,6 @@ def sh(*command: str, cwd: Path = ROOT, **env: str) -> str:
         found = " ".join((done.stderr or done.stdout)[-900:].split())
         raise BouquetError(
             "HOST-11",
-            "The hubs to attack could not be made.",
             found=f"{' '.join(command[:4])}: {found}",
             fix="scripts/setup builds the image; then try again",
         )
@@ -64,7 +63,6 @@ def image() -> str:
             return name
     raise BouquetError(
         "HOST-11",
-        "The hubs to attack could not be made.",
         found="no image bouquet:cpu or bouquet:cuda",
         fix="scripts/setup builds it; or IMAGE=NAME",
     )
@@ -214,7 +212,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
         if time.monotonic() > end:
             raise BouquetError(
                 "HOST-11",
-                "The hubs to attack could not be made.",
                 found="Flower's own hub is not up after ten minutes",
                 fix="docker compose ls; try again",
             )

@@ -30,7 +30,7 @@ TAGS = (
 def licence(config: RunConfig, asked: str | None) -> str:
     if not (known := asked or LICENCES.get(config.base_model)):
         fix = f"look at the base model's licence and name it: --licence NAME, as in {', '.join(LICENCES.values())}"
-        raise AdapterError("EXPORT-06", "The licence is not known.", found=f"base model {config.base_model}", fix=fix)
+        raise AdapterError("EXPORT-06", found=f"base model {config.base_model}", fix=fix)
     return known
 
 

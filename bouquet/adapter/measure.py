@@ -112,7 +112,6 @@ def collect(run: Path, columns_at: list[Path]) -> list[str]:
     ):
         raise BouquetError(
             "MEASURE-02",
-            "The sites' distances do not fit each other.",
             found=", ".join(f"{c.get('site')}: adapter {str(c.get('adapter'))[:12]}" for c in columns),
             fix="let every site measure the same run once: scripts/measure memory",
         )

@@ -91,9 +91,7 @@ def check(final: Path, base: Path, config: RunConfig) -> list[Drawn]:
             "publish an untouched copy of the run's final folder; if it is one, provenance.json has the versions to"
             " report"
         )
-        raise AdapterError(
-            "EXPORT-01", "The adapter's files do not draw the same picture.", found=f"{final}: {shares}", fix=fix
-        )
+        raise AdapterError("EXPORT-01", found=f"{final}: {shares}", fix=fix)
     return rows
 
 
@@ -105,9 +103,7 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
     effect = np.abs(expected - plain).mean()
     if effect < 1 / 255:
         found = f"the picture with it and without it differ by {effect * 255:.2f} of 255 in the mean"
-        raise AdapterError(
-            "EXPORT-05", "The adapter changes nothing that could be compared.", found=found, fix="train it first"
-        )
+        raise AdapterError("EXPORT-05", found=found, fix="train it first")
     for precision, folder in (("fp32", final), ("fp16", final / "fp16")):
         for path, load in PATHS.items():
             pipe = stock(base)

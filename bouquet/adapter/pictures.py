@@ -129,7 +129,7 @@ def _need(package: str) -> None:
 
 
 def _missing(found: str, fix: str) -> BouquetError:
-    return BouquetError("MEASURE-01", "This measure cannot be taken here.", found=found, fix=fix)
+    return BouquetError("MEASURE-01", found=found, fix=fix)
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -75,9 +75,7 @@ def whole(path: Path) -> Path:
             "name the folder of a run that has finished; docker compose cp serverapp:/adapters ./adapters brings the"
             " runs here"
         )
-        raise AdapterError(
-            "EXPORT-02", "There is no adapter here.", found=f"{final} lacks {', '.join(missing)}", fix=fix
-        )
+        raise AdapterError("EXPORT-02", found=f"{final} lacks {', '.join(missing)}", fix=fix)
     return final
 
 
@@ -89,16 +87,13 @@ def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, An
         found = f"{final}: adapter {ours[:12]}, but {PROVENANCE} tells of {run[:12]}"
         raise AdapterError(
             "EXPORT-01",
-            "The adapter's files do not draw the same picture.",
             found=found,
             fix="copy the run's final folder again",
         )
     ours, run = model.fingerprint(base)["base"], provenance.get("base", {}).get("fingerprint", "")
     if run and not model.is_base(base, ours, run):
         found = f"{base} is {ours[:12]}, the run used {run[:12]}"
-        raise ModelError(
-            "MODEL-04", "The base model here is not the one the hub uses.", found=found, fix="copy the hub's version"
-        )
+        raise ModelError("MODEL-04", found=found, fix="copy the hub's version")
 
 
 def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, str]]:
@@ -170,4 +165,4 @@ def refused(found: str) -> AdapterError:
         "give HF_TOKEN, or HF_TOKEN_PATH with a file, a token that may write to this owner's repositories; then run"
         " this again"
     )
-    return AdapterError("EXPORT-07", "Hugging Face did not take the adapter.", found=found, fix=fix)
+    return AdapterError("EXPORT-07", found=found, fix=fix)

@@ -88,7 +88,6 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
         fix = "name another place: --out FILE.png, --merge DIR; in the operator's container: --out - >FILE.png"
         raise BouquetError(
             "EXPORT-08",
-            "The result cannot be written there.",
             found=f"{place}: {getattr(error, 'strerror', '') or error}",
             fix=fix,
         ) from None

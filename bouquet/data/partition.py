@@ -83,14 +83,14 @@ def already(folder: Path, made_from: dict[str, Any]) -> bool:
         listed = {json.loads(line)["file_name"] for line in lines}
     except (OSError, ValueError, KeyError):
         found = f"{folder} was not made by this command"
-        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix) from None
+        raise SiteError("SITE-09", found=found, fix=fix) from None
     if there != made_from:
         different = ", ".join(sorted(k for k in there.keys() | made_from.keys() if there.get(k) != made_from.get(k)))
         found = f"{folder} was made with other settings: {different}"
-        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix)
+        raise SiteError("SITE-09", found=found, fix=fix)
     if files != listed or len(files) != counts["images"]:
         found = f"{folder} was changed since: {len(files)} files for {counts['images']} images"
-        raise SiteError("SITE-09", "The folder holds other data.", found=found, fix=fix)
+        raise SiteError("SITE-09", found=found, fix=fix)
     return True
 
 
@@ -127,7 +127,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
         shutil.rmtree(partial)
         found = f"{counts['images']} images for {folder.name}: {dict(counts)}"
         fix = "ask for fewer --sites, or divide with --by iid"
-        raise SiteError("SITE-11", "There are not enough images for every site.", found=found, fix=fix)
+        raise SiteError("SITE-11", found=found, fix=fix)
     (partial / "partition.json").write_text(json.dumps(made_from | {"counts": counts}, indent=2) + "\n")
     if public:
         declare_public(partial, scan(partial).photos)

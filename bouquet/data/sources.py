@@ -62,7 +62,7 @@ def load(args: SimpleNamespace, scratch: str) -> Any:
 def load_error(args: SimpleNamespace, found: str) -> SiteError:
     found = f"{args.dataset}, split {args.split}: {found}"
     fix = "check the name and the network, or give a folder with the data set's parquet files"
-    return SiteError("SITE-08", "The data set cannot be loaded.", found=found, fix=fix)
+    return SiteError("SITE-08", found=found, fix=fix)
 
 
 def column(dataset: Any, name: str, kind: type) -> str | None:
@@ -98,7 +98,7 @@ def divide(dataset: Any, args: SimpleNamespace) -> Callable[[int], Any]:
 
 
 def divide_error(found: str, fix: str) -> SiteError:
-    return SiteError("SITE-10", "The data set cannot be divided like this.", found=found, fix=fix)
+    return SiteError("SITE-10", found=found, fix=fix)
 
 
 def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]], str | None]:
@@ -111,7 +111,7 @@ def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]],
     if label is None and "{label}" in template and not text:
         found = f"no text, caption, prompt or label column among {dataset.column_names}"
         fix = 'give one caption for all: --caption-template "a photo of a flower"'
-        raise SiteError("SITE-04", "Captions are missing.", found=found, fix=fix)
+        raise SiteError("SITE-04", found=found, fix=fix)
     names = getattr(dataset.features.get(label), "names", None) or []
 
     def caption(row: dict[str, Any]) -> str | None:

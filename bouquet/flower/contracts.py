@@ -277,10 +277,9 @@ def misfit(seam: Seam, found: str) -> Exception:
         there = version("flwr")
     except PackageNotFoundError:
         there = "none"
-    headline = "Bouquet does not fit this version of Flower."
     found = f"flwr {there}, {seam.place} ({seam.why}): {found}"
     fix = f"install flwr {FITS}: docker/install, or take the hub's image"
-    error: Exception = _bouquet_error()("FLWR-01", headline, found=found, fix=fix)
+    error: Exception = _bouquet_error()("FLWR-01", found=found, fix=fix)
     return error
 
 

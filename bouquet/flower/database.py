@@ -101,7 +101,7 @@ def alone(file: Path) -> Iterator[None]:
         copies = ", ".join(map(str, backups(file))) or "none here"
         fix = "end what else has it open, make room, give the folder to BOUQUET_USER; "
         fix += f"or restore a backup (docs/hub.md; kept: {copies})"
-        raise BouquetError("STATE-03", "The hub's database cannot be read or written.", found=found, fix=fix) from error
+        raise BouquetError("STATE-03", found=found, fix=fix) from error
     finally:
         remove(file.with_name(f"{file.name}.new"), quietly=True)
 
@@ -221,7 +221,7 @@ def newer(file: Path, revision: str, known: list[str]) -> BouquetError:
         back = f"or give up what happened since, and put {ours[-1]} in its place"
     found = f"{file} has revision {revision}, this version knows none after {latest()}"
     fix = f"start the version again that wrote it, {back}"
-    return BouquetError("STATE-02", "The hub's database is of a newer version.", found=found, fix=fix)
+    return BouquetError("STATE-02", found=found, fix=fix)
 
 
 def half_made(file: Path, revision: str, why: str) -> BouquetError:
@@ -229,4 +229,4 @@ def half_made(file: Path, revision: str, why: str) -> BouquetError:
     fix = f"restore a backup (docs/hub.md; kept: {copies}); "
     fix += "or move the file away: the hub starts empty, and `up` admits certs/admitted again"
     found = f"{file} at revision {revision or 'none'}: {why}; it is as it was"
-    return BouquetError("STATE-01", "The hub's database is half made and not empty.", found=found, fix=fix)
+    return BouquetError("STATE-01", found=found, fix=fix)

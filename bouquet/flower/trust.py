@@ -63,7 +63,8 @@ def refusals(bundle: str, signed: Mapping[str, int], memory: Path, now: float, l
     if not signed:
         found = f"bundle {bundle[:12]} without a good signature of a publisher in trusted.yaml"
         fix = "sign it at the hub: scripts/hub sign; or put the new publisher's trusted.yaml here"
-        return [Refusal("TRUST-01", "The site does not trust this code.", found, fix)]
+        why = "no publisher that it pins has signed this bundle"
+        return [Refusal("TRUST-01", f"The site does not trust this code: {why}.", found, fix)]
     try:
         ran = read(memory)
         wrong = {name: fault(bundle, name, at, ran.get(name), now, limit) for name, at in signed.items()}

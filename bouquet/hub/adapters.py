@@ -65,9 +65,7 @@ def run(name: str, copies: Path) -> Path:
     files = [file for file in here.glob(f"{name or '*'}/history.json") if not file.parent.is_symlink()]
     if not files:
         fix = "start one: flwr run . remote-deployment; under Docker the hub must be up: docker compose up -d"
-        raise BouquetError(
-            "REPORT-01", "There is no run here.", found=f"{name or 'none'} on the shared volume", fix=fix
-        )
+        raise BouquetError("REPORT-01", found=f"{name or 'none'} on the shared volume", fix=fix)
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 

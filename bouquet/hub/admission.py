@@ -24,7 +24,7 @@ ADMITTED = ROOT / "certs" / "admitted"
 
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-        raise BouquetError("CERT-04", "That is no name for a site.", found=name, fix="use a-z, 0-9 and -")
+        raise BouquetError("CERT-04", found=name, fix="use a-z, 0-9 and -")
 
 
 def invite(name: str, hub: str | None = None) -> None:
@@ -54,19 +54,16 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
     print(f"{name}   {key.fingerprint}   {file}")
     if not (fingerprint == key.fingerprint if fingerprint else confirmed()):
         fix = "ask the site for its key and its fingerprint again; somebody may have exchanged the file"
-        raise BouquetError(
-            "JOIN-03", "This is not the key that the site read out.", found=fingerprint or "you said no", fix=fix
-        )
+        raise BouquetError("JOIN-03", found=fingerprint or "you said no", fix=fix)
     known = roster.registered()
     for site in known:
         if site.key == key and site.state == "revoked":
             fix = "the site makes a new one: rm site.key && ./site init"
-            raise BouquetError("JOIN-05", "This key was revoked.", found=f"as {site.name}, {key.fingerprint}", fix=fix)
+            raise BouquetError("JOIN-05", found=f"as {site.name}, {key.fingerprint}", fix=fix)
         if site.state != "revoked" and (site.name == name) != (site.key == key):
             fix = f"choose another name, or first: scripts/hub revoke {site.name}"
             raise BouquetError(
                 "JOIN-04",
-                "The name or the key belongs to another site.",
                 found=f"{site.name} has {site.key.fingerprint}",
                 fix=fix,
             )
@@ -102,7 +99,7 @@ def revoke(name: str) -> None:
         [s.node for s in roster.registered() if s.name == name and s.state != "revoked"],
     )
     if not nodes and not file.exists():
-        raise BouquetError("JOIN-06", "There is no such site.", found=name, fix="scripts/hub sites shows them all")
+        raise BouquetError("JOIN-06", found=name, fix="scripts/hub sites shows them all")
     file.unlink(missing_ok=True)
     file.with_suffix(".json").unlink(missing_ok=True)
     for node in nodes:

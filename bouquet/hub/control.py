@@ -69,7 +69,7 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     except (OSError, http.client.HTTPException, KeyError, ValueError) as error:  # no connection, certificate or answer
         why = text.line(str(error) or type(error).__name__)
         fix = "is the deployment up? docker compose ps, or scripts/demo"
-        raise BouquetError("HOST-08", "The hub does not answer.", found=why, fix=fix) from None
+        raise BouquetError("HOST-08", did="does not answer", found=why, fix=fix) from None
     try:
         if status == 200:
             found: Answer = answer.FromString(body)
@@ -78,7 +78,7 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     except (DecodeError, ValueError, KeyError, TypeError):
         said = "without a word that we know"
     fix = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
-    raise BouquetError("HOST-08", f"The hub refused {call}.", found=f"{status} {text.line(said)}", fix=fix)
+    raise BouquetError("HOST-08", did=f"refused {call}", found=f"{status} {text.line(said)}", fix=fix)
 
 
 def post(call: str, body: bytes) -> tuple[int, bytes]:

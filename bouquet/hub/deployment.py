@@ -68,7 +68,7 @@ class Compose:
         )
         if done.returncode:
             fix = "docker compose ps -a, docker compose logs"
-            raise BouquetError("HOST-05", "Docker Compose failed.", found=f"docker compose {' '.join(args)}", fix=fix)
+            raise BouquetError("HOST-05", found=f"docker compose {' '.join(args)}", fix=fix)
         return done.stdout or ""
 
 
@@ -103,7 +103,7 @@ class Processes:
         }  # fmt: skip
         self.site_env = {"OMP_NUM_THREADS": threads, "DOLLAR": "$"}
         self.pins = {site: pin(gpu) for site, gpu in gpus.items()}
-        self.running: dict[str, subprocess.Popen] = {}
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def address(self) -> str:
@@ -126,7 +126,7 @@ class Processes:
         self._wait_for_superlink()
         self._spawn("serverapp", self.serverapp())
 
-    def superlink(self) -> list:
+    def superlink(self) -> list[str]:
         return [
             sys.executable, "-m", "bouquet.flower.superlink", "--host=127.0.0.1", f"--port={self.port}",
             f"--ssl-ca-certfile={self.certs}/ca.crt",
@@ -135,7 +135,7 @@ class Processes:
             f"--superexec-auth-secret-file={self.certs}/superexec.secret", "--disable-runtime-dependency-installation",
         ]  # fmt: skip
 
-    def serverapp(self) -> list:
+    def serverapp(self) -> list[str]:
         return [
             sys.executable, "-m", "bouquet.flower.serverapp", f"--runtime-api-address={self.address}",
             f"--root-certificates={self.certs}/ca.crt", f"--superexec-auth-secret-file={self.certs}/superexec.secret",
@@ -148,12 +148,12 @@ class Processes:
             "-m",
             "bouquet.flower.register",
             self.address,
-            self.certs / "ca.crt",
-            self.certs / "admitted",
+            str(self.certs / "ca.crt"),
+            str(self.certs / "admitted"),
         ]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         if done.returncode:
-            raise self._error("HOST-06", "The hub refused a site's key.", done.stdout + done.stderr)
+            raise self._error("HOST-06", found=done.stdout + done.stderr, why="it refused a site's key")
 
     def start_site(self, name: str, hub: str = "") -> None:
         """Start one SuperNode; it connects to `hub`, or straight to this deployment's SuperLink."""
@@ -170,16 +170,17 @@ class Processes:
             *([f"--trusted-entities={literal(self.trusted)}"] if self.trusted else []),
         ], self.site_env | self.pins.get(name, {}))  # fmt: skip
 
-    def wait_until_online(self, count: int, timeout: float = 90) -> None:
-        """Wait for `count` sites. A site that was killed may come back after 66 s, when its old session has ended."""
+    def wait_until_online(self, count: int, timeout: float = 600) -> None:
+        """Wait for `count` sites, unless one's process ends: on a slow host each needs minutes for its imports.
+
+        A site that was killed may come back after 66 s, when its old session has ended.
+        """
         end = time.monotonic() + timeout
         while (online := nodes_online()) < count:
             dead = [name for name in self.sites if name in self.running and self.running[name].poll() is not None]
             if dead or time.monotonic() > end:
                 logs = "".join((self.logs / f"{name}.log").read_text()[-800:] for name in dead)
-                raise self._error(
-                    "HOST-07", "A site did not join.", f"{online} of {count} online; ended: {dead} {logs}"
-                )
+                raise self._error("HOST-07", found=f"{online} of {count} online; ended: {dead} {logs}")
             time.sleep(1)
 
     def stop_site(self, name: str) -> None:
@@ -209,14 +210,14 @@ class Processes:
     def fetch(self, run_id: str) -> Path:
         return self.adapters / run_id
 
-    def _spawn(self, name: str, command: list, env: Mapping[str, str] = {}) -> None:
+    def _spawn(self, name: str, command: list[str], env: Mapping[str, str] = {}) -> None:
         with self._written():
             log = (self.logs / f"{name}.log").open("w")
         with log:
             self.running[name] = subprocess.Popen(
-                [str(part) for part in command],
+                command,
                 cwd=self.home,
-                env=self.env | env,
+                env={**self.env, **env},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -236,9 +237,8 @@ class Processes:
         try:
             yield
         except OSError as error:
-            raise self._error(
-                "HOST-06", "The deployment's folder cannot be written.", f"{self.home}: {error.strerror or error}"
-            ) from None
+            found = f"{self.home}: {error.strerror or error}"
+            raise self._error("HOST-06", found=found, why="the deployment's folder cannot be written") from None
 
     def _wait_for_superlink(self, timeout: float = 120) -> None:
         """Until it answers, unless it has ended, or has neither spoken nor computed for `timeout` seconds.
@@ -261,10 +261,12 @@ class Processes:
                 if isinstance(reason, ssl.SSLCertVerificationError):
                     break
             time.sleep(0.2)
-        raise self._error("HOST-06", "The SuperLink did not start.", f"{why} {log.read_text(errors='replace')[-800:]}")
+        end = log.read_text(errors="replace")[-800:]
+        raise self._error("HOST-06", found=f"{why} {end}", why="the SuperLink did not start")
 
-    def _error(self, code: str, headline: str, found: str) -> BouquetError:
-        return BouquetError(code, headline, found=" ".join(found.split()), fix=f"see {self.logs}; scripts/certs check")
+    def _error(self, code: str, *, found: str, **facts: str) -> BouquetError:
+        fix = f"see {self.logs}; scripts/certs check"
+        return BouquetError(code, found=" ".join(found.split()), fix=fix, **facts)
 
 
 class Alive:
@@ -359,4 +361,5 @@ def is_alive(pid: int) -> bool:
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port

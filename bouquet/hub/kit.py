@@ -56,9 +56,7 @@ def make(name: str, hub: str | None = None) -> tuple[Path, str]:
             "make room on the disk, or the folder writable for the user that runs this; for the operator's container:"
             " scripts/setup"
         )
-        raise BouquetError(
-            "JOIN-14", "The kit cannot be written.", found=f"{KITS}: {error.strerror or error}", fix=fix
-        ) from None
+        raise BouquetError("JOIN-14", found=f"{KITS}: {error.strerror or error}", fix=fix) from None
     return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
@@ -117,7 +115,7 @@ def address() -> str:
             "put the hub's public name into .env, HUB_HOST=hub.example.org, then: scripts/certs; or name it: --hub"
             " HOST:PORT"
         )
-        raise BouquetError("JOIN-01", "The hub has no address for sites.", found="no HUB_HOST", fix=fix)
+        raise BouquetError("JOIN-01", found="no HUB_HOST", fix=fix)
     return f"[{hosts[0]}]:{port()}" if ":" in hosts[0] else f"{hosts[0]}:{port()}"
 
 
@@ -153,9 +151,7 @@ def ca() -> bytes:
     for file in (CERTS / "ca.crt", Path("/ca.crt")):
         if file.is_file():
             return file.read_bytes()
-    raise BouquetError(
-        "CERT-03", "The hub has no certificate.", found=f"no {CERTS / 'ca.crt'}", fix="run scripts/certs"
-    )
+    raise BouquetError("CERT-03", found=f"no {CERTS / 'ca.crt'}", fix="run scripts/certs")
 
 
 def trusted() -> bytes:
@@ -180,9 +176,7 @@ def check_certificate(host: str) -> None:
     )
     if canonical(host) not in {canonical(str(name.value)) for name in names}:
         fix = "add it to HUB_HOST in .env, then: scripts/certs && docker compose restart superlink gateway"
-        raise BouquetError(
-            "CERT-01", "The hub's certificate lacks a name that is used.", found=f"missing: {host}", fix=fix
-        )
+        raise BouquetError("CERT-01", found=f"missing: {host}", fix=fix)
 
 
 def canonical(host: str) -> str:

@@ -45,9 +45,7 @@ class Key:
             found = (
                 f"{file}: {error.strerror if isinstance(error, OSError) else 'no public ECDSA key in OpenSSH format'}"
             )
-            raise BouquetError(
-                "JOIN-02", "That is no site's public key.", found=found, fix="take the NAME.pub that ./site init made"
-            ) from None
+            raise BouquetError("JOIN-02", found=found, fix="take the NAME.pub that ./site init made") from None
 
     @classmethod
     def of(cls, key: Any) -> Key:

@@ -58,7 +58,7 @@ def flwr(*args: str) -> dict[str, Any]:
     if not answer.get("success"):
         found = " ".join(str(answer.get("error-message", answer)).split())
         fix = "is the deployment up? docker compose ps, or scripts/demo"
-        raise BouquetError("HOST-08", f"flwr {args[0]} was refused.", found=found, fix=fix)
+        raise BouquetError("HOST-08", did=f"refused flwr {args[0]}", found=found, fix=fix)
     return answer
 
 
@@ -82,7 +82,7 @@ def status(run_id: str) -> tuple[str, str]:
 
     if (run := control.run(run_id)) is None:
         raise BouquetError(
-            "HOST-08", "The hub knows no such run.", found=run_id, fix="flwr ls remote-deployment lists those it knows"
+            "HOST-08", did="knows no such run", found=run_id, fix="flwr ls remote-deployment lists those it knows"
         )
     return run.state, run.details
 
@@ -155,9 +155,7 @@ def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
         half.replace(file)
     except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8
         fix = "mend that file or move it away (Flower makes a new one), then again"
-        raise BouquetError(
-            "HOST-16", "Flower's configuration cannot be used.", found=f"{file}: {error}", fix=fix
-        ) from None
+        raise BouquetError("HOST-16", found=f"{file}: {error}", fix=fix) from None
 
 
 def with_entry(before: str, wanted: dict[str, Any]) -> str:

@@ -100,7 +100,6 @@ def publisher_key(file: Path) -> Ed25519PrivateKey:
         if public.is_file() or trusted.is_file():
             raise BouquetError(
                 "TRUST-02",
-                "The publisher's private key is not here.",
                 found=f"{public if public.is_file() else trusted} without {file}",
                 fix=(
                     "sign where the key is and copy the signature here, or name the key: --key FILE; "
@@ -129,7 +128,7 @@ def closed(found: str) -> BouquetError:
         ' docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v'
         ' "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" operator scripts/hub sign'
     )
-    return BouquetError("TRUST-02", "The publisher's private key is not here.", found=found, fix=fix)
+    return BouquetError("TRUST-02", found=found, fix=fix)
 
 
 def sign(content: bytes, key: Ed25519PrivateKey, to: Path, *, again: bool = False, now: int | None = None) -> Path:

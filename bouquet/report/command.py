@@ -59,5 +59,5 @@ def write(run: Run, out: str) -> str:
         files.write(file, text)
     except OSError as error:
         found, fix = f"{file}: {error.strerror}", "name a place where you may write: scripts/report --out FILE"
-        raise BouquetError("REPORT-03", "The report cannot be written there.", found=found, fix=fix) from None
+        raise BouquetError("REPORT-03", found=found, fix=fix) from None
     return f"report  {file}"

@@ -48,7 +48,6 @@ def check(memory: Any) -> None:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BouquetError(
             "MEASURE-02",
-            "The distances in memory.json cannot be read.",
             found="a site's numbers are missing or impossible",
             fix="let the sites measure again: scripts/measure memory; or take memory.json out of the run's folder",
         ) from None

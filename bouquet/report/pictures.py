@@ -76,7 +76,6 @@ def unpacked(text: Any) -> Image.Image | None:
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BouquetError(
             "REPORT-04",
-            "The comparison in worth.json cannot be read.",
             found=f"a site's picture is no PNG of at most {LARGEST} by {LARGEST} pixels ({type(error).__name__})",
             fix="take the .png from beside that site's column, and collect again",
         ) from error

@@ -106,7 +106,6 @@ def read(folder: Path) -> Run:
     if not file.is_file():
         raise BouquetError(
             "REPORT-01",
-            "There is no run here.",
             found=f"no {file}",
             fix=(
                 "name a run's folder, or its id; while a run works under Docker: docker compose cp serverapp:/adapters"
@@ -117,7 +116,6 @@ def read(folder: Path) -> Run:
     if not history or "state" not in history:
         raise BouquetError(
             "REPORT-02",
-            "The run's history cannot be read.",
             found=f"{file} is no JSON object with a state",
             fix="copy the run's folder again from the hub's shared volume",
         )

@@ -57,7 +57,6 @@ def check(worth: Any) -> None:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BouquetError(
             "REPORT-04",
-            "The comparison in worth.json cannot be read.",
             found="a number for each seed is missing or impossible",
             fix="make it again, or take worth.json out of the run's folder",
         ) from None

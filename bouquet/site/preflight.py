@@ -171,7 +171,6 @@ class Preflight:
         if not self.own.name:
             raise reach.CheckError(
                 "CHECK-09",
-                "A setting of the join kit is missing or wrong.",
                 found="SITE_NAME is empty",
                 fix="set SITE_NAME to the name that the hub invited",
             )
@@ -224,7 +223,6 @@ class Preflight:
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise reach.CheckError(
                 "CHECK-08",
-                "The cache folder cannot be used.",
                 found=f"{folder} is no folder that user id {os.geteuid()} may write",
                 fix="mount a volume or folder there that this user may write",
             )
@@ -232,7 +230,6 @@ class Preflight:
         if free < GIB // 4:
             raise reach.CheckError(
                 "CHECK-08",
-                "The cache folder cannot be used.",
                 found=f"{folder} has {free / MIB:.0f} MiB left",
                 fix="free some space: encoded photos take about 80 kB (64²) to 130 kB (512²) each",
             )
@@ -347,9 +344,7 @@ class Preflight:
             f" {guess.need / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB free"
         )
         if free < guess.floor:
-            raise gpu.GpuError(
-                "GPU-05", "The training does not fit into the memory.", found=text, fix=self._take_less()
-            )
+            raise gpu.GpuError("GPU-05", found=text, fix=self._take_less())
         if free < guess.need:
             raise Warn(
                 text, f"tight, and an estimate: the training step says for certain. If it fails: {self._take_less()}"
@@ -419,9 +414,7 @@ class Preflight:
                 seconds = self._seconds(unet, scheduler, encoded, accelerator, TIMED)
         except torch.OutOfMemoryError as error:
             found = str(error).splitlines()[0]
-            raise gpu.GpuError(
-                "GPU-05", "The training does not fit into the memory.", found=found, fix=self._take_less()
-            ) from None
+            raise gpu.GpuError("GPU-05", found=found, fix=self._take_less()) from None
         peak = torch.cuda.max_memory_allocated() if cuda else estimate.page_peak()
         return (
             f"{seconds:.2f} s a step on the {'GPU' if cuda else 'CPU'}, {config.batch_size} images each; peak memory"

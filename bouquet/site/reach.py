@@ -42,7 +42,6 @@ def address(hub: str) -> tuple[str, int]:
         pass
     raise CheckError(
         "CHECK-09",
-        "A setting of the join kit is missing or wrong.",
         found=f"HUB={hub!r}",
         fix="set HUB to the hub's name and port: hub.example.org:8443",
     )
@@ -55,7 +54,6 @@ def trust(ca: Path) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise CheckError(
             "CHECK-09",
-            "A setting of the join kit is missing or wrong.",
             found=f"{ca}: {error.strerror or error}",
             fix="put ca.crt of the join kit there",
         ) from None
@@ -146,7 +144,7 @@ def _proxy(host: str) -> str:
 
 
 def _unreachable(found: str, fix: str) -> CheckError:
-    return CheckError("CHECK-01", "The hub cannot be reached.", found=found, fix=fix)
+    return CheckError("CHECK-01", found=found, fix=fix)
 
 
 def _untrusted(hub: str, error: ssl.SSLCertVerificationError) -> CheckError:
@@ -157,15 +155,15 @@ def _untrusted(hub: str, error: ssl.SSLCertVerificationError) -> CheckError:
             "use the name that the hub's operator gave you; or the operator adds this one to HUB_HOST and runs"
             " scripts/certs renew"
         )
-        return CheckError("CHECK-03", "The hub's certificate is for another name.", found=found, fix=fix)
+        return CheckError("CHECK-03", found=found, fix=fix)
     if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED
         fix = "the hub's operator runs scripts/certs renew; but look first at this machine's clock (date -u)"
-        return CheckError("CHECK-04", "The hub's certificate is not valid at this time.", found=found, fix=fix)
+        return CheckError("CHECK-04", found=found, fix=fix)
     fix = (
         "take ca.crt from the hub's newest join kit; if it is the newest, somebody else answers in the hub's place:"
         " tell its operator"
     )
-    return CheckError("CHECK-02", "The hub's certificate is not from the join kit's CA.", found=found, fix=fix)
+    return CheckError("CHECK-02", found=found, fix=fix)
 
 
 def clock(hub: str, ca: Path) -> float:
@@ -183,7 +181,6 @@ def clock(hub: str, ca: Path) -> float:
     if not -BEHIND < ahead < AHEAD:
         raise CheckError(
             "CHECK-05",
-            "This machine's clock is off.",
             found=(
                 f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the hub's; the hub takes {BEHIND} s behind"
                 f" to {AHEAD} s ahead"
@@ -225,7 +222,6 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
     if answer and answer.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
         raise CheckError(
             "CHECK-06",
-            "The hub has not admitted this site's key.",
             found=f"{hub} does not know {fingerprint(public)}, or has revoked it",
             fix=(
                 f"send {name}.pub to the hub's operator, who runs scripts/hub admit {name} {name}.pub and reads this"
@@ -234,9 +230,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
         )
     if status == 401:
         fix = "is this machine's clock right? Does the key belong to this site?"
-        raise CheckError(
-            "CHECK-06", "The hub has not admitted this site's key.", found=f"{hub} refuses the signature", fix=fix
-        )
+        raise CheckError("CHECK-06", found=f"{hub} refuses the signature", fix=fix)
     raise _unreachable(
         f"{hub} answers HTTP {status}", "the SuperLink behind the hub's gateway is not up: tell the hub's operator"
     )
@@ -270,7 +264,6 @@ def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
         found = f"{path} is no OpenSSH key without a password ({type(error).__name__})"
     raise CheckError(
         "CHECK-07",
-        "This site's key cannot be used.",
         found=found,
         fix="make one here: ./site init (ECDSA, in OpenSSH format); it never leaves this machine",
     )

@@ -135,7 +135,7 @@ def fill(template: str | None, label: str | None) -> str | None:
 
 def _template_error(found: str) -> SiteError:
     fix = "write one line, in UTF-8, where {label} stands for the class or sub-folder name: a photo of a {label}"
-    return SiteError("SITE-05", "The caption template cannot be used.", found=found, fix=fix)
+    return SiteError("SITE-05", found=found, fix=fix)
 
 
 # --- caption files ----------------------------------------------------------------------------------------------------
@@ -277,4 +277,4 @@ def _pair(line: str, separator: str, there: Callable[[str], bool]) -> tuple[str,
 def _list_error(found: str) -> SiteError:
     fix = 'write one object a line, in UTF-8, like {"file_name": "0001.png", "text": "a red poppy"}, or columns'
     fix += " file_name,text"
-    return SiteError("SITE-06", "The list of captions cannot be read.", found=found, fix=fix)
+    return SiteError("SITE-06", found=found, fix=fix)

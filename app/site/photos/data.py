@@ -85,15 +85,15 @@ class Partition:
             )
             fix += " each picture, or caption.txt with one line for all, like: a photo of a {label} (the sub-folder's"
             fix += " name); a table needs a column text, caption, prompt or label"
-            raise SiteError("SITE-04", "Captions are missing.", found=summary, fix=fix)
+            raise SiteError("SITE-04", found=summary, fix=fix)
         if not self.photos:
-            raise SiteError("SITE-01", "No training images.", found=summary, fix=SET_FOLDER)
+            raise SiteError("SITE-01", found=summary, fix=SET_FOLDER)
         found = f"{summary}; {min_images} are needed"
         fix = (
             "add photos; private photos need as many as this site's floors say, and SITE_LIMITS lowers them"
             " (docs/site.md)"
         )
-        raise SiteError("SITE-02", "Too few training images.", found=found, fix=fix)
+        raise SiteError("SITE-02", found=found, fix=fix)
 
     def report(self, limit: int = 20) -> str:
         """The private summary for this machine's log: counts, then the quarantined names."""
@@ -193,5 +193,5 @@ def _root(folder: Path) -> Path:
     elif not os.access(folder, os.R_OK | os.X_OK):
         found = f"{folder} may not be read by user id {os.geteuid()}"
     if found:
-        raise SiteError("SITE-03", "The data folder cannot be opened.", found=found, fix=SET_FOLDER)
+        raise SiteError("SITE-03", found=found, fix=SET_FOLDER)
     return folder.resolve()

@@ -263,7 +263,7 @@ class _Folder:
             what = "Git LFS's pointer to the file: git lfs pull" if self._first_bytes(name) == "!pointer" else error
             found = f"{self.root / name}: {what}"
             fix = "store it as the hub does: an image column (struct of bytes and path) with text, caption or label"
-            raise SiteError("SITE-07", "The data set's table cannot be read.", found=found, fix=fix) from None
+            raise SiteError("SITE-07", found=found, fix=fix) from None
 
     def _why_not(self, name: str) -> str:
         """Of a text: a caption file without a picture, where others lie; else what it is not."""

@@ -47,7 +47,6 @@ def folder() -> Path:
     if (found := adapters.folder()) is None or not found.is_dir():
         raise BouquetError(
             "LIVE-01",
-            "There is no folder of runs here.",
             found=f"no {found}" if found else "this hub runs in containers, and its runs are on a volume",
             fix=(
                 "docker compose --profile dashboard up -d --wait page"
@@ -70,5 +69,5 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         fix = "scripts/live --port ANOTHER"
-        raise BouquetError("HOST-04", "The port is taken.", found=f"{host}:{port}: {error.strerror}", fix=fix) from None
+        raise BouquetError("HOST-04", found=f"{host}:{port}: {error.strerror}", fix=fix) from None
     return door
