@@ -26,14 +26,20 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from app.adapter import store
 from app.config import RunConfig
-from app.errors import BouquetError
-from app.files import write_json
+from app.errors import BouquetError, ConfigError
+from app.hub import history
+from app.hub.history import History
 from app.site.limits import Limits
-from bouquet.report import pictures, worth
+from bouquet.report import comparison, pictures, worth
+from bouquet.report.comparison import Column, Measured, Worth
+
+if TYPE_CHECKING:
+    from app.model import Adapter
+    from app.site.train import Site
 
 
 def measure_to_file(asked: SimpleNamespace) -> Path:
@@ -42,10 +48,10 @@ def measure_to_file(asked: SimpleNamespace) -> Path:
         cached = asked.cache or Path(scratch) / "cache"
         shown = out.with_suffix(".png") if asked.pictures else None
         column = measure(asked.name, asked.data, asked.runs, asked.models, cached, asked.pool, asked.judge, shown)
-    out.write_text(json.dumps(column, indent=1) + "\n")
+    comparison.write(out, column)
     if shown:
         print(f"picture  {shown}   look at it; it goes to the hub only if you send it along")
-    print(worth.verdict(asked.name, column).sentence)
+    print(worth.verdict(column.site, measured_of(column)).sentence)
     return out
 
 
@@ -53,20 +59,29 @@ def alike(runs: list[Path]) -> list[RunConfig]:
     """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and in
     that alone.
     """
-    histories = [json.loads((run / "history.json").read_text()) for run in runs]
-    configs = [RunConfig(**history["config"]) for history in histories]
+    histories = [history.read(run / history.FILE) for run in runs]
+    configs = [config_of(told, run) for told, run in zip(histories, runs, strict=True)]
     same = {replace(config, seed=0) for config in configs}
-    bases = {history["base"]["fingerprint"] for history in histories}
-    whole = all(history["state"] == "finished" for history in histories)
+    bases = {told.base and told.base.fingerprint for told in histories}
+    whole = all(told.state == "finished" for told in histories)
     if len(same) > 1 or len(bases) > 1 or len({config.seed for config in configs}) < len(configs) or not whole:
         raise BouquetError(
             "WORTH-01",
             found=", ".join(
-                f"{run.name}: {h['state']}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)
+                f"{run.name}: {h.state}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)
             ),
             fix="give finished runs that are alike but for their seed: --run-config 'seed=43'",
         )
     return configs
+
+
+def config_of(told: History, run: Path) -> RunConfig:
+    """A run's configuration, as this version knows it. Errors: WORTH-01."""
+    try:
+        return RunConfig.read({key.replace("_", "-"): value for key, value in told.config.items()})
+    except ConfigError as error:
+        fix = "compare runs of this version"
+        raise BouquetError("WORTH-01", found=f"{run.name}: {error}", fix=fix) from None
 
 
 def measure(
@@ -78,13 +93,14 @@ def measure(
     pool: list[Path],
     judge: int,
     shown: Path | None = None,
-) -> dict[str, Any]:
+) -> Column:
     """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
     from app import model
     from app.adapter import sample
     from app.site import train
 
-    loss: dict[str, list[float]] = {contender: [] for contender in worth.CONTENDERS if pool or contender != "pooled"}
+    contenders = [contender for contender in comparison.CONTENDERS if pool or contender != "pooled"]
+    loss: dict[str, list[float]] = {contender: [] for contender in contenders}
     judged: dict[str, list[float]] = {contender: [] for contender in loss}
     configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
     base, held_out = model.locate(configs[0].base_model, models), []
@@ -116,11 +132,17 @@ def measure(
             f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True
         )
     steps = configs[0].rounds * configs[0].local_steps
-    column = {"site": name, "seeds": [c.seed for c in configs], "steps": steps, "held_out": min(held_out), "loss": loss}
-    return column | ({"judge": judged} if judge else {})
+    numbers = [{who: tuple(values) for who, values in kind.items()} for kind in (loss, judged)]
+    seeds = tuple(config.seed for config in configs)
+    return Column(name, seeds, min(held_out), numbers[0], numbers[1] if judge else None, steps)
 
 
-def alone(site, start, name: str, rounds: int):
+def measured_of(column: Column, picture: str = "") -> Measured:
+    """A site's column as worth.json has it."""
+    return Measured(column.held_out, column.loss, column.judge, picture)
+
+
+def alone(site: Site, start: Adapter, name: str, rounds: int) -> Adapter:
     """`rounds` rounds of local steps without a hub, by the seeds that the site has in the run: round 1 is the run's
     own.
     """
@@ -156,7 +178,7 @@ def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> 
     return target
 
 
-def right(base: Path, adapter, config: RunConfig, count: int) -> float:
+def right(base: Path, adapter: Adapter | None, config: RunConfig, count: int) -> float:
     """The mean share, over all species, of pictures in which the demo's judge sees what was asked for."""
     from app.adapter import sample
     from models.mini import compare
@@ -166,25 +188,23 @@ def right(base: Path, adapter, config: RunConfig, count: int) -> float:
 
 def collect(run: Path, files: list[Path]) -> Path:
     """worth.json in the run's folder. Errors: WORTH-02 unless the columns have the same seeds and steps, REPORT-04."""
-    columns = [json.loads(file.read_text()) for file in files]
-    if len({json.dumps([c.get("seeds"), c.get("steps")]) for c in columns}) > 1 or len(
-        {c.get("site") for c in columns}
-    ) < len(columns):
+    columns = [comparison.read_column(file) for file in files]
+    alike = {(column.seeds, column.steps) for column in columns}
+    if len(alike) > 1 or len({column.site for column in columns}) < len(columns):
         raise BouquetError(
             "WORTH-02",
-            found=", ".join(f"{c.get('site')}: seeds {c.get('seeds')}, {c.get('steps')} steps" for c in columns),
+            found=", ".join(f"{c.site}: seeds {list(c.seeds)}, {c.steps} steps" for c in columns),
             fix="let every site measure the same runs once: scripts/worth measure",
         )
-    sites = {c["site"]: {key: c[key] for key in ("held_out", "loss", "judge") if key in c} for c in columns}
+    sites = {}
     for file, column in zip(files, columns, strict=True):
-        if (shown := file.with_suffix(".png")).is_file():
-            sites[column["site"]]["picture"] = base64.b64encode(shown.read_bytes()).decode()
-    told = {"run": run.resolve().name, "seeds": columns[0]["seeds"], "steps": columns[0]["steps"], "sites": sites}
-    worth.check(told)
-    for measured in told["sites"].values():
-        pictures.unpacked(measured.get("picture"))
-    target = run / "worth.json"
-    write_json(target, told)
+        shown = file.with_suffix(".png")
+        picture = base64.b64encode(shown.read_bytes()).decode() if shown.is_file() else ""
+        pictures.unpacked(picture)
+        sites[column.site] = measured_of(column, picture)
+    told = comparison.check(Worth(columns[0].seeds, sites, run.resolve().name, columns[0].steps))
+    target = run / comparison.FILE
+    comparison.write(target, told)
     for found in worth.verdicts(told):
         print(f"{found.site}  {found.sentence}")
     return target

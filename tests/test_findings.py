@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from app import records
 from app.errors import BouquetError
-from bouquet.report import findings, worth
-from tests.kit.runs import REASON, a_run, compared, history
+from bouquet.report import comparison, findings, worth
+from tests.kit.runs import REASON, a_run, compared, history, measured
 
 # --- did it work? -----------------------------------------------------------------------------------------------------
 
@@ -57,10 +58,10 @@ def test_a_site_whose_loss_rises_is_named_with_both_numbers():
 
 
 def test_a_loss_that_turned_three_rounds_ago_is_named_although_it_is_below_the_first():
-    run = a_run(history(losses={"rose": [0.40, 0.20, 0.21, 0.22]}))
-    assert list(findings.rising(run)) == []
-    run.validation.append({"after_round": 4, "weighted": 0.23, "sites": {"rose": 0.23}})
-    [sentence] = findings.rising(run)
+    told = history(losses={"rose": [0.40, 0.20, 0.21, 0.22]})
+    assert list(findings.rising(a_run(told))) == []
+    told["validation"].append({"after_round": 4, "weighted": 0.23, "sites": {"rose": 0.23}})
+    [sentence] = findings.rising(a_run(told))
     assert sentence.startswith("rose's validation loss has risen for three rounds, from 0.2000 to 0.2300")
 
 
@@ -190,7 +191,7 @@ def test_an_alpha_that_is_not_the_rank_is_named_in_peft_in_metadata_and_in_tenso
     )
     found = [
         (name, ratio)
-        for s in findings.adapter_files(a_run({}, tmp_path))
+        for s in findings.adapter_files(a_run(history(), tmp_path))
         for name, ratio in re.findall(r"^(\S+).*= ([\d.]+)\)", s)
     ]
     assert found == [
@@ -203,7 +204,9 @@ def test_an_alpha_that_is_not_the_rank_is_named_in_peft_in_metadata_and_in_tenso
 def test_a_final_file_that_is_cut_short_is_named(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "adapter_model.safetensors").write_bytes(b"\x10")
-    assert list(findings.adapter_files(a_run({}, tmp_path))) == ["final/adapter_model.safetensors cannot be read."]
+    assert list(findings.adapter_files(a_run(history(), tmp_path))) == [
+        "final/adapter_model.safetensors cannot be read."
+    ]
 
 
 # --- was joining worth it? --------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_the_interval_is_students_t():
 
 def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
     # gains 0.10, 0.11, 0.12: mean 11.0 %, sd 0.01, half 4.303 · 0.01 / √3 = 2.5 %
-    found = worth.verdict("rose", compared([0.200, 0.200, 0.200], [0.180, 0.178, 0.176]))
+    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.180, 0.178, 0.176]))
     assert (found.site, found.answer) == ("rose", "yes")
     assert (
         found.sentence
@@ -228,7 +231,7 @@ def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
 
 
 def test_a_loss_larger_than_the_seeds_differ_is_a_no():
-    found = worth.verdict("rose", compared([0.200, 0.200, 0.200], [0.220, 0.222, 0.224]))
+    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.220, 0.222, 0.224]))
     assert found.answer == "no"
     assert found.sentence.startswith(
         "No: on its own 20 held-out photos the federated adapter's loss is 11.0 % higher than with training alone"
@@ -238,13 +241,13 @@ def test_a_loss_larger_than_the_seeds_differ_is_a_no():
 
 def test_a_gain_within_the_seeds_differences_is_not_shown():
     # gains 0.10, −0.05, 0.01: mean 2.0 %, sd 0.0755, half 18.8 %
-    found = worth.verdict("rose", compared([0.200, 0.200, 0.200], [0.180, 0.210, 0.198]))
+    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.180, 0.210, 0.198]))
     assert found.answer == "not shown" and found.sentence.startswith("Not shown: ")
     assert "(95 % interval 16.8 % higher to 20.8 % lower, 3 seeds)" in found.sentence
 
 
 def test_one_seed_cannot_tell():
-    found = worth.verdict("rose", compared([0.2], [0.1]))
+    found = worth.verdict("rose", measured([0.2], [0.1]))
     assert (
         found.answer == "cannot tell"
         and found.sentence.startswith("Cannot tell from one seed: ")
@@ -253,13 +256,13 @@ def test_one_seed_cannot_tell():
 
 
 def test_where_training_alone_is_worse_than_not_training_the_base_is_the_rival():
-    found = worth.verdict("rose", compared([0.40, 0.41, 0.42], [0.35, 0.36, 0.37], base=(0.30, 0.30, 0.30)))
+    found = worth.verdict("rose", measured([0.40, 0.41, 0.42], [0.35, 0.36, 0.37], base=(0.30, 0.30, 0.30)))
     assert found.answer == "no" and "higher than with the base model" in found.sentence
 
 
 def test_a_better_judgement_beside_a_worse_loss_is_partly_and_says_both():
     judged = {"base": [0.03], "alone": [0.60, 0.62, 0.61], "federated": [0.83, 0.84, 0.85]}
-    found = worth.verdict("rose", compared([0.200] * 3, [0.220, 0.222, 0.224], judge=judged))
+    found = worth.verdict("rose", measured([0.200] * 3, [0.220, 0.222, 0.224], judge=judged))
     assert found.answer == "partly"
     assert (
         "the judge sees what was asked for in 84 % of its pictures against 61 % with training alone" in found.sentence
@@ -285,9 +288,12 @@ def test_two_answers_become_one():
         lambda site: site.pop("held_out"),
     ],
 )
-def test_a_comparison_of_another_shape_is_refused_by_name(spoil):
-    site = compared([0.2] * 3, [0.1] * 3)
-    worth.check(told := {"seeds": [1, 2, 3], "sites": {"rose": site}})
+def test_a_comparison_of_another_shape_is_refused_by_name(spoil, tmp_path):
+    site, file = compared([0.2] * 3, [0.1] * 3), tmp_path / "worth.json"
+    told = {"seeds": [1, 2, 3], "sites": {"rose": site}}
+    file.write_text(json.dumps(told))
+    assert comparison.read(file).sites["rose"] == records.of(comparison.Measured, site)
     spoil(site)
+    file.write_text(json.dumps(told))
     with pytest.raises(BouquetError, match="REPORT-04"):
-        worth.check(told)
+        comparison.read(file)

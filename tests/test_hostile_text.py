@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app import model, text, wire
+from app import model, records, text, wire
 from app.errors import BouquetError
 from app.hub import exchange, server_app
 from benchmarks.speed.hub import StubGrid, adapter_of_size
@@ -222,8 +222,8 @@ def carded(run: Told) -> str:
 
 SURFACES: dict[str, Callable[[Told], str]] = {
     "the run's own output": lambda run: run.output,
-    "history.json as read": lambda run: "\n".join(texts(read(run.folder).history)),
-    "status.json as read": lambda run: "\n".join(texts(read(run.folder).status)),
+    "history.json as read": lambda run: "\n".join(texts(records.told(read(run.folder).history))),
+    "status.json as read": lambda run: "\n".join(texts(records.told(read(run.folder).status))),
     "scripts/hub status": lambda run: status_.words(status_facts(run), 0.0),
     "scripts/hub status --json": lambda run: "\n".join(texts(json.loads(json.dumps(status_facts(run))))),
     "scripts/hub sites": sites_table,

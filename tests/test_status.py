@@ -14,6 +14,7 @@ import pytest
 from conftest import sh
 
 from app.errors import BouquetError
+from app.hub.history import Status
 from bouquet import ROOT
 from bouquet.hub import adapters, control, roster
 from bouquet.hub import status as status_
@@ -26,7 +27,8 @@ def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "w
     """A run of three rounds at two sites, of which `rounds` are done."""
     folder.mkdir(parents=True)
     late = [{"site": "orchard", "reason": "HUB-03  No reply within 60 s."}]
-    done = {"seconds": 20, "sites": {"garden": {}, "meadow": {}}, "refused": late}
+    done = {"seconds": 20, "sites": {"garden": {}, "meadow": {}}, "refused": late, "train_loss": 0.1}
+    done |= {"started_from": "0" * 64, "adapter": "1" * 64}
     history = {"run": folder.name, "state": state, "config": {"rounds": 3}, "validation": []}
     history["rounds"] = [{"round": n} | done for n in range(1, rounds + 1)]
     if state == "failed":
@@ -69,7 +71,7 @@ def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until
 
 
 def test_a_site_that_never_replied_before_and_one_of_an_older_hub_are_at_work_all_the_same(tmp_path, hub):
-    for number, took in enumerate(({}, None, {"meadow": "long"}), start=7):
+    for number, took in enumerate(({}, {"garden": 48.3}), start=7):
         folder = a_run(
             tmp_path / str(number),
             doing="waiting",
@@ -159,14 +161,14 @@ def test_without_a_newer_run_the_newest_on_the_volume_is_shown(volume, monkeypat
 def test_a_torn_history_is_named_and_hides_no_other_run(volume, monkeypatch):
     (volume / "8").mkdir()
     (volume / "8" / "history.json").write_text('{"run": "8", "state": "runn')
-    assert [history["run"] for history in adapters.histories()] == ["7"]
+    assert [told.run for told in adapters.histories()] == ["7"]
     with pytest.raises(BouquetError, match="REPORT-02"):
         status_.find("8", volume)
 
 
 def test_a_torn_status_is_as_none(volume, monkeypatch):
     (volume / "7" / "status.json").write_text('{"run": "7", "st')
-    assert status_.find("7", volume).status == {}
+    assert status_.find("7", volume).status == Status()
 
 
 def test_a_sites_name_and_reason_cannot_move_the_cursor(tmp_path, hub):

@@ -1,4 +1,4 @@
-"""What the hub tells a tracker, read back from TensorBoard's own files; other trackers' packages, secrets and failures."""
+"""What the hub tells a tracker, read back from TensorBoard's files; other trackers' packages, secrets and failures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app import records
 from app.errors import ConfigError
 from app.hub import tracking
+from app.hub.history import Round, Validation
 from bouquet import ROOT
 from tests.kit import tiny
 from tests.kit.memory import Federation, spoil_from
+from tests.kit.wait import PATIENT
 
 ROUND = {
     "round": 3,
+    "started_from": "a",
+    "adapter": "b",
     "train_loss": 0.25,
     "seconds": 12.5,
     "sites": {
@@ -88,8 +93,8 @@ def test_the_runs_configuration_is_beside_the_numbers(tracked):
 
 def test_by_hand_a_rounds_numbers_stand_under_the_names_one_looks_for(tmp_path):
     tracker = tracking.start(tiny.config(tracker="tensorboard"), tmp_path / "7")
-    tracker.validation({"after_round": 2, "weighted": 0.5, "sites": {"rose": 0.5}})
-    tracker.round(ROUND)
+    tracker.validation(Validation(2, 0.5, {"rose": 0.5}))
+    tracker.round(records.of(Round, ROUND))
     tracker.close()
     events = read(tmp_path / "7")
     values = {name: scalars(events, name) for name in events.Tags()["scalars"]}
@@ -194,4 +199,4 @@ class Loud(theirs.TensorBoardTracker):
 theirs.LOGGER_TYPE_TO_CLASS["tensorboard"] = Loud
 tracking.start(RunConfig.read({{"tracker": "tensorboard"}}), Path({str(tmp_path)!r}))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=PATIENT)

@@ -12,7 +12,7 @@ import pytest
 from conftest import sh
 from PIL import Image
 
-from app import model
+from app import model, records
 from app.adapter import formats, sample
 from app.errors import BouquetError
 from app.site import train
@@ -29,6 +29,7 @@ def run_of(root: Path, seed: int, **changes) -> Path:
     folder = root / f"run-{seed}"
     formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
     told = {
+        "run": str(seed),
         "state": "finished",
         "config": asdict(config),
         "base": {"name": "tiny", "fingerprint": model.fingerprint(tiny.base())["base"]},
@@ -51,7 +52,8 @@ def runs(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def column(site, runs, tmp_path_factory) -> dict:
     other = tiny.site(tmp_path_factory.mktemp("other") / "data", 12, seed=5)
-    return worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
+    found = worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
+    return records.told(found)
 
 
 def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_out_photos(column, site, tmp_path):
@@ -71,7 +73,7 @@ def test_alone_takes_the_steps_that_a_site_takes_in_the_run(column):
 
 
 def test_a_column_holds_numbers_and_the_sites_name_alone(column):
-    assert set(column) == {"site", "seeds", "steps", "held_out", "loss"} and column["site"] == "rose"
+    assert set(column) == {"site", "seeds", "steps", "held_out", "loss", "version"} and column["site"] == "rose"
     assert all(type(value) is float for values in column["loss"].values() for value in values)
 
 
@@ -106,6 +108,7 @@ def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
     assert "lily: seeds [1, 3]" in refused.value.found
 
 
+@pytest.mark.slow
 def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_it(tmp_path, site, runs):
     done = sh(
         f"scripts/worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out"
@@ -124,7 +127,7 @@ def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_i
     assert base.tobytes() == cell_of(None).tobytes() and federated.tobytes() == cell_of(tiny.adapter(1)).tobytes()
     worth.collect(runs[0], [tmp_path / "rose.worth.json", tmp_path / "lily.worth.json"])
     told = read(runs[0])
-    assert "picture" in told.worth["sites"]["rose"] and "picture" not in told.worth["sites"]["lily"]
+    assert told.worth.sites["rose"].picture and not told.worth.sites["lily"].picture
     assert page(told).count('alt="What each contender draws of the same prompts"') == 1
     (runs[0] / "worth.json").unlink()
 
@@ -156,6 +159,7 @@ def test_a_picture_that_is_none_is_refused_when_the_hub_collects(tmp_path, colum
     assert not (runs[0] / "worth.json").exists()
 
 
+@pytest.mark.slow
 def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site(tmp_path, site, runs):
     done = sh(
         f"scripts/worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out"

@@ -23,10 +23,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
-from app import files, model, text, wire
+from app import model, text, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError, public
-from app.hub import guard
+from app.hub import guard, history
+from app.hub.history import STATUS, Refused, Status
 from app.hub.spool import Spool
 
 # seconds between looks for replies, or as many as a look took: with hundreds of sites each look is hundreds of calls
@@ -59,13 +60,19 @@ def bound_replies(most: int, end: float) -> None:
                 raise _unreadable("it is too large", f"more than {most} bytes")
             return content
 
-        soon = {"initial_backoff": POLL / 10, "backoff_cap": 1.0, "max_tries_per_object": None}
-        found = pull_objects(object_ids, counted, **soon, max_time=max(1.0, end - time.time()))
+        found = pull_objects(
+            object_ids,
+            counted,
+            initial_backoff=POLL / 10,
+            backoff_cap=1.0,
+            max_tries_per_object=None,
+            max_time=max(1.0, end - time.time()),
+        )
         if (arrays := sum(content.startswith(b"Array ") for content in found.values())) > 1:
             raise _unreadable("it has more than one array", f"{arrays} arrays")
         return found
 
-    http_grid.pull_objects = pull
+    http_grid.pull_objects = pull  # type: ignore[attr-defined, assignment]
 
 
 def _unreadable(why: str, found: object) -> HubError:
@@ -87,7 +94,7 @@ class Exchange:
         self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()
     ) -> None:
         """admitted: names of the sites that may come, where the hub knows them."""
-        self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / "status.json"
+        self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / STATUS
         self.admitted = sorted(admitted)
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
@@ -95,9 +102,9 @@ class Exchange:
         self.norms: list[float] = []  # lengths of the accepted updates
         self.registered: dict[int, str] = {}  # node id -> the name that the hub's operator gave it, "" for none
         self.told: set[str] = set()  # what is said once a run
-        self.status: dict[str, Any] = {"run": folder.name}
+        self.status = Status(folder.name)
 
-    def round(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+    def round(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[Refused]]:
         """A round's valid replies, after as many tries as the config allows. Errors: HUB-01, HUB-02."""
         all_refused = []
         for attempt in range(self.config.round_retries + 1):
@@ -111,13 +118,13 @@ class Exchange:
                 # of the last three rounds
                 self.norms = (self.norms + [reply.norm for reply in kept])[-3 * len(kept) :]
                 return kept, all_refused
-            if refused and all(entry["reason"].startswith("TRUST-01") for entry in refused):
+            if refused and all(entry.reason.startswith("TRUST-01") for entry in refused):
                 break  # an unsigned bundle stays unsigned
             if attempt < self.config.round_retries:
                 print(f"bouquet: round {number} again  {len(kept)} of {self.config.min_sites} needed", flush=True)
         raise self._too_few(number, len(kept), refused)
 
-    def last(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+    def last(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[Refused]]:
         """What the sites say of the result. Errors: HUB-01, HUB-02."""
         replies, refused = self.send("evaluate", number, adapter)
         if len(replies) < self.config.min_sites:
@@ -126,7 +133,7 @@ class Exchange:
 
     def send(
         self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0
-    ) -> tuple[list[guard.Reply], list[dict[str, str]]]:
+    ) -> tuple[list[guard.Reply], list[Refused]]:
         """One try: every site that is there gets one message; who has not answered by the deadline is refused."""
         nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
         arrays = wire.pack(adapter, self.config.wire_precision)
@@ -146,7 +153,9 @@ class Exchange:
         untaken = [node for node in nodes if node not in missing.values()]
         refused = [self._refuse(self.name(node), public("HUB-03", why=UNSENT)) for node in untaken]
         began = time.time()
-        self.note(state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=refused)
+        self.note(
+            state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=tuple(refused)
+        )
         self._note_who(replies, missing.values())
         late, word, silence = False, began + FIRST_WORD, FIRST_WORD
         while missing and not late:
@@ -180,7 +189,7 @@ class Exchange:
                 time.sleep(max(POLL, time.monotonic() - look))
         reason = public("HUB-03", why=f"within {timeout:.0f} s")
         refused += [self._refuse(self.name(node), reason) for node in missing.values()]
-        self.note(state="working", refused=refused)
+        self.note(state="working", refused=tuple(refused))
         return sorted(replies, key=lambda reply: reply.site), refused
 
     def _accept(self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool) -> guard.Reply:
@@ -230,7 +239,9 @@ class Exchange:
                 print(
                     f"bouquet: waiting for sites  {len(nodes)} of {self.config.min_sites} are here: {here}", flush=True
                 )
-                self.note(state="waiting for sites", since=time.time(), deadline=deadline, replied=[], missing=missing)
+                self.note(
+                    state="waiting for sites", since=time.time(), deadline=deadline, replied=(), missing=tuple(missing)
+                )
                 told = True
             time.sleep(1)
         return nodes
@@ -282,13 +293,14 @@ class Exchange:
 
     def note(self, **news: Any) -> None:
         """Say on the shared volume what the run is doing; a full disk does not stop it."""
-        self.status |= news | {"time": time.time()}
+        self.status = replace(self.status, **news, time=time.time())
         with contextlib.suppress(OSError):
-            files.write_json(self.file, self.status)
+            history.write(self.file, self.status)
 
     def _note_who(self, replies: Iterable[guard.Reply], missing: Iterable[int]) -> None:
         took = {self.name(node): round(self.lasted[node], 1) for node in missing if node in self.lasted}
-        self.note(replied=sorted(reply.site for reply in replies), missing=sorted(map(self.name, missing)), took=took)
+        here = tuple(sorted(reply.site for reply in replies))
+        self.note(replied=here, missing=tuple(sorted(map(self.name, missing))), took=took)
 
     def _tell_of_wait(self, kind: str, number: int, seconds: float, replied: int, missing: Iterable[int]) -> None:
         """All that a hub knows of sites that work: how long already, and how long the last time."""
@@ -297,12 +309,12 @@ class Exchange:
         what = f"round {number}" if kind == "train" else "last evaluation"
         print(f"bouquet: {what} waits  {seconds:.0f} s so far  replied {replied}  not yet {_listed(names)}", flush=True)
 
-    def _refuse(self, site: str, reason: str) -> dict[str, str]:
+    def _refuse(self, site: str, reason: str) -> Refused:
         print(f"bouquet: refused  {site}: {reason}", flush=True)
-        return {"site": site, "reason": reason}
+        return Refused(site, reason)
 
-    def _too_few(self, number: int, valid: int, refused: list[dict[str, str]]) -> HubError:
-        reasons = _listed((f"{r['site']}: {r['reason']}" for r in refused), "; ")
+    def _too_few(self, number: int, valid: int, refused: list[Refused]) -> HubError:
+        reasons = _listed((f"{r.site}: {r.reason}" for r in refused), "; ")
         return HubError(
             "HUB-02",
             number=number,

@@ -12,20 +12,22 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
-from app import files, metrics, model, quiet, text, wire
+from app import metrics, model, quiet, records, text, wire
 from app.adapter import formats, lora_files, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
-from app.hub import guard, tracking, volume
+from app.hub import guard, history, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
+from app.hub.history import Base, Begun, History, Part, Resumed, Round, Validation
 from app.hub.strategy import Strategy
 
 
@@ -65,15 +67,8 @@ class Run:
         self.base = model.locate(self.config.base_model, models)
         model.check(self.base)
         fingerprint = model.fingerprint(self.base)["base"]
-        self.history: dict[str, Any] = {
-            "run": str(context.run_id),
-            "state": "running",
-            "config": asdict(self.config),
-            "base": {"name": self.config.base_model, "fingerprint": fingerprint},
-            "versions": formats.versions(),
-            "rounds": [],
-            "validation": [],
-        }
+        base = Base(self.config.base_model, fingerprint)
+        self.history = History(str(context.run_id), "running", asdict(self.config), base, formats.versions())
         admitted, self.bounds = _admitted()
         self.exchange = Exchange(grid, self.config, fingerprint, self.folder, admitted)
         self.began = time.time()
@@ -87,17 +82,17 @@ class Run:
             adapter = self.rounds()
             final = formats.write_final(self.folder, adapter, self.config, self.provenance(adapter))
             self.gallery.finish()
-            self.history["state"] = "finished"
+            self.history = replace(self.history, state="finished")
         except BaseException as error:
             reason = str(error) if isinstance(error, BouquetError) else type(error).__name__
-            self.history |= {"state": "failed", "error": reason}
+            self.history = replace(self.history, state="failed", error=reason)
             self.exchange.note(error=reason)
             raise
         finally:
             self.exchange.spool.clear()
             self.gallery.close()
             self.tracker.close()
-            self.exchange.note(state=self.history["state"])
+            self.exchange.note(state=self.history.state)
             try:
                 self.save()
             except OSError as error:  # a full disk: the history of the last round stays, and so does the reason above
@@ -115,7 +110,7 @@ class Run:
         self.last_evaluation(adapter)
         return adapter
 
-    def start(self) -> tuple[int, model.Adapter, dict]:
+    def start(self) -> tuple[int, model.Adapter, dict[str, Tensor]]:
         """(rounds already done, global adapter, server state): a fresh adapter, or what `start-from` or `resume` names.
 
         Errors: HUB-08, and for `start-from` EXPORT-03, ADAPTER-01.
@@ -127,18 +122,16 @@ class Run:
             model.check_adapter(adapter, fresh)
             taken = f"{layers} of {len(fresh) // 2} layers, up to rank {lora.rank}; the rest anew"
             print(f"bouquet: starting from {self.config.start_from}  {taken}", flush=True)
-            self.history["started_from"] = {"file": self.config.start_from, "adapter": model.adapter_hash(adapter)}
+            begun = Begun(self.config.start_from, model.adapter_hash(adapter))
+            self.history = replace(self.history, started_from=begun)
             return 0, adapter, {}
         if not self.config.resume:
             return 0, fresh, {}
         source = volume.find_run(self.folder.parent, self.config.resume)
         done = volume.written_rounds(source)[-1]
-        history = text.tidy(json.loads((source / "history.json").read_text()))  # an older version may have written it
-        now, then = ({name: own[name] for name in SAME} for own in (self.history["config"], history["config"]))
-        base, before = self.history["base"], history["base"]
-        same_base = base["name"] == before["name"] and model.is_base(
-            self.base, base["fingerprint"], before["fingerprint"]
-        )
+        earlier = history.read(source / history.FILE)
+        now, then = ({name: run.config.get(name) for name in SAME} for run in (self.history, earlier))
+        same_base = self.is_same_base(earlier.base)
         if now != then or not same_base:
             changed = [name.replace("_", "-") for name in SAME if now[name] != then[name]]
             other = changed or ["the base model's fingerprint"]
@@ -149,9 +142,12 @@ class Run:
                 fix="give the values of that run, or leave resume out to start anew",
             )
         volume.take_over(source, self.folder)
-        self.history["resumed"] = {"run": source.name, "after_round": done}
-        self.history["rounds"] = history["rounds"][:done]
-        self.history["validation"] = history["validation"][:done]
+        self.history = replace(
+            self.history,
+            resumed=Resumed(source.name, done),
+            rounds=earlier.rounds[:done],
+            validation=earlier.validation[:done],
+        )
         self.save()
         print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
         for number in volume.written_rounds(self.folder):
@@ -161,16 +157,24 @@ class Run:
         model.check_adapter(adapter, fresh)
         return done, adapter, volume.read_state(folder)
 
+    def is_same_base(self, other: Base | None) -> bool:
+        """Whether a run on that base model can go on here."""
+        here = self.history.base
+        if here is None or other is None or here.name != other.name:
+            return False
+        return model.is_base(self.base, here.fingerprint, other.fingerprint)
+
     def last_evaluation(self, adapter: model.Adapter) -> None:
         """What the sites say of the result. The training is done: a site that is gone by now spoils nothing."""
         try:
-            replies, self.history["refused_final_evaluation"] = self.exchange.last(self.config.rounds + 1, adapter)
+            replies, refused = self.exchange.last(self.config.rounds + 1, adapter)
         except HubError as error:
-            self.history["no_final_evaluation"] = str(error)
+            self.history = replace(self.history, no_final_evaluation=str(error))
             print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
             return
+        self.history = replace(self.history, refused_final_evaluation=tuple(refused))
         self.note_validation(self.weigh(replies))
-        first, last = self.history["validation"][0]["weighted"], self.history["validation"][-1]["weighted"]
+        first, last = self.history.validation[0].weighted, self.history.validation[-1].weighted
         print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
 
     def round(self, number: int, adapter: model.Adapter, strategy: Strategy) -> model.Adapter:
@@ -182,29 +186,29 @@ class Run:
         new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.note_validation(weighed)
-        entry = {
-            "round": number,
-            "started_from": model.adapter_hash(adapter),
-            "adapter": model.adapter_hash(new),
-            "train_loss": guard.weighted(weighed, "train-loss"),
-            "seconds": round(time.time() - start, 2),
-            "sites": {r.site: said_of(r) for r in weighed},
-            "adapters": {r.site: model.adapter_hash(r.adapter) for r in weighed},
-            "refused": refused,
-        }
-        self.history["rounds"].append(entry)
-        volume.write_round(self.folder, number, new, self.config, entry, strategy.state())
+        entry = Round(
+            round=number,
+            started_from=model.adapter_hash(adapter),
+            adapter=model.adapter_hash(new),
+            train_loss=guard.weighted(weighed, "train-loss"),
+            seconds=round(time.time() - start, 2),
+            sites={r.site: said_of(r) for r in weighed},
+            adapters={r.site: model.adapter_hash(r.trained) for r in weighed},
+            refused=tuple(refused),
+        )
+        self.history = replace(self.history, rounds=(*self.history.rounds, entry))
+        volume.write_round(self.folder, number, new, self.config, records.told(entry), strategy.state())
         self.exchange.spool.clear()
         self.save()
         self.exchange.note(state="working", adapter=f"round-{number:04d}")
         self.tracker.round(entry)
         self.gallery.draw(number, new)
         self.gallery.tell()
-        pace = (time.time() - self.began) / (number - self.history.get("resumed", {}).get("after_round", 0))
+        pace = (time.time() - self.began) / (number - (self.history.resumed.after_round if self.history.resumed else 0))
         print(
-            f"bouquet: round {number}/{self.config.rounds}  train {entry['train_loss']:.4f}  validation"
-            f" {self.history['validation'][-1]['weighted']:.4f}  sites {len(replies)}  images"
-            f" {sum(r.images for r in weighed)}  {entry['seconds']:.0f} s  ETA"
+            f"bouquet: round {number}/{self.config.rounds}  train {entry.train_loss:.4f}  validation"
+            f" {self.history.validation[-1].weighted:.4f}  sites {len(replies)}  images"
+            f" {sum(r.images for r in weighed)}  {entry.seconds:.0f} s  ETA"
             f" {pace * (self.config.rounds - number):.0f} s",
             flush=True,
         )
@@ -222,39 +226,33 @@ class Run:
     def note_validation(self, replies: Iterable[guard.Reply]) -> None:
         """The arriving adapter's loss at each site: entry k is after k rounds."""
         sites = {r.site: r.metrics["validation-loss"] for r in replies}
-        after = len(self.history["validation"])
-        self.history["validation"].append(
-            {"after_round": after, "weighted": guard.weighted(replies, "validation-loss"), "sites": sites}
-        )
-        self.tracker.validation(self.history["validation"][-1])
+        told = Validation(len(self.history.validation), guard.weighted(replies, "validation-loss"), sites)
+        self.history = replace(self.history, validation=(*self.history.validation, told))
+        self.tracker.validation(told)
 
     def provenance(self, adapter: model.Adapter) -> dict[str, Any]:
-        last = self.history["rounds"][-1]["sites"]
+        last = self.history.rounds[-1].sites
+        images = {site: int(part.numbers["num-examples"]) for site, part in last.items()}
         return {
-            "run": self.history["run"],
+            "run": self.history.run,
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "adapter_sha256": model.adapter_hash(adapter),
-            "base": self.history["base"],
+            "base": records.told(self.history.base),
             "rounds": self.config.rounds,
-            "sites": {
-                site: {"images": int(told["num-examples"]), "counted": int(told["weight"])}
-                for site, told in last.items()
-            },
-            "images": int(sum(told["num-examples"] for told in last.values())),
-            "config": self.history["config"],
-            "versions": self.history["versions"],
+            "sites": {site: {"images": images[site], "counted": int(part.counted)} for site, part in last.items()},
+            "images": sum(images.values()),
+            "config": self.history.config,
+            "versions": self.history.versions,
         }
 
     def save(self) -> None:
-        files.write_json(self.folder / "history.json", self.history | {"seconds": round(time.time() - self.began, 1)})
+        told = replace(self.history, seconds=round(time.time() - self.began, 1))
+        history.write(self.folder / history.FILE, told)
 
 
-def said_of(reply: guard.Reply) -> dict[str, Any]:
-    """What history.json says of a site's reply in a round: its numbers as sent, and what the hub made of them."""
-    ours = {"update-norm": reply.norm, "weight": reply.images, "gpu": reply.gpu}
-    ours |= {"weight-bound": reply.bound} if reply.bound else {}
-    ours |= {"left-out": reply.left_out} if reply.left_out else {}
-    return reply.metrics | ours
+def said_of(reply: guard.Reply) -> Part:
+    """What history.json says of a site's reply in a round."""
+    return Part(reply.metrics, reply.images, reply.bound, reply.norm, reply.gpu, reply.left_out)
 
 
 def _folder(name: str) -> Path:

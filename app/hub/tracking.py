@@ -23,6 +23,7 @@ from PIL import Image
 from app import text
 from app.config import RunConfig
 from app.errors import ConfigError
+from app.hub.history import Round, Validation
 
 PROJECT = "bouquet"
 SECRETS = {
@@ -79,30 +80,27 @@ class Tracker:
     def __init__(self, tracker: Any) -> None:
         self.tracker, self.step = tracker, 0
 
-    def validation(self, entry: dict[str, Any]) -> None:
+    def validation(self, entry: Validation) -> None:
         """The arriving adapter's loss: an entry of history.json's `validation`."""
-        values = {"validation/all": entry["weighted"]} | {
-            f"validation/{plain(site)}": loss for site, loss in entry["sites"].items()
-        }
-        self._tell(lambda: self._log(values, entry["after_round"]))
+        by_site = {f"validation/{plain(site)}": loss for site, loss in entry.sites.items()}
+        self._tell(lambda: self._log({"validation/all": entry.weighted} | by_site, entry.after_round))
 
-    def round(self, entry: dict[str, Any]) -> None:
+    def round(self, entry: Round) -> None:
         """A round: an entry of history.json's `rounds`."""
         values = {
-            "train/all": entry["train_loss"],
-            "round/seconds": entry["seconds"],
-            "round/refused": len(entry["refused"]),
+            "train/all": entry.train_loss,
+            "round/seconds": entry.seconds,
+            "round/refused": len(entry.refused),
+            "round/sites": len(entry.sites),
         }
-        values["round/sites"] = len(entry["sites"])
-        for site, numbers in entry["sites"].items():
-            values |= {
-                f"{place(name)}/{plain(site)}": value for name, value in numbers.items() if type(value) in (int, float)
-            }
+        for site, part in entry.sites.items():
+            numbers = {name: value for name, value in part.told().items() if type(value) in (int, float)}
+            values |= {f"{place(name)}/{plain(site)}": value for name, value in numbers.items()}
         # indented, it is text to TensorBoard, which else makes links and pictures of it (Markdown)
-        why = "\n".join(f"    {plain(no['site'])}: {text.printable(no['reason'])}" for no in entry["refused"])
-        self._tell(lambda: self._log(values, entry["round"]))
+        why = "\n".join(f"    {plain(no.site)}: {text.printable(no.reason)}" for no in entry.refused)
+        self._tell(lambda: self._log(values, entry.round))
         if why and self.tracker and self.tracker.name != "mlflow":  # which keeps numbers alone
-            self._tell(lambda: self._log({"refused": why}, entry["round"]))
+            self._tell(lambda: self._log({"refused": why}, entry.round))
 
     def pictures(self, number: int, prompts: Sequence[str], images: Sequence[Image.Image], file: Path) -> None:
         """A round's sample pictures, 0 for the base model's; `file` is the sheet of all of them so far."""

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from app import text
 from app.errors import BouquetError
+from app.hub.history import History
 from bouquet.hub import adapters, control
 
 PATIENCE = 2  # heartbeats after which the SuperLink calls a node offline (flwr.common.constant.HEARTBEAT_PATIENCE)
@@ -110,22 +111,14 @@ def table(admitted: Path, kits: Path) -> list[dict[str, Any]]:
     return [row | nothing | done.get(name, {}) for name, row in sorted(rows.items())]
 
 
-def took(status: dict[str, Any]) -> dict[str, float]:
-    """By site that has not replied yet: seconds that its last reply took, of a run's status.json where that says it."""
-    told = status.get("took")
-    numbers = told.items() if isinstance(told, dict) else ()
-    return {name: value for name, value in numbers if type(value) in (int, float)}
-
-
-def deeds(histories: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def deeds(histories: Iterable[History]) -> dict[str, dict[str, Any]]:
     """By site: images and GPU in its last round, rounds it took part in, over all runs, the newest last."""
     found: dict[str, dict[str, Any]] = {}
     for history in histories:
-        for entry in history.get("rounds", []):
-            for name, numbers in entry.get("sites", {}).items():
+        for entry in history.rounds:
+            for name, part in entry.sites.items():
                 site = found.setdefault(name, {"images": None, "gpu": None, "rounds": 0})
-                gpu = numbers.get("gpu")
-                site["gpu"] = (gpu.get("name") if isinstance(gpu, dict) else gpu) or site["gpu"]
-                site["images"] = numbers.get("num-examples", site["images"])
+                site["gpu"] = part.gpu or site["gpu"]
+                site["images"] = site["images"] if part.images is None else part.images
                 site["rounds"] += 1
     return found

@@ -85,9 +85,9 @@ def end_of(run: Run) -> tuple[str, str]:
     knows.
     """
     if run.state != "running":
-        return run.state, run.history.get("error", "")
+        return run.state, run.history.error
     try:
-        told = control.run(str(run.history["run"]))
+        told = control.run(run.history.run)
     except BouquetError as error:
         return "running", f"the hub does not answer now: {error}"
     if told is None:
@@ -130,26 +130,26 @@ def seen() -> dict[str, str]:
 
 def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, Any]:
     """The facts, by name; times are UTC in ISO 8601."""
-    status, waiting = run.status, state == "running" and run.status.get("state", "").startswith("waiting")
+    status, waiting = run.status, state == "running" and run.status.state.startswith("waiting")
     errors: dict[str, str] = {}
     for number, site, reason in run.refused:
         errors[site] = f"round {number}: {reason}"
     return {
-        "run": run.history["run"],
+        "run": run.history.run,
         "state": state,
-        "doing": status.get("state", "") if state == "running" else "",
+        "doing": status.state if state == "running" else "",
         "why": why,
         "rounds": {"done": len(run.rounds), "wanted": run.wanted},
-        "round": status.get("round") if state == "running" else None,
-        "try": status.get("attempt", 0) + 1 if waiting else None,
-        "since": _utc(status.get("since")) if waiting else None,
-        "deadline": _utc(status.get("deadline")) if waiting else None,
+        "round": status.round if state == "running" else None,
+        "try": status.attempt + 1 if waiting else None,
+        "since": _utc(status.since) if waiting else None,
+        "deadline": _utc(status.deadline) if waiting else None,
         "for": None,
-        "replied": status.get("replied", []) if state == "running" else [],
-        "missing": {site: offline.get(site, "online") for site in status.get("missing", [])} if waiting else {},
-        "took": roster.took(status) if waiting else {},
+        "replied": list(status.replied) if state == "running" else [],
+        "missing": {site: offline.get(site, "online") for site in status.missing} if waiting else {},
+        "took": status.took if waiting else {},
         "errors": errors,
-        "adapter": f"{run.history['run']}/round-{run.rounds[-1]['round']:04d}" if run.rounds else None,
+        "adapter": f"{run.history.run}/round-{run.rounds[-1].round:04d}" if run.rounds else None,
     }
 
 

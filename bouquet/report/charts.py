@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def stacks(parts: Sequence[Sequence[float]], rounds: Sequence[int], title: str) 
     return _svg(draw, title)
 
 
-def dots(values: dict[str, Sequence[float]], title: str) -> str:
+def dots(values: Mapping[str, Sequence[float]], title: str) -> str:
     """A column of dots for each name, one a seed, and a bar at their mean. The names are the report's own words."""
 
     def draw(axes: Axes) -> None:
@@ -122,9 +123,10 @@ def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
     return _svg(draw, title, height=1.8)
 
 
-def _svg(draw, title: str, height: float = 3.0) -> str:
+def _svg(draw: Callable[[Axes], object], title: str, height: float = 3.0) -> str:
     """The drawing as an <svg> that may stand in HTML: no clashing ids, no metadata; the page gives colours, fonts."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title, "svg.id": None}):
+    style: Any = STYLE | {"svg.hashsalt": title, "svg.id": None}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
@@ -139,10 +141,11 @@ def _svg(draw, title: str, height: float = 3.0) -> str:
     text = re.sub(r"#0000[0-9a-f]{2}", lambda found: f"var({VARIABLES[found[0]]})", text)
     text = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # matplotlib numbers them alike in every chart
-    attributes = re.search(r'viewBox="[^"]+"', text)[0]
+    size = re.search(r'viewBox="[^"]+"', text)
+    assert size is not None  # every figure has one
     return re.sub(
         r"<svg\b[^>]*>",
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes} role="img" aria-label="{title}">',
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]} role="img" aria-label="{title}">',
         text,
         count=1,
     )

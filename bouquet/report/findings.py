@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from app import metrics
+from app.hub.history import Part
 from bouquet.report import memorisation
 from bouquet.report.reading import Run
 
@@ -34,20 +35,20 @@ def outcome(run: Run) -> str:
     if run.state == "failed":
         return f"No: the run failed after {done}."
     if run.state == "running":
-        losses = [entry["weighted"] for entry in run.validation]
+        losses = [entry.weighted for entry in run.validation]
         so_far = (
             f"; the validation loss went from {losses[0]:.4f} to {losses[-1]:.4f} so far" if len(losses) > 1 else ""
         )
         return f"Not known yet: the run is working, {done} are done{so_far}."
     if len(run.validation) < 2:
         return f"The run finished {done}, but the result was not measured."
-    first, last = run.validation[0]["weighted"], run.validation[-1]["weighted"]
+    first, last = run.validation[0].weighted, run.validation[-1].weighted
     numbers = f"from {first:.4f} to {last:.4f} ({percent(last, first)})"
     if last > first * (1 + NOTICEABLE):
         return f"No: the validation loss rose {numbers}."
     if last > first * (1 - NOTICEABLE):
         return f"Hardly: the validation loss went {numbers}."
-    not_at = [name for name in run.names if (losses := run.losses(name)) and losses[-1][1] >= losses[0][1]]
+    not_at = [name for name in run.names if (own := run.losses(name)) and own[-1][1] >= own[0][1]]
     return (
         f"Yes: the validation loss fell {numbers},"
         f" {'but not at ' + ', '.join(not_at) if not_at else 'and at every site'}."
@@ -69,7 +70,7 @@ def silent(run: Run) -> Iterator[str]:
             f"The run has written nothing for {hours:.1f} h, longer than a round may take: it may have ended without"
             " saying so. Ask: flwr ls remote-deployment"
         )
-    if why := run.history.get("no_final_evaluation"):
+    if why := run.history.no_final_evaluation:
         yield f"The result was not measured by the sites: {why}"
 
 
@@ -85,13 +86,13 @@ def remembered(run: Run) -> Iterator[str]:
 def broken_chain(run: Run) -> Iterator[str]:
     """Each round must start from what the one before it left, and the final files must be the last round's."""
     for before, after in zip(run.rounds, run.rounds[1:], strict=False):
-        if after["started_from"] != before["adapter"]:
-            yield f"Round {after['round']} did not start from round {before['round']}'s adapter."
+        if after.started_from != before.adapter:
+            yield f"Round {after.round} did not start from round {before.round}'s adapter."
     final = run.provenance.get("adapter_sha256")
-    if final and run.rounds and final != run.rounds[-1]["adapter"]:
+    if final and run.rounds and final != run.rounds[-1].adapter:
         yield (
-            f"The final adapter is not round {run.rounds[-1]['round']}'s: {final[:12]} instead of"
-            f" {run.rounds[-1]['adapter'][:12]}."
+            f"The final adapter is not round {run.rounds[-1].round}'s: {final[:12]} instead of"
+            f" {run.rounds[-1].adapter[:12]}."
         )
 
 
@@ -158,7 +159,7 @@ def refusals(run: Run) -> Iterator[str]:
 def absences(run: Run) -> Iterator[str]:
     said = {(where, site) for where, site, _ in run.refused}
     for site in run.names:
-        rounds = [e["round"] for e in run.rounds if site not in e["sites"] and (str(e["round"]), site) not in said]
+        rounds = [e.round for e in run.rounds if site not in e.sites and (str(e.round), site) not in said]
         if rounds:
             yield f"{site} did not take part in round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds))}."
 
@@ -190,12 +191,12 @@ def far_norms(run: Run) -> Iterator[str]:
     """
     odd = defaultdict(list)
     for entry in run.rounds:
-        norms = {site: m["update-norm"] for site, m in entry["sites"].items() if "update-norm" in m}
+        norms = {site: part.norm for site, part in entry.sites.items() if part.norm is not None}
         for site, norm in norms.items():
             others = [value for other, value in norms.items() if other != site]
             middle = statistics.median(others) if others else 0
             if norm > FAR * middle > 0 or (len(others) > 1 and norm * FAR < middle):
-                odd[site].append((entry["round"], norm / middle))
+                odd[site].append((entry.round, norm / middle))
     for site, cases in sorted(odd.items()):
         number, ratio = max(cases, key=lambda case: max(case[1], 1 / case[1]) if case[1] else float("inf"))
         yield (
@@ -207,25 +208,25 @@ def far_norms(run: Run) -> Iterator[str]:
 
 def bounded(run: Run) -> Iterator[str]:
     """A site that counts for fewer images than it says; of several rounds the last."""
-    every = [(site, told) for entry in run.rounds for site, told in entry["sites"].items()]
-    cases = {site: told for site, told in every if told.get("weight", 1e99) < told.get("num-examples", 0)}
-    for site, told in sorted(cases.items()):
-        yield metrics.bounded(site, told["num-examples"], told["weight"], told.get("weight-bound", ""))
+    every = [(site, part) for entry in run.rounds for site, part in entry.sites.items()]
+    cases = {site: part for site, part in every if part.counted < (part.images or 0)}
+    for site, part in sorted(cases.items()):
+        yield metrics.bounded(site, part.images or 0, part.counted, part.bound)
 
 
 def one_heavy(run: Run) -> Iterator[str]:
-    if not run.rounds or len(sites := run.rounds[-1]["sites"]) < 2:
+    if not run.rounds or len(sites := run.rounds[-1].sites) < 2:
         return
-    weights = {site: m.get("weight", m.get("num-examples", 0)) for site, m in sites.items()}
-    site, total = max(weights, key=weights.get), sum(weights.values())
-    if weights[site] >= (HEAVY - 1e-9) * total or sites[site].get("weight-bound") == metrics.SHARE:
+    weights = {site: part.counted for site, part in sites.items()}
+    site, total = max(weights, key=lambda name: weights[name]), sum(weights.values())
+    if weights[site] >= (HEAVY - 1e-9) * total or sites[site].bound == metrics.SHARE:
         yield f"{site} weighs {weights[site] / total:.0%} in the mean: the result is nearly its own.".replace("%", " %")
 
 
 def left_out(run: Run) -> Iterator[str]:
     """A site whose replies held what no site of this version sends."""
-    every = [(site, told) for entry in run.rounds for site, told in entry["sites"].items()]
-    for site, count in sorted({site: told["left-out"] for site, told in every if told.get("left-out")}.items()):
+    every = [(site, part) for entry in run.rounds for site, part in entry.sites.items()]
+    for site, count in sorted({site: part.left_out for site, part in every if part.left_out}.items()):
         yield (
             f"{site} sent {count:,} numbers that no site of this version sends, or that cannot be true; they were left"
             " out. Ask which version it runs."
@@ -235,9 +236,7 @@ def left_out(run: Run) -> Iterator[str]:
 def slow(run: Run) -> Iterator[str]:
     """A site for which the others wait."""
     took = {
-        site: statistics.median(values)
-        for site in run.names
-        if (values := [busy(e["sites"][site]) for e in run.rounds if site in e["sites"]])
+        site: statistics.median(values) for site in run.names if (values := [busy(part) for _, part in run.parts(site)])
     }
     for site, seconds in took.items():
         others = [value for other, value in took.items() if other != site]
@@ -248,15 +247,16 @@ def slow(run: Run) -> Iterator[str]:
             )
 
 
-def busy(metrics: dict[str, float]) -> float:
+def busy(part: Part) -> float:
     """Seconds that a site says it worked."""
-    return sum(max(0.0, value) for name, value in metrics.items() if name.startswith("seconds-"))
+    return sum(max(0.0, value) for name, value in part.numbers.items() if name.startswith("seconds-"))
 
 
 def set_aside(run: Run) -> Iterator[str]:
     if not run.rounds:
         return
-    for site, numbers in run.rounds[-1]["sites"].items():
+    for site, part in run.rounds[-1].sites.items():
+        numbers = part.numbers
         bad = {
             name.removeprefix("photos-"): int(count)
             for name, count in numbers.items()

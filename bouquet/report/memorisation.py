@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import BouquetError
-from bouquet.report.reading import need
 
 RARE = 0.05
 
@@ -33,6 +32,12 @@ class Found:
     chance: float
     rare: bool
     sentence: str
+
+
+def need(true: object) -> None:
+    """What a file must have. Errors: ValueError."""
+    if not true:
+        raise ValueError
 
 
 def check(memory: Any) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from app.hub.history import Part
 from bouquet.report import charts, findings, memorisation, pictures, worth
+from bouquet.report.comparison import CONTENDERS
 from bouquet.report.reading import Run
 
 HERE = Path(__file__).parent
@@ -66,7 +68,7 @@ def page(run: Run) -> str:
             times=times(run),
             gpus=[row for name in run.names if (row := gpu(run, name))],
             samples=pictures.cut(run.folder / "samples.png", run.config, len(run.rounds)),
-            losses={entry["after_round"]: entry["weighted"] for entry in run.validation},
+            losses={entry.after_round: entry.weighted for entry in run.validation},
             joining=joining(run),
             remembering=remembering(run),
         )
@@ -82,7 +84,7 @@ def loss(run: Run) -> dict[str, Any] | None:
     """The validation chart, and its numbers by round."""
     if not run.validation:
         return None
-    mean = [(entry["after_round"], entry["weighted"]) for entry in run.validation]
+    mean = [(entry.after_round, entry.weighted) for entry in run.validation]
     train = [run.metric(name, "train-loss") for name in run.names]
     return {
         "validation": Markup(
@@ -92,7 +94,7 @@ def loss(run: Run) -> dict[str, Any] | None:
         ),
         "train": Markup(
             charts.lines(
-                train, [(e["round"], e["train_loss"]) for e in run.rounds], "round", "Training loss by site and round"
+                train, [(e.round, e.train_loss) for e in run.rounds], "round", "Training loss by site and round"
             )
         ),
     }
@@ -100,26 +102,26 @@ def loss(run: Run) -> dict[str, Any] | None:
 
 def norms(run: Run) -> Markup | None:
     """How far each site moved the adapter in each round, where the hub measured it."""
-    found = [run.metric(name, "update-norm") for name in run.names]
+    found = [[(n, part.norm) for n, part in run.parts(name) if part.norm is not None] for name in run.names]
     return Markup(charts.lines(found, [], "round", "Length of each site's update")) if any(found) else None
 
 
 def site(run: Run, name: str) -> dict[str, Any]:
     """What one site contributed."""
-    last = next(entry["sites"][name] for entry in reversed(run.rounds) if name in entry["sites"])
-    losses = run.losses(name)
-    everyone = [e["sites"] for e in run.rounds if name in e["sites"]][-1]
-    total = sum(m.get("weight", m.get("num-examples", 0)) for m in everyone.values())
+    parts, losses = run.parts(name), run.losses(name)
+    last = parts[-1][1]
+    everyone = [entry.sites for entry in run.rounds if name in entry.sites][-1]
+    total = sum(part.counted for part in everyone.values())
     return {
         "name": name,
-        "images": last.get("num-examples"),
-        "weight": last.get("weight", last.get("num-examples", 0)) / total if total else None,
-        "rounds": sum(name in entry["sites"] for entry in run.rounds),
+        "images": last.images,
+        "weight": last.counted / total if total else None,
+        "rounds": len(parts),
         "refused": sum(who == name for _, who, _ in run.refused),
         "first": losses[0][1] if losses else None,
         "last": losses[-1][1] if losses else None,
         "change": findings.percent(losses[-1][1], losses[0][1]) if len(losses) > 1 else "",
-        "adapter": next((e["adapters"][name] for e in reversed(run.rounds) if name in e.get("adapters", {})), None),
+        "adapter": next((e.adapters[name] for e in reversed(run.rounds) if name in e.adapters), None),
     }
 
 
@@ -129,9 +131,9 @@ def times(run: Run) -> dict[str, Any] | None:
         return None
     parts: list[list[float]] = [[] for _ in range(len(PHASES) + 1)]
     for entry in run.rounds:
-        slowest = max(entry["sites"].values(), key=findings.busy, default={})
-        own = [max(0.0, slowest.get(f"seconds-{phase}", 0.0)) for phase in PHASES]
-        for part, value in zip(parts, [*own, max(0.0, entry["seconds"] - sum(own))], strict=True):
+        slowest = max(entry.sites.values(), key=findings.busy, default=Part({}))
+        own = [max(0.0, slowest.numbers.get(f"seconds-{phase}", 0.0)) for phase in PHASES]
+        for part, value in zip(parts, [*own, max(0.0, entry.seconds - sum(own))], strict=True):
             part.append(value)
     rows = []
     for name in run.names:
@@ -144,7 +146,7 @@ def times(run: Run) -> dict[str, Any] | None:
     names = [*PHASES.values(), REST]
     colours = [f"var(--c{i})" for i in range(len(PHASES))] + ["var(--line)"]
     return {
-        "chart": Markup(charts.stacks(parts, [entry["round"] for entry in run.rounds], "Seconds a round by phase")),
+        "chart": Markup(charts.stacks(parts, [entry.round for entry in run.rounds], "Seconds a round by phase")),
         "legend": [
             {"name": n, "colour": c, "mean": statistics.fmean(p)} for n, c, p in zip(names, colours, parts, strict=True)
         ],
@@ -166,7 +168,7 @@ def gpu(run: Run, name: str) -> dict[str, Any] | None:
         * run.config.get("local_steps", 0)
         * len(joules)
     )
-    known = [value for _, value in run.metric(name, "gpu")]
+    known = [part.gpu for _, part in run.parts(name)]
     return {
         "name": name,
         "device": known[-1] if known else "",
@@ -181,11 +183,10 @@ def joining(run: Run) -> list[dict[str, Any]]:
     """A verdict, a table and a chart for each site; [] where nothing was compared."""
     if not run.worth:
         return []
-    worth.check(run.worth)
     rows = []
     for i, found in enumerate(worth.verdicts(run.worth)):
-        measured = run.worth["sites"][found.site]
-        values = {name: measured["loss"][name] for name in worth.CONTENDERS if measured["loss"].get(name)}
+        measured = run.worth.sites[found.site]
+        values = {name: measured.loss[name] for name in CONTENDERS if measured.loss.get(name)}
         chart = Markup(charts.dots(values, f"Loss of each contender by seed, site {i + 1} of the table"))
         head, _, rest = found.sentence.partition(":")
         row = {
@@ -194,9 +195,9 @@ def joining(run: Run) -> list[dict[str, Any]]:
             "rest": rest,
             "table": worth.table(measured),
             "chart": chart,
-            "judged": bool(measured.get("judge")),
+            "judged": bool(measured.judge),
         }
-        drawn = pictures.unpacked(measured.get("picture"))
+        drawn = pictures.unpacked(measured.picture)
         rows.append(
             row | {"picture": drawn and {"uri": pictures.uri(drawn), "width": drawn.width, "height": drawn.height}}
         )
@@ -205,8 +206,10 @@ def joining(run: Run) -> list[dict[str, Any]]:
 
 def remembering(run: Run) -> list[dict[str, Any]]:
     """A sentence and a chart for each site that measured it; [] where nobody did."""
+    if not run.memory:
+        return []
     rows = []
-    for i, found in enumerate(memorisation.all_found(run.memory) if run.memory else ()):
+    for i, found in enumerate(memorisation.all_found(run.memory)):
         measured = run.memory["sites"][found.site]
         values = {"held-out photos": measured["held_out"], "samples": measured["samples"]}
         chart = charts.strip(

@@ -40,11 +40,12 @@ def cut(sheet: Path, config: dict[str, Any], last: int) -> dict[str, Any] | None
     cell, left, top, rows = shape
     rounds = drawn if len(drawn) == rows else [0, *range(last - rows + 2, last + 1)]
     shown = range(rows) if rows <= MOST else sorted({0, *(round(1 + i * (rows - 2) / (MOST - 1)) for i in range(MOST))})
-    box = lambda row, column: (left + column * (cell + GAP), top + row * (cell + GAP))  # noqa: E731
-    pictures = [
-        [uri(image.crop((*box(r, c), box(r, c)[0] + cell, box(r, c)[1] + cell))) for r in shown]
-        for c in range(len(prompts))
-    ]
+
+    def box(row: int, column: int) -> tuple[int, int, int, int]:
+        x, y = left + column * (cell + GAP), top + row * (cell + GAP)
+        return x, y, x + cell, y + cell
+
+    pictures = [[uri(image.crop(box(row, column))) for row in shown] for column in range(len(prompts))]
     found = [{"text": text, "pictures": uris} for text, uris in zip(prompts, pictures, strict=True)]
     return {"rounds": [rounds[row] for row in shown], "prompts": found, "cell": cell, "left_out": rows - len(shown)}
 
@@ -62,11 +63,11 @@ def layout(size: tuple[int, int], prompts: list[str], resolution: int) -> tuple[
     return None
 
 
-def unpacked(text: Any) -> Image.Image | None:
+def unpacked(text: str) -> Image.Image | None:
     """The picture that a site let come along in worth.json, base64 of a PNG; None where there is none. Errors:
     REPORT-04.
     """
-    if text is None:
+    if not text:
         return None
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as opened:

@@ -30,23 +30,23 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 def line(run: Run) -> str:
     """The run on one line."""
-    losses = [entry["weighted"] for entry in run.validation]
+    losses = [entry.weighted for entry in run.validation]
     parts = [f"round {len(run.rounds)}/{run.wanted}"]
     if losses:
         parts.append(f"validation {sparkline(losses)} {losses[-1]:.4f}")
     if run.rounds:
-        pace = statistics.median(entry["seconds"] for entry in run.rounds)
-        parts += [f"sites {len(run.rounds[-1]['sites'])}", f"{pace:.0f} s a round"]
+        pace = statistics.median(entry.seconds for entry in run.rounds)
+        parts += [f"sites {len(run.rounds[-1].sites)}", f"{pace:.0f} s a round"]
         if run.state == "running":
             parts.append(f"ETA {pace * (run.wanted - len(run.rounds)):.0f} s")
-    if run.state == "running" and run.status.get("missing"):
-        parts.append("waiting for " + ", ".join(run.status["missing"]))
+    if run.state == "running" and run.status.missing:
+        parts.append("waiting for " + ", ".join(run.status.missing))
     if run.state != "running":
-        parts.append(run.state + (f"  {run.history['error']}" if run.history.get("error") else ""))
+        parts.append(run.state + (f"  {run.history.error}" if run.history.error else ""))
     return text.printable("  ".join(parts))
 
 
-def follow(folder: Path, out: TextIO, changed: Callable[[Run], None] = lambda run: None, poll: float = 1.0) -> Run:
+def follow(folder: Path, out: TextIO, changed: Callable[[Run], object] = lambda run: None, poll: float = 1.0) -> Run:
     """Show the run until it has ended; `changed` gets it whenever a round is done or its state is another. Errors:
     REPORT-01, -02.
     """

@@ -1,31 +1,20 @@
 """Was joining worth it? One sentence a site, from equal training steps and several seeds; "no" when the answer is no.
 
-Enters: `worth.json` in a run's folder (made by scripts/worth, or by any program that measures the same):
-
-    {"seeds": [42, 43, 44], "steps": 480,
-     "sites": {"site-1": {"held_out": 20,
-                          "loss":  {"base": [0.21, ...], "alone": [...], "federated": [...], "pooled": [...]},
-                          "judge": {"base": [0.03, ...], ...},
-                          "picture": "base64 of a PNG"}}}
-
-One number a seed, in the order of `seeds`. `loss` is the fixed-noise loss on the site's own held-out photos (less is
-better); `judge`, where there is one, the share of pictures that show what was asked for. `pooled` is there only where
-data may be pooled, `picture` (what each contender draws) only where the site agreed.
-Leaves: `Verdict`s. The functions are pure. Errors: REPORT-04 (a file of another shape).
+Enters: the comparison in a run's folder (comparison.py, made by scripts/worth). `loss` is the fixed-noise loss on the
+site's own held-out photos, less is better; `judge`, where there is one, the share of pictures that show what was asked
+for; `pooled` is there only where data may be pooled.
+Leaves: `Verdict`s. The functions are pure.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from app.errors import BouquetError
-from bouquet.report.reading import need
+from bouquet.report.comparison import CONTENDERS, Measured, Worth
 
-CONTENDERS = ("base", "alone", "federated", "pooled")
 WORDS = {"base": "the base model", "alone": "training alone"}
 # Student's t for a two-sided 95 % interval, by degrees of freedom (seeds − 1); beyond the table, the normal 1.96.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -38,28 +27,6 @@ class Verdict:
     site: str
     answer: str
     sentence: str
-
-
-def check(worth: Any) -> None:
-    """Errors: REPORT-04 unless it has the shape above: the same finite numbers of seeds everywhere, alone and federated
-    at least.
-    """
-    try:
-        count = len(worth["seeds"])
-        for site in worth["sites"].values():
-            need(isinstance(site["held_out"], int) and site["loss"]["federated"])
-            for kind in ("loss", "judge") if "judge" in site else ("loss",):
-                need({"alone", "federated"} <= site[kind].keys() <= set(CONTENDERS))
-                for name, values in site[kind].items():
-                    need(len(values) == count or (name == "base" and len(values) == 1))
-                    need(all(type(v) in (int, float) and math.isfinite(v) for v in values))
-                    need(kind == "judge" or min(values) > 0)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise BouquetError(
-            "REPORT-04",
-            found="a number for each seed is missing or impossible",
-            fix="make it again, or take worth.json out of the run's folder",
-        ) from None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -86,22 +53,22 @@ def together(answers: Sequence[str]) -> str:
     return next(word for word in ("yes", "no", "not shown", "cannot tell") if word in found)
 
 
-def best_without(values: dict[str, Sequence[float]], less_is_better: bool) -> str:
+def best_without(values: Mapping[str, Sequence[float]], less_is_better: bool) -> str:
     """What a site has if it does not join: its own training, or the base model where that is better."""
     means = {name: statistics.fmean(values[name]) for name in ("alone", "base") if values.get(name)}
-    return (min if less_is_better else max)(means, key=means.get)
+    return (min if less_is_better else max)(means, key=lambda name: means[name])
 
 
-def verdict(site: str, measured: dict[str, Any]) -> Verdict:
+def verdict(site: str, measured: Measured) -> Verdict:
     """The federated adapter against the best that the site has without joining, paired by seed."""
-    loss, judge = measured["loss"], measured.get("judge")
+    loss, judge = measured.loss, measured.judge
     rival = best_without(loss, less_is_better=True)
     gains = [(old - new) / old for old, new in zip(_each(loss[rival], loss), loss["federated"], strict=True)]
     mean, half = interval(gains)
     answers = [answer(mean, half)]
     counted = f"{len(gains)} seed{'s' * (len(gains) > 1)}"
     words = (
-        f"on its own {measured['held_out']} held-out photos the federated adapter's loss is {abs(mean):.1%}"
+        f"on its own {measured.held_out} held-out photos the federated adapter's loss is {abs(mean):.1%}"
         f" {'lower' if mean >= 0 else 'higher'} than with {WORDS[rival]} ({_span(mean, half, counted)})"
     )
     if judge:
@@ -134,23 +101,23 @@ def verdict(site: str, measured: dict[str, Any]) -> Verdict:
     )
 
 
-def verdicts(worth: dict[str, Any]) -> list[Verdict]:
+def verdicts(worth: Worth) -> list[Verdict]:
     """One for each site, by name."""
-    return [verdict(site, measured) for site, measured in sorted(worth["sites"].items())]
+    return [verdict(site, measured) for site, measured in sorted(worth.sites.items())]
 
 
-def table(measured: dict[str, Any]) -> list[dict[str, str]]:
+def table(measured: Measured) -> list[dict[str, str]]:
     """A row for each contender that was measured: mean and half its 95 % interval, of the loss and of the judge's
     share.
     """
     rows = []
     for name in CONTENDERS:
-        if measured["loss"].get(name):
-            judged = measured.get("judge", {}).get(name)
+        if values := measured.loss.get(name):
+            judged = (measured.judge or {}).get(name)
             rows.append(
                 {
                     "name": name,
-                    "loss": _shown(measured["loss"][name], "{:.4f}", 1),
+                    "loss": _shown(values, "{:.4f}", 1),
                     "judge": _shown(judged, "{:.0f}", 100) if judged else "",
                 }
             )
@@ -162,7 +129,7 @@ def _shown(values: Sequence[float], form: str, scale: float) -> str:
     return form.format(mean * scale) + (f" ± {form.format(half * scale)}" if half is not None else "")
 
 
-def _each(values: Sequence[float], all_values: dict[str, Sequence[float]]) -> Sequence[float]:
+def _each(values: Sequence[float], all_values: Mapping[str, Sequence[float]]) -> Sequence[float]:
     """One value a seed: what does not depend on the seed may be given once."""
     return list(values) * len(all_values["federated"]) if len(values) == 1 else values
 
@@ -172,7 +139,7 @@ def _span(mean: float, half: float | None, counted: str) -> str:
     if half is None:
         return f"{counted}: no interval"
     ends = sorted((mean - half, mean + half), key=abs)
-    side = lambda end: "lower" if end >= 0 else "higher"  # noqa: E731
-    if side(ends[0]) == side(ends[1]):
-        return f"95 % interval {abs(ends[0]):.1%} to {abs(ends[1]):.1%} {side(mean)}, {counted}"
+    if (ends[0] >= 0) == (ends[1] >= 0):
+        side = "lower" if mean >= 0 else "higher"
+        return f"95 % interval {abs(ends[0]):.1%} to {abs(ends[1]):.1%} {side}, {counted}"
     return f"95 % interval {abs(mean - half):.1%} higher to {abs(mean + half):.1%} lower, {counted}"

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from app import model
+from app import model, records
 from app.adapter import sample
 from app.config import RunConfig
-from app.hub import volume
+from app.hub import history, volume
 from app.site import train
 from models.mini import draw
 from models.mini.judge import judge
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where the table and the picture go")
     parser.add_argument("--count", type=int, default=16, help="pictures a species")
     asked = parser.parse_args()
-    history = json.loads((asked.run / "history.json").read_text())
-    config = RunConfig(**history["config"])
+    told = history.read(asked.run / history.FILE)
+    config = RunConfig(**told.config)
     folders = [asked.data / "site-1", asked.data / "site-2"]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -100,7 +100,7 @@ def main() -> None:
         print(name, {group: f"{mean(scores[name], group):.0%}" for group in GROUPS}, flush=True)
     sample.grid(rows, list(contenders), PICTURED).save(asked.out / "comparison.png")
     (asked.out / "comparison.md").write_text(table(scores))
-    facts = {"run": history["run"], "base": history["base"], "pictures_a_species": asked.count, "accuracy": scores}
+    facts = {"run": told.run, "base": records.told(told.base), "pictures_a_species": asked.count, "accuracy": scores}
     (asked.out / "comparison.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from app import records
 from app.adapter import sample
+from app.hub.history import History, Status
 from bouquet.report import reading
+from bouquet.report.comparison import Measured
 
 PROMPTS = "a red poppy, meadow background|a white lily, night background"
 HOSTILE = "<script>alert(1)</script>"
@@ -72,8 +75,8 @@ def history(
     }
 
 
-def a_run(told: dict, folder: Path = Path("/nowhere"), **more) -> reading.Run:
-    return reading.Run(folder, told, **more)
+def a_run(told: dict, folder: Path = Path("/nowhere"), *, status: dict | None = None, **more) -> reading.Run:
+    return reading.Run(folder, records.of(History, told), records.of(Status, status or {}), **more)
 
 
 def written(folder: Path, told: dict, sheet: bool = False) -> Path:
@@ -90,4 +93,10 @@ def written(folder: Path, told: dict, sheet: bool = False) -> Path:
 
 
 def compared(alone, federated, base=(0.30,), **more) -> dict:
+    """What a site measured, as worth.json has it."""
     return {"held_out": 20, "loss": {"base": list(base), "alone": alone, "federated": federated}} | more
+
+
+def measured(alone, federated, **more) -> Measured:
+    """The same as it is read."""
+    return records.of(Measured, compared(alone, federated, **more))

@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from app.errors import BouquetError
+from app.hub.history import Status
 from bouquet.hub import roster
 from bouquet.hub.live.sites import Known
 from bouquet.report import charts, findings, page, pictures, reading
@@ -38,7 +39,7 @@ TEMPLATES = page.templates(HERE)
 class Seen:
     """One run as it was when it was last read, and what has been drawn of it."""
 
-    def __init__(self, folder: Path, stamp: tuple) -> None:
+    def __init__(self, folder: Path, stamp: tuple[tuple[int, int], ...]) -> None:
         self.folder, self.stamp = folder, stamp
         self.run = reading.read(folder)
 
@@ -48,7 +49,7 @@ class Seen:
         run = self.run
         if not run.validation:
             return None
-        mean = [(entry["after_round"], entry["weighted"]) for entry in run.validation]
+        mean = [(entry.after_round, entry.weighted) for entry in run.validation]
         return Markup(
             charts.lines(
                 [run.losses(name) for name in run.names], mean, "rounds trained", "Validation loss by site and round"
@@ -80,26 +81,25 @@ class Seen:
 
     @property
     def doing(self) -> str:
-        return self.run.status.get("state", "") if self.run.state == "running" else ""
+        return self.run.status.state if self.run.state == "running" else ""
 
     @property
     def eta(self) -> float | None:
         """Seconds, at the median pace of the rounds so far."""
         if not self.run.rounds or self.run.state != "running":
             return None
-        return statistics.median(entry["seconds"] for entry in self.run.rounds) * (
-            self.run.wanted - len(self.run.rounds)
-        )
+        pace = float(statistics.median(entry.seconds for entry in self.run.rounds))
+        return pace * (self.run.wanted - len(self.run.rounds))
 
     @property
     def until(self) -> str:
         """When the sites' time is up, where the hub waits for them."""
-        waits, deadline = self.doing.startswith("waiting"), self.run.status.get("deadline")
-        return clock(deadline) if waits and type(deadline) in (int, float) else ""
+        waits, deadline = self.doing.startswith("waiting"), self.run.status.deadline
+        return clock(deadline) if waits and isinstance(deadline, int | float) else ""
 
     @property
     def last_loss(self) -> float | None:
-        return self.run.validation[-1]["weighted"] if self.run.validation else None
+        return self.run.validation[-1].weighted if self.run.validation else None
 
     @property
     def outcome(self) -> str:
@@ -151,7 +151,7 @@ def now(runs: Runs, known: Known) -> str:
     every = runs.all()
     going = [seen for seen in every if seen.run.state == "running"]
     return TEMPLATES.get_template("now.html").render(
-        current=(going or every or [None])[0],
+        current=next(iter(going or every), None),
         runs=every[:SHOWN],
         older=max(0, len(every) - SHOWN),
         sites=sites(every, known),
@@ -175,19 +175,18 @@ def sites(every: list[Seen], known: Known) -> list[dict[str, Any]]:
         row = rows.setdefault(name, {"name": name, "state": "", "seen": ""})
         row |= {"images": None, "gpu": None, "rounds": 0, "doing": ""} | done.get(name, {})
     current = next((seen for seen in every if seen.run.state == "running"), None)
-    status = current.run.status if current else {}
-    for name in rows.keys() & {*status.get("replied", ())}:
+    status = current.run.status if current else Status()
+    for name in rows.keys() & {*status.replied}:
         rows[name]["doing"] = "has replied"
-    for name in rows.keys() & {*status.get("missing", ())}:
+    for name in rows.keys() & {*status.missing}:
         rows[name]["doing"] = "missing" if rows[name]["state"] == "offline" else working(name, status)
     return [rows[name] for name in sorted(rows)]
 
 
-def working(name: str, status: dict[str, Any]) -> str:
+def working(name: str, status: Status) -> str:
     """Of a site that has not replied; with a time of day and no count of seconds, so that the page stays the same."""
-    since, took = status.get("since"), roster.took(status)
-    told = f"at work since {clock(since)}" if type(since) in (int, float) else "at work"
-    return told + (f", {took[name]:.0f} s the last time" if name in took else "")
+    told = f"at work since {clock(status.since)}" if status.since is not None else "at work"
+    return told + (f", {status.took[name]:.0f} s the last time" if name in status.took else "")
 
 
 def part(name: str) -> str:
