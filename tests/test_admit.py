@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
+from app import files
 from app.errors import BouquetError
 from app.hub import server_app
 from bouquet.hub import admission, control, roster
@@ -20,14 +21,12 @@ class Hub:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.known: dict[str, roster.Site] = {}
         self.refuses, self.cut, self.admitted = False, "", folder / "admitted"
-        write, unlink = admission.write, Path.unlink
+        write, unlink = files.write, Path.unlink
         monkeypatch.setattr(admission, "ADMITTED", self.admitted)
         monkeypatch.setattr(roster, "registered", lambda: list(self.known.values()))
         monkeypatch.setattr(control, "register", self.register)
         monkeypatch.setattr(control, "unregister", self.unregister)
-        monkeypatch.setattr(
-            admission, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what))
-        )
+        monkeypatch.setattr(files, "write", lambda file, *what: (self.step(f"write {file.name}"), write(file, *what)))
         monkeypatch.setattr(Path, "unlink", lambda file, **how: (self.step(f"unlink {file.name}"), unlink(file, **how)))
 
     def step(self, name: str) -> None:

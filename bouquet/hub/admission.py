@@ -9,17 +9,18 @@ Errors: JOIN-01 to JOIN-06, CERT-01, CERT-04, HOST-08 (the hub's own words).
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from datetime import datetime
 from pathlib import Path
 
+from app import files
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.hub import control, kit, roster
 
 ADMITTED = ROOT / "certs" / "admitted"
+PUBLIC = 0o644  # the containers' user reads what is written here
 
 
 def check_name(name: str) -> None:
@@ -72,19 +73,11 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
     ADMITTED.mkdir(parents=True, exist_ok=True)
     own = ADMITTED / f"{name}.pub"
     if images is not None:  # before the key: with it the site counts
-        write(own.with_suffix(".json"), json.dumps({"images": images}) + "\n")
+        files.write(own.with_suffix(".json"), json.dumps({"images": images}) + "\n", PUBLIC)
     line = f"{key.line} {name}\n"
     if not own.is_file() or own.read_bytes() != line.encode():
-        write(own, line)
+        files.write(own, line, PUBLIC)
     print(f"{name}   admitted; it is online once its SuperNode has started")
-
-
-def write(file: Path, content: str) -> None:
-    """A public file, in one step."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(content)
-    temporary.chmod(0o644)
-    temporary.replace(file)
 
 
 def confirmed() -> bool:

@@ -36,6 +36,7 @@ from flwr.supercore.primitives.asymmetric_ed25519 import (
     verify_signature,
 )
 
+from app import files
 from app.errors import BouquetError
 from bouquet.flower.trust import DAY, DAYS
 
@@ -193,16 +194,10 @@ def write_key(key: Ed25519PrivateKey, file: Path) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f".{file.name}.{os.getpid()}")
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(text)
-    half.replace(file)
+    files.write(file, text, 0o600)
 
 
 def write(file: Path, text: str) -> None:
     """Replace a public file in one step; the containers' user may read it."""
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.chmod(0o644)
-    temporary.replace(file)
+    files.write(file, text, 0o644)
