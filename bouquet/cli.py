@@ -54,6 +54,14 @@ Lora = Annotated[
     typer.Option("--adapter", metavar="DIR", help="a run's folder, a round's, or a LoRA file; default: the last run's"),
 ]
 Base = Annotated[str, typer.Option("--base", metavar="NAME", help="base model of a LoRA file that does not name it")]
+Licence = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Hugging Face's name of the adapter's licence; default: the base model's"),
+]
+BaseId = Annotated[
+    str,
+    typer.Option(metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it"),
+]
 MODELS = ROOT / "models"
 
 
@@ -314,6 +322,33 @@ def sample(
 
 
 @adapter.command()
+def parity(adapter: Lora = None, base: Base = "", models: Models = MODELS) -> None:
+    """Whether every file of a final folder draws the same picture: PEFT, diffusers, kohya, merged."""
+    asked = given(locals())
+    from bouquet.adapter import publish
+
+    publish.compare(asked)
+
+
+@adapter.command()
+def card(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="what the adapter is called on Hugging Face")],
+    adapter: Lora = None,
+    base: Base = "",
+    licence: Licence = None,
+    base_id: BaseId = "",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="where the card goes; default: standard output")] = Path(
+        "-"
+    ),
+) -> None:
+    """The model card alone: what the adapter is, how to load it, what it was made from; no site's name."""
+    asked = given(locals())
+    from bouquet.adapter import publish
+
+    publish.write_card(asked)
+
+
+@adapter.command()
 def publish(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
     adapter: Lora = None,
@@ -323,16 +358,8 @@ def publish(
     public: Annotated[
         bool, typer.Option("--public", help="a new repository is for everybody; default: private")
     ] = False,
-    licence: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Hugging Face's name of the adapter's licence; default: the base model's"),
-    ] = None,
-    base_id: Annotated[
-        str,
-        typer.Option(
-            metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it"
-        ),
-    ] = "",
+    licence: Licence = None,
+    base_id: BaseId = "",
     name_sites: Annotated[bool, typer.Option("--name-sites", help="leave the sites' names in provenance.json")] = False,
 ) -> None:
     """To Hugging Face, with its card and pictures, after every file was seen to draw the same."""

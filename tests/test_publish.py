@@ -103,6 +103,33 @@ def publish(tiny_run, tmp_path, monkeypatch, capsys):
     return call
 
 
+# --- its two halves alone
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_parity_alone_has_a_line_a_path_and_writes_nothing(publish, capsys):
+    before = sorted(publish.final.rglob("*"))
+    asked = ["adapter", "parity", "--adapter", str(publish.final), "--models", str(tiny.models())]
+    assert cli.main(asked) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    paths = [("same", path, precision) for precision in ("fp32", "fp16") for path in ("PEFT", "diffusers", "kohya")]
+    assert [tuple(row) for row in rows] == [*paths, ("same", "merged", "fp32")]
+    assert sorted(publish.final.rglob("*")) == before
+    (publish.final / formats.KOHYA).unlink()
+    assert cli.main(asked) == 1 and "EXPORT-02" in capsys.readouterr().err
+
+
+def test_the_card_alone_goes_to_standard_output_or_a_file_and_names_no_site(publish, capsys, tmp_path):
+    asked = ["adapter", "card", "garden/flowers", "--adapter", str(publish.final), "--licence", "mit"]
+    assert cli.main(asked) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("---\n") and "# flowers" in shown and "license: mit" in shown
+    assert "rose garden" not in shown and not (publish.final / "README.md").exists()
+    assert cli.main([*asked, "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text() == shown
+    assert cli.main(asked[:-2]) == 1 and "EXPORT-06" in capsys.readouterr().err
+
+
 # --- the page
 # --------------------------------------------------------------------------------------------------------------
 

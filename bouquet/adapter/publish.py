@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -21,6 +21,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 from app import text
 from app.errors import AdapterError, ModelError
 from bouquet.adapter.sample import chosen
+
+if TYPE_CHECKING:
+    from bouquet.adapter.parity import Drawn
 
 CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
 # what of the provenance goes out
@@ -40,11 +43,7 @@ def publish(args: SimpleNamespace) -> None:
     )
     under = card.licence(config, args.licence)
     check_origin(final, adapter, base, provenance)
-    for row in parity.check(final, base, config):
-        print(
-            f"same     {row.path:<10}{row.precision}   differs by {row.difference:.4%} of the adapter's effect, at most"
-            f" {parity.LIMIT[row.precision]:.1%}"
-        )
+    alike(parity.check(final, base, config))
     pictures = draw(final, adapter, base, config)
     public = provenance_for(provenance, args.name_sites)
     base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
@@ -60,6 +59,46 @@ def publish(args: SimpleNamespace) -> None:
         print(f"sent     {upload(args.repo, files, private=not args.public)}")
     else:
         print(f"nothing was sent. Look at {final / CARD}, then: scripts/publish {args.repo} --upload")
+
+
+def compare(args: SimpleNamespace) -> None:
+    """Whether every file of a final folder draws the same picture, and nothing else. Errors: EXPORT-01, -02, -05."""
+    from app import model
+    from app.adapter import formats
+    from bouquet.adapter import parity
+
+    final = whole(chosen(args))
+    _, config = formats.open_adapter(final, args.base)
+    alike(parity.check(final, model.locate(config.base_model, args.models), config))
+
+
+def alike(rows: list[Drawn]) -> None:
+    """A line for each way in which a file was loaded."""
+    from bouquet.adapter import parity
+
+    for row in rows:
+        most = f"{parity.LIMIT[row.precision]:.1%}"
+        differs = f"differs by {row.difference:.4%} of the adapter's effect, at most {most}"
+        print(f"same     {row.path:<10}{row.precision}   {differs}")
+
+
+def write_card(args: SimpleNamespace) -> None:
+    """The model card alone, without pictures. Errors: EXPORT-02, EXPORT-06."""
+    from app import files, model
+    from app.adapter import formats
+    from bouquet.adapter import card
+
+    final = whole(chosen(args))
+    _, config = formats.open_adapter(final, args.base)
+    provenance = text.tidy(json.loads((final / PROVENANCE).read_text()))
+    under = card.licence(config, args.licence)
+    base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
+    page = card.card(args.repo, config, provenance_for(provenance, named=False), [], under, base_id)
+    if str(args.out) == "-":
+        print(page, end="")
+    else:
+        files.write(args.out, page)
+        print(f"card     {args.out}")
 
 
 def whole(path: Path) -> Path:
