@@ -326,7 +326,7 @@ def exchanged(names: dict[int, str], folder: Path, monkeypatch, admitted: tuple[
     folder.mkdir()
     config = tiny.config(min_sites=1)
     kept, refused = exchange.Exchange(Named(names), config, "", folder, admitted).round(1, adapter_of_size(0.1, 0))
-    return [reply.site for reply in kept], refused
+    return [reply.site for reply in kept], records.told(refused)
 
 
 def test_a_site_admitted_under_a_number_goes_by_that_and_takes_nobodys_name(tmp_path, monkeypatch):
