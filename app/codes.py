@@ -12,6 +12,7 @@ HEADLINES = {
     "CONFIG-02": "Run-config key {key} has a value it cannot have.",
     "CONFIG-03": "The base model predicts something this app cannot train.",
     "CONFIG-04": "The tracker {tracker} cannot be used.",
+    "CONFIG-05": "The run asks for what {family} does not have.",
     # the base model
     "MODEL-01": "Unknown base model.",
     "MODEL-02": "The base model is not on this machine.",

@@ -18,9 +18,7 @@ from typing import Any
 
 from app.errors import ConfigError
 
-ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
-RESNET = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "time_emb_proj")
-LORA_TARGETS = {"attention": ATTENTION, "attention+resnet": ATTENTION + RESNET}
+LORA_TARGETS = ("attention", "attention+resnet", "attention+mlp")  # the second UNets', the third transformers'
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
@@ -63,7 +61,12 @@ class RunConfig:
     )
     learning_rate: float = _key(3e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
     lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
-    lora_targets: str = _key("attention+resnet", "", "which layers get an adapter", choices=tuple(LORA_TARGETS))
+    lora_targets: str = _key(
+        "attention+resnet",
+        "",
+        "which layers get an adapter: UNets have resnets, transformers have MLPs",
+        choices=LORA_TARGETS,
+    )
     caption_dropout: float = _key(
         0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0
     )

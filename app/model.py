@@ -1,9 +1,10 @@
-"""The base model by name, its fingerprint, its parts, and the adapter on its UNet.
+"""The base model by name, its fingerprint, its parts, and the adapter on its net.
 
 Enters: a base model's name and the folder of base models. Leaves: its parts, each loaded whole or not at all; a frozen
-UNet with a trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys
-(`….lora_A.weight`), applied strictly and hashed. Errors: MODEL-01 (unknown name), MODEL-02 (not on this machine),
-MODEL-03 (incomplete or damaged), MODEL-05 (family.py's), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
+net with a trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys
+(`….lora_A.weight`), applied strictly and hashed. Which parts there are, which of them is the net and which of its
+layers get an adapter is the family's to say (families/). Errors: MODEL-01 (unknown name), MODEL-02 (not on this
+machine), MODEL-03 (incomplete or damaged), MODEL-05 (families'), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
 
 The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle, and a copy in half precision
 (`….fp16.safetensors`) only where a part has no other.
@@ -24,36 +25,28 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from app import family
-from app.config import LORA_TARGETS, RunConfig
+from app import families
+from app.config import RunConfig
 from app.errors import AdapterError, ModelError
-from app.family import PARTS, incomplete, read_json, read_text, readable
+from app.families.base import Family
+from app.settings import incomplete, read_json, read_text, readable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-HUGGING_FACE = {  # name: (repository, revision); a site may instead keep a folder of that name among its base models
-    "stable-diffusion-v1-5": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-    ),
-}
-CLASSES = {  # what is loaded, and what a plain base model's index says; the scheduler's is in its own file too
-    "_class_name": "StableDiffusionPipeline",
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-}
-WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") | {"text_encoder": "model.safetensors"}
+WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}  # by library
 HALF = "fp16"  # as the files of a copy in half precision are named, which is all that many people download
+TEXTS = {".json", ".txt", ".jinja", ".model"}  # of a tokenizer; the last is sentencepiece's table
+GATED = "; its licence has to be accepted there first, and HF_TOKEN set to a token of who did"
+UNUSED = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*", "*openvino*"]  # what a repository has beside it
 Adapter = dict[str, Tensor]
 Net = Any  # a part's torch.nn.Module, with what diffusers, transformers and PEFT give it beside that
 
 
 def locate(name: str, models: Path) -> Path:
     """The folder of base model `name`: `models/name`, else the pinned revision of a known repository."""
-    known = sorted({*HUGGING_FACE, *(p.parent.name for p in models.glob("*/model_index.json"))})
+    fetched = {name: family for family in families.FAMILIES.values() for name in family.repositories}
+    known = sorted({*fetched, *(p.parent.name for p in models.glob("*/model_index.json"))})
     if Path(name).name != name or name not in known:
         raise ModelError(
             "MODEL-01",
@@ -68,21 +61,30 @@ def locate(name: str, models: Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    repository, revision = HUGGING_FACE[name]
+    repository = fetched[name].repositories[name]
     _tell_of_download(name)
     try:
-        allow = [f"{part}/*" for part in PARTS] + ["model_index.json"]
+        allow = [f"{part}/*" for part in fetched[name].parts] + ["model_index.json"]
         return Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=allow, ignore_patterns=["*.bin", "*fp16*", "*non_ema*"]
+                repository.name, revision=repository.revision, allow_patterns=allow, ignore_patterns=UNUSED
             )
         )
     except Exception as error:
         raise ModelError(
             "MODEL-02",
-            found=f"no folder {folder}, and {repository} at {revision[:8]} cannot be fetched ({type(error).__name__})",
-            fix=f"put the model into {folder}, or allow this machine to reach Hugging Face",
+            found=(
+                f"no folder {folder}, and {repository.name} at {repository.revision[:8]} cannot be fetched"
+                f" ({type(error).__name__})"
+            ),
+            fix=f"put the model into {folder}, or allow this machine to reach Hugging Face{GATED * repository.gated}",
         ) from error
+
+
+def origin(name: str) -> str:
+    """Hugging Face's name of a known repository, or ''."""
+    known = (family.repositories for family in families.FAMILIES.values())
+    return next((repositories[name].name for repositories in known if name in repositories), "")
 
 
 @cache
@@ -113,13 +115,25 @@ def fingerprint(folder: Path, memory: Path | None = None) -> dict[str, str]:
     `memory` is a folder in which the sums are remembered by each file's place, size and times, so that gigabytes are
     read once. Errors: MODEL-03.
     """
-    sums = {part: _remembered(_files(folder, part), memory) for part in PARTS}
+    family = families.of(folder)
+    sums = {part: _remembered(_files(folder, part), memory) for part in family.parts}
     index, scheduler = read_json(folder / "model_index.json"), read_json(folder / "scheduler" / "scheduler_config.json")
-    plain = CLASSES | {"scheduler": ["diffusers", scheduler.get("_class_name")]}
-    said = {key: index.get(key) for key in plain}
+    plain = {"_class_name": family.pipeline, "scheduler": ["diffusers", scheduler.get("_class_name")]}
+    plain |= {part: [library(part), kinds[0]] for part, kinds in family.classes.items()} | family.options
+    said = {key: index.get(key, family.options.get(key)) for key in plain}
     other = json.dumps(said, sort_keys=True) if said != plain else ""  # so a plain one's is of its parts alone
-    sums["base"] = hashlib.sha256(("".join(sums[part] for part in PARTS) + other).encode()).hexdigest()
+    sums["base"] = hashlib.sha256(("".join(sums[part] for part in family.parts) + other).encode()).hexdigest()
     return sums
+
+
+def library(part: str) -> str:
+    """The one that loads a part."""
+    return "transformers" if part.startswith(("text_encoder", "tokenizer")) else "diffusers"
+
+
+def weights(part: str) -> str | None:
+    """The name of the file with a part's weights; None for one that has none."""
+    return None if part.startswith(("tokenizer", "scheduler")) else WEIGHTS[library(part)]
 
 
 def is_base(folder: Path, base: str, known: str) -> bool:
@@ -133,7 +147,7 @@ def is_base(folder: Path, base: str, known: str) -> bool:
 
 def _former(folder: Path) -> str:
     total = hashlib.sha256()
-    for part in PARTS:
+    for part in families.of(folder).parts:
         files = (p for p in (folder / part).glob("*") if p.suffix in {".safetensors", ".json", ".txt"} and p.is_file())
         total.update(_sum(sorted(files), as_it_is=True).encode())
     return total.hexdigest()
@@ -141,40 +155,40 @@ def _former(folder: Path) -> str:
 
 def _files(folder: Path, part: str) -> list[Path]:
     """What is loaded of a part, by name. Errors: MODEL-03."""
-    here, weights = folder / part, WEIGHTS.get(part)
-    texts = {p for p in here.glob("*") if p.suffix in {".json", ".txt"}}
+    here, whole = folder / part, weights(part)
+    texts = {p for p in here.glob("*") if p.suffix in TEXTS}
     if not texts:
-        family.check(folder)  # another kind has other parts, and is not damaged
+        families.check(folder)  # another kind has other parts, and is not damaged
         raise incomplete(f"{folder} has no {part}/")
-    files = texts if part == "tokenizer" else {here / ("config.json" if weights else "scheduler_config.json")}
-    if weights:
+    is_words = part.startswith("tokenizer")
+    files = texts if is_words else {here / ("config.json" if whole else "scheduler_config.json")}
+    if whole:
         if (here / "adapter_config.json").exists():  # transformers would load what it names as well
             raise incomplete(f"{here} has an adapter of its own")
-        single, index = _names(weights, _variant(folder, part))
+        single, index = _names(whole, _variant(folder, part))
         shards = _shards(here / index) if (here / index).exists() else set()
         files |= shards | {here / index for _ in shards} | {path for path in (here / single,) if path.exists()}
         if len(files) == 1:
             others = ", ".join(sorted(p.name for p in here.glob("*") if p not in texts))
             raise incomplete(
-                f"{here} has no weights as safetensors ({weights}); other formats are not read: {others}"[:500]
+                f"{here} has no weights as safetensors ({whole}); other formats are not read: {others}"[:500]
             )
     if missing := sorted(p.name for p in files if not p.is_file()):
         raise incomplete(f"{here} lacks {', '.join(missing)}"[:500])
     return sorted(files)
 
 
-def _names(weights: str, variant: str | None) -> tuple[str, str]:
+def _names(whole: str, variant: str | None) -> tuple[str, str]:
     """(the one file, the index of many) as diffusers and transformers name them."""
     if variant is None:
-        return weights, f"{weights}.index.json"
-    return weights.replace(".safetensors", f".{variant}.safetensors"), f"{weights}.index.{variant}.json"
+        return whole, f"{whole}.index.json"
+    return whole.replace(".safetensors", f".{variant}.safetensors"), f"{whole}.index.{variant}.json"
 
 
 def _variant(folder: Path, part: str) -> str | None:
     """Which files of a part are loaded: those in full precision (None), else the copy in half."""
-    there = [
-        any((folder / part / name).exists() for name in _names(WEIGHTS[part], variant)) for variant in (None, HALF)
-    ]
+    whole = weights(part) or ""
+    there = [any((folder / part / name).exists() for name in _names(whole, variant)) for variant in (None, HALF)]
     return HALF if there == [False, True] else None
 
 
@@ -227,59 +241,82 @@ def _sum(files: list[Path], as_it_is: bool = False) -> str:
 
 
 def check(folder: Path) -> None:
-    """All that sites will load of a base model but its UNet, loaded once: what is wrong is known before they are asked.
+    """All that sites will load of a base model but its net, loaded once: what is wrong is known before they are asked.
 
     Errors: MODEL-03, MODEL-05.
     """
-    family.check(folder)
-    load_scheduler(folder)
-    load_vae(folder)
-    if (words := len(load_tokenizer(folder))) > (known := load_text_encoder(folder).config.vocab_size):
-        raise incomplete(f"the tokenizer in {folder} has {words} words, the text encoder knows {known}")
+    family = families.check(folder)
+    family.schedule(folder)
+    load(folder, "vae")
+    for part in (part for part in family.words if part.startswith("tokenizer")):
+        words = len(load(folder, part))
+        reads = load(folder, part.replace("tokenizer", "text_encoder"), family.reads).config.get_text_config()
+        if words > reads.vocab_size:
+            raise incomplete(f"the {part} in {folder} has {words} words, the text encoder knows {reads.vocab_size}")
+    if family.large:
+        shell(folder)
 
 
-def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Net:
-    """The UNet alone, frozen, without the rest of the pipeline. Errors: MODEL-03, MODEL-05."""
-    from diffusers import UNet2DConditionModel
+def load(folder: Path, part: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One part alone, frozen; a tokenizer as it is. Errors: MODEL-03, MODEL-05."""
+    import diffusers
+    import transformers
 
-    return _whole(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
-
-
-def load_vae(folder: Path) -> Net:
-    """The autoencoder, frozen, float32. Errors: MODEL-03, MODEL-05."""
-    from diffusers import AutoencoderKL
-
-    return _whole(AutoencoderKL, folder, "vae", torch_dtype=torch.float32)
-
-
-def load_text_encoder(folder: Path) -> Net:
-    """Frozen, float32. Errors: MODEL-03, MODEL-05."""
-    from transformers import CLIPTextModel
-
-    return _whole(CLIPTextModel, folder, "text_encoder", dtype=torch.float32)
+    family = families.check(folder)
+    kind = named if (named := _class(folder, part)) in family.classes[part] else family.classes[part][0]
+    if part.startswith("tokenizer"):
+        with readable(folder / part):
+            return getattr(transformers, kind).from_pretrained(folder / part, local_files_only=True)
+    if library(part) == "transformers":
+        return _whole(getattr(transformers, kind), folder, part, dtype=dtype)
+    return _whole(getattr(diffusers, kind), folder, part, torch_dtype=dtype)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Errors: MODEL-03."""
-    from transformers import CLIPTokenizer
+def load_net(folder: Path, dtype: torch.dtype = torch.float32) -> Net:
+    """The net alone, frozen, without the rest of the pipeline. Errors: MODEL-03, MODEL-05."""
+    return load(folder, families.of(folder).net, dtype)
 
-    with readable(folder / "tokenizer"):
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+def shell(folder: Path) -> Net:
+    """The net's layers by its settings, with room for an adapter and without its numbers, which only its files' headers
+    have to name. Errors: MODEL-03, MODEL-05.
+    """
+    import diffusers
+
+    family = families.check(folder)
+    kind, shapes = getattr(diffusers, family.classes[family.net][0]), dict[str, tuple[int, ...]]()
+    for path in (path for path in _files(folder, family.net) if path.suffix == ".safetensors"):
+        with readable(path), safe_open(path, "pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 no dict
+    with readable(folder / family.net), torch.device("meta"):
+        net = kind.from_config(kind.load_config(str(folder), subfolder=family.net, local_files_only=True))
+    wanted = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    if wrong := sorted(key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key)):
+        found = f"{folder / family.net}: {len(wrong)} tensors are missing there, not the net's, or of another shape"
+        raise incomplete(f"{found}; first: {wrong[0]}")
+    for module in net.modules():  # one zero each, seen as many: PEFT asks where a layer's weights are, and how large
+        for name, value in module._parameters.items():
+            if value is not None:
+                zeros = torch.zeros(()).expand(value.shape)
+                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+    return net
+
+
+def _class(folder: Path, part: str) -> Any:
+    return read_json(folder / "model_index.json").get(part, [None, None])[1]
 
 
 def _whole(kind: Any, folder: Path, part: str, **how: Any) -> Net:
     """A part with every tensor from its file: what is missing there, both libraries would draw at random and go on.
 
     Tensors in the file that the part has no place for mean other settings than its own; a text encoder may be cut
-    shorter (people leave out its last layer on purpose) or lie in a file with the picture's. Errors: MODEL-03,
-    MODEL-05.
+    shorter (people leave out its last layer on purpose) or lie in a file with the picture's. Errors: MODEL-03.
     """
-    family.check(folder)
     how |= {"variant": _variant(folder, part), "local_files_only": True, "use_safetensors": True}
     with readable(folder / part):
-        loaded, told = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **how)
+        loaded, told = kind.from_pretrained(str(folder), subfolder=part, output_loading_info=True, **how)
     lost = sorted(map(str, told["missing_keys"])) + sorted(map(str, told["mismatched_keys"]))
-    strange = sorted(map(str, told["unexpected_keys"])) if part != "text_encoder" else []
+    strange = sorted(map(str, told["unexpected_keys"])) if library(part) == "diffusers" else []
     if lost or strange:
         found = f"{folder / part}: its weights lack {len(lost)} tensors and have {len(strange)} others"
         raise incomplete(f"{found}; first: {(lost + strange)[0]}")
@@ -288,41 +325,24 @@ def _whole(kind: Any, folder: Path, part: str, **how: Any) -> Net:
     return loaded.requires_grad_(False)
 
 
-def load_scheduler(folder: Path) -> Any:
-    """The model's noise schedule as a DDPMScheduler (training needs no other). Errors: MODEL-03."""
-    from diffusers import DDPMScheduler
-
-    kind: Any = DDPMScheduler  # its from_pretrained has no types
-    settings = folder / "scheduler" / "scheduler_config.json"
-    with readable(settings):
-        steps = read_json(settings).get("num_train_timesteps", 1000)
-        if type(steps) is not int or not 1 <= steps <= 100_000:
-            raise ValueError("num_train_timesteps is no number from 1 to 100000")
-        scheduler = kind.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        signal = scheduler.alphas_cumprod
-        if len(signal) != steps or not (signal.isfinite() & (signal >= 0) & (signal < 1)).all():
-            raise ValueError(f"{len(signal)} betas for {steps} timesteps, or betas that are none")
-    return scheduler
-
-
-def lora_config(config: RunConfig) -> LoraConfig:
+def lora_config(family: Family, config: RunConfig) -> LoraConfig:
     """PEFT's LoraConfig; alpha = rank, so that every file format agrees on the scale (1)."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_rank,
-        target_modules=list(LORA_TARGETS[config.lora_targets]),
+        target_modules=list(family.targets[config.lora_targets]),
         init_lora_weights="gaussian",
     )
 
 
-def add_adapter(unet: Net, config: RunConfig) -> None:
-    """Put a fresh adapter (B = 0, A seeded by `config.seed`) on a frozen UNet, its parameters float32 and trainable."""
+def add_adapter(net: Net, family: Family, config: RunConfig) -> None:
+    """Put a fresh adapter (B = 0, A seeded by `config.seed`) on a frozen net, its parameters float32 and trainable."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        unet.add_adapter(lora_config(config))
-    for name, parameter in unet.named_parameters():
+        net.add_adapter(lora_config(family, config))
+    for name, parameter in net.named_parameters():
         assert parameter.requires_grad == (".lora_" in name), name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -339,11 +359,11 @@ def add_layers(net: Net, adapter: Adapter) -> None:
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
 
 
-def adapter_of(unet: Net) -> Adapter:
+def adapter_of(net: Net) -> Adapter:
     """A copy of the adapter: PEFT's keys without the adapter's name, float32, on the CPU, in key order."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(unet, save_embedding_layers=False)  # "auto" looks for the base model by its name
+    state = get_peft_model_state_dict(net, save_embedding_layers=False)  # "auto" looks for the base model by its name
     return {key: state[key].detach().to("cpu", torch.float32, copy=True).contiguous() for key in sorted(state)}
 
 
@@ -371,13 +391,13 @@ def _misfit(found: str) -> AdapterError:
     return AdapterError("ADAPTER-01", found=found, fix=fix)
 
 
-def apply_adapter(unet: Net, adapter: Adapter) -> str:
-    """Load `adapter` strictly into the UNet's adapter; returns the hash of what the UNet then holds."""
+def apply_adapter(net: Net, adapter: Adapter) -> str:
+    """Load `adapter` strictly into the net's adapter; returns the hash of what the net then holds."""
     from peft import set_peft_model_state_dict
 
-    check_adapter(adapter, adapter_of(unet))
-    set_peft_model_state_dict(unet, adapter)
-    return adapter_hash(adapter_of(unet))
+    check_adapter(adapter, adapter_of(net))
+    set_peft_model_state_dict(net, adapter)
+    return adapter_hash(adapter_of(net))
 
 
 def adapter_hash(adapter: Mapping[str, Tensor]) -> str:
@@ -392,6 +412,7 @@ def adapter_hash(adapter: Mapping[str, Tensor]) -> str:
 
 def new_adapter(folder: Path, config: RunConfig) -> Adapter:
     """The first global adapter of a run."""
-    unet = load_unet(folder)
-    add_adapter(unet, config)
-    return adapter_of(unet)
+    family = families.of(folder)
+    net = shell(folder) if family.large else load_net(folder)
+    add_adapter(net, family, config)
+    return adapter_of(net)

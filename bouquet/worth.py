@@ -120,7 +120,7 @@ def measure(
                 everyone = train.Site(config, models, photos, Path(scratch) / "cache", "")
                 adapters["pooled"] = alone(everyone, fresh, "pooled", config.rounds * (1 + len(pool)))
         for contender, adapter in adapters.items():
-            model.apply_adapter(site.unet, adapter)
+            model.apply_adapter(site.net, adapter)
             loss[contender].append(site.privacy.number(site.evaluate()))
             if judge:
                 judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
@@ -148,10 +148,10 @@ def alone(site: Site, start: Adapter, name: str, rounds: int) -> Adapter:
     """
     from app import model
 
-    model.apply_adapter(site.unet, start)
+    model.apply_adapter(site.net, start)
     for number in range(1, rounds + 1):
         site.fit(site.privacy.seed(site.config.seed, name, number))
-    return model.adapter_of(site.unet)
+    return model.adapter_of(site.net)
 
 
 def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from app.families import sd
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 DOCKER = ("test_join_compose", "test_access", "test_compose")  # the second attacks the image that the first builds
@@ -144,5 +145,5 @@ def final(tmp_path_factory) -> Path:
     from tests.kit import tiny
 
     run = tmp_path_factory.mktemp("final")
-    formats.write_final(run, tiny.adapter(1), tiny.CONFIG, {"adapter_sha256": "0" * 64})
+    formats.write_final(run, tiny.adapter(1), tiny.CONFIG, sd.FAMILY, {"adapter_sha256": "0" * 64})
     return run

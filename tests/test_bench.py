@@ -91,7 +91,7 @@ def photos() -> Encoded:
 
 def test_the_floors_plain_loop_takes_the_apps_steps(photos):
     config = tiny.config(local_steps=5, caption_dropout=0.3)
-    scheduler, one, other = model.load_scheduler(tiny.base()), tiny.unet(config), tiny.unet(config)
+    scheduler, one, other = diffusion.Objective.of(tiny.base()), tiny.unet(config), tiny.unet(config)
     loss = train.fit(one, scheduler, photos, config, train.accelerator(config), 3)
     assert floor.fit(other, scheduler, photos, config, 3) == pytest.approx(loss, rel=1e-6)
     ours, plain = model.adapter_of(one), model.adapter_of(other)
@@ -111,7 +111,7 @@ def test_naives_loss_of_a_batch_is_the_apps(pipe):
     plain = naive.loss_of(pipe, latents, text, t)
     torch.manual_seed(5)
     noise = torch.randn_like(latents)
-    ours = diffusion.losses(pipe.unet, model.load_scheduler(tiny.base()), latents, text, noise, t).mean()
+    ours = diffusion.losses(pipe.unet, diffusion.Objective.of(tiny.base()), latents, {"text": text}, noise, t).mean()
     assert plain.item() == pytest.approx(ours.item(), rel=1e-6)
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app import model
-from app.config import LORA_TARGETS
+from app.families import sd
 from app.hub import volume
 from app.site import journal
 from benchmarks import check
@@ -79,7 +79,7 @@ def test_its_hash_and_its_fresh_adapter_are_the_apps_which_it_does_not_import(ro
     assert {name: (value.shape, value.dtype) for name, value in fresh.items()} == {
         name: (value.shape, value.dtype) for name, value in tiny.fresh().items()
     }
-    assert {name: set(layers) for name, layers in LORA_TARGETS.items()} == check.TARGETS
+    assert {name: set(layers) for name, layers in sd.FAMILY.targets.items()} == check.TARGETS
     done = subprocess.run(
         [sys.executable, "-c", "import benchmarks.check, sys; print('app' in sys.modules)"],
         cwd=tiny.ROOT,

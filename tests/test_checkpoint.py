@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from app import files, model
 from app.adapter import store
-from app.config import LORA_TARGETS
 from app.errors import AdapterError
+from app.families import sd
 from app.hub import volume
 from tests.kit import tiny
 from tests.kit.wait import PATIENT
@@ -28,7 +28,7 @@ ADAPTER = tiny.adapter(1)
 
 def fill(adapter: model.Adapter, note: str = ""):
     def write(folder: Path) -> None:
-        store.write_peft(folder, adapter, tiny.CONFIG)
+        store.write_peft(folder, adapter, tiny.CONFIG, sd.FAMILY)
         (folder / "note.txt").write_text(note)
 
     return write
@@ -39,7 +39,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_rounds_folder_holds_the_adapter_its_config_and_its_metrics(tmp_path):
-    folder = volume.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, {"train_loss": 0.5}, {})
+    folder = volume.write_round(tmp_path / "7", 3, ADAPTER, tiny.CONFIG, sd.FAMILY, {"train_loss": 0.5}, {})
     assert folder == tmp_path / "7" / "round-0003"
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "metrics.json", "server_state.safetensors",
@@ -48,31 +48,31 @@ def test_a_rounds_folder_holds_the_adapter_its_config_and_its_metrics(tmp_path):
 
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
-    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, sd.FAMILY, {}, {})
     assert tiny.equal(store.read_adapter(folder), ADAPTER)
 
 
 def test_alpha_is_the_rank(tmp_path):
-    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, sd.FAMILY, {}, {})
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
-    assert settings["target_modules"] == list(LORA_TARGETS["attention+resnet"])
+    assert settings["target_modules"] == list(sd.FAMILY.targets["attention+resnet"])
 
 
 def test_peft_loads_the_folder_and_the_unet_says_what_it_says_in_the_app(tmp_path):
     from peft import PeftModel
 
-    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, sd.FAMILY, {}, {})
     latents, text = tiny.batch(2)
     at = torch.tensor([10, 500])
     unet = tiny.unet()
     model.apply_adapter(unet, ADAPTER)
-    loaded = PeftModel.from_pretrained(model.load_unet(tiny.base()), folder)
+    loaded = PeftModel.from_pretrained(model.load_net(tiny.base()), folder)
     torch.testing.assert_close(loaded(latents, at, text).sample, unet(latents, at, text).sample, rtol=1e-5, atol=1e-6)
 
 
 def test_others_who_share_the_volume_may_read_every_file(tmp_path):
-    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, {}, {})
+    folder = volume.write_round(tmp_path, 1, ADAPTER, tiny.CONFIG, sd.FAMILY, {}, {})
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
 
@@ -168,7 +168,7 @@ while not ends or ends[-1] == signal.SIGKILL:
     files.write_json(run / "history.json", {"new": False})
     if (child := os.fork()) == 0:
         watch(moment)
-        volume.write_round(run, 1, adapter, RunConfig.read({}), {"new": True}, {})
+        volume.write_round(run, 1, adapter, RunConfig.read({}), sd.FAMILY, {"new": True}, {})
         files.write_json(run / "history.json", {"new": True})
         volume.point_latest(run)
         os._exit(0)
@@ -206,7 +206,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
 
 def test_latest_is_a_relative_link_that_moves_with_the_volume(tmp_path):
     run = tmp_path / "adapters" / "7"
-    volume.write_round(run, 1, ADAPTER, tiny.CONFIG, {}, {})
+    volume.write_round(run, 1, ADAPTER, tiny.CONFIG, sd.FAMILY, {}, {})
     volume.point_latest(run)
     assert os.readlink(tmp_path / "adapters" / "latest") == "7"
     (tmp_path / "adapters").rename(tmp_path / "moved")

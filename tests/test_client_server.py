@@ -92,9 +92,9 @@ def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished
     here = train.Site(
         tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", ""
     )
-    model.apply_adapter(here.unet, store.read_adapter(folder / "round-0001"))
+    model.apply_adapter(here.net, store.read_adapter(folder / "round-0001"))
     here.fit(here.privacy.seed(42, "site-2", 2))
-    assert tiny.equal(model.adapter_of(here.unet), federation.grid.adapters("2", federation.grid.came)["site-2"])
+    assert tiny.equal(model.adapter_of(here.net), federation.grid.adapters("2", federation.grid.came)["site-2"])
 
 
 def test_the_two_sites_trained_different_adapters(finished):
@@ -168,7 +168,7 @@ def test_validation_is_the_arriving_adapters_loss_at_each_site_and_their_mean_by
         tiny.CONFIG, tiny.models(), federation.root / "data" / "site-1", federation.root / "cache" / "site-1", ""
     )
     for entry, adapter in zip(validation, adapters, strict=True):
-        model.apply_adapter(here.unet, adapter)
+        model.apply_adapter(here.net, adapter)
         assert entry["sites"]["site-1"] == here.evaluate()
         by_hand = sum(entry["sites"][site] * count for site, count in images.items()) / sum(images.values())
         assert entry["weighted"] == pytest.approx(by_hand)

@@ -8,8 +8,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 from flwr.common.config import parse_config_args
 
-from app.config import ATTENTION, LORA_TARGETS, RunConfig, table
+from app.config import LORA_TARGETS, RunConfig, table
 from app.errors import ConfigError
+from app.families import FAMILIES
 
 
 def refused(code: str, **values) -> ConfigError:
@@ -128,7 +129,10 @@ def test_prompts_are_split_at_bars_and_trimmed():
 
 
 def test_the_wider_choice_of_layers_holds_the_narrower():
-    assert set(ATTENTION) < set(LORA_TARGETS["attention+resnet"])
+    assert {choice for family in FAMILIES.values() for choice in family.targets} == set(LORA_TARGETS)
+    for family in FAMILIES.values():
+        few, *more = (set(layers) for layers in family.targets.values())
+        assert all(few < layers for layers in more)
 
 
 def test_the_table_has_a_row_for_every_key_with_default_unit_range_and_meaning():

@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler
 
 from app import model
 from app.errors import ConfigError
+from app.families import sd
+from app.families.noise import Betas
 from app.site import diffusion
 from app.site.cache import Encoded
 from tests.kit import tiny
@@ -18,11 +20,12 @@ from tests.kit import tiny
 KEYS = ["rose", "lily", "lotus", "thistle", "poppy"]
 
 
-def schedule(prediction_type: str = "epsilon") -> DDPMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDPMScheduler(
+def schedule(prediction_type: str = "epsilon") -> diffusion.Objective:
+    """Stable Diffusion's noise schedule, and how its UNet is asked."""
+    scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     )
+    return diffusion.Objective(sd.FAMILY, Betas(scheduler))
 
 
 def alpha_bar() -> np.ndarray:
@@ -55,7 +58,7 @@ def generator(seed: int = 7) -> torch.Generator:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_mean_squared_error_of_the_prediction_as_in_the_paper(kind):
     latents, text = tiny.batch(3)
-    loss = diffusion.noise_loss(unet := tiny.unet(), schedule(kind), latents, text, generator())
+    loss = diffusion.noise_loss(unet := tiny.unet(), schedule(kind), latents, {"text": text}, generator())
 
     draw = generator()
     noise, t = torch.randn(latents.shape, generator=draw), torch.randint(1000, (3,), generator=draw)
@@ -71,17 +74,17 @@ def test_losses_are_one_number_an_image_worked_out_by_hand():
     # Nothing predicted, signal 1, noise 2: epsilon leaves 2² = 4; v leaves (2·√ᾱ − √(1−ᾱ))².
     latents, noise, t = torch.ones(2, 4, 8, 8), torch.full((2, 4, 8, 8), 2.0), torch.tensor([0, 999])
     text = torch.zeros(2, 24, 16)
-    assert diffusion.losses(Silent(), schedule(), latents, text, noise, t).tolist() == [4.0, 4.0]
+    assert diffusion.losses(Silent(), schedule(), latents, {"text": text}, noise, t).tolist() == [4.0, 4.0]
     a = alpha_bar()[[0, 999]]
     by_hand = (2 * a**0.5 - (1 - a) ** 0.5) ** 2
-    assert diffusion.losses(Silent(), schedule("v_prediction"), latents, text, noise, t).tolist() == pytest.approx(
-        by_hand.tolist(), rel=1e-4
-    )
+    assert diffusion.losses(
+        Silent(), schedule("v_prediction"), latents, {"text": text}, noise, t
+    ).tolist() == pytest.approx(by_hand.tolist(), rel=1e-4)
 
 
 def test_the_unet_sees_the_image_at_the_start_and_the_noise_at_the_end_of_the_schedule():
     silent, latents, noise = Silent(), torch.ones(2, 4, 8, 8), torch.full((2, 4, 8, 8), 2.0)
-    diffusion.losses(silent, schedule(), latents, torch.zeros(2, 24, 16), noise, torch.tensor([0, 999]))
+    diffusion.losses(silent, schedule(), latents, {"text": torch.zeros(2, 24, 16)}, noise, torch.tensor([0, 999]))
     # √0.99915 + 2·√0.00085 = 1.0579;  √0.00466 + 2·√0.99534 = 2.0636
     assert silent.noisy[0][:, 0, 0, 0].tolist() == pytest.approx([1.0579, 2.0636], abs=1e-4)
 
@@ -89,18 +92,18 @@ def test_the_unet_sees_the_image_at_the_start_and_the_noise_at_the_end_of_the_sc
 @pytest.mark.parametrize("kind", ["sample", "flow_prediction"])
 def test_a_model_that_predicts_anything_else_is_refused(kind):
     scheduler = schedule("sample")
-    scheduler.register_to_config(prediction_type=kind)
+    scheduler.schedule.scheduler.register_to_config(prediction_type=kind)
     latents, text = tiny.batch(1)
     with pytest.raises(ConfigError, match="CONFIG-03") as caught:
-        diffusion.noise_loss(Silent(), scheduler, latents, text, generator())
+        diffusion.noise_loss(Silent(), scheduler, latents, {"text": text}, generator())
     assert kind in caught.value.found
 
 
 def test_min_snr_weights_by_hand():
     # ᾱ(0) = 0.99915, SNR 1175.47: clipped to 5. ᾱ(999) = 0.0046601, SNR 0.0046819: not clipped.
     t = torch.tensor([0, 999])
-    assert diffusion.min_snr_weight(schedule(), t, 5.0).tolist() == pytest.approx([5 / 1175.47, 1.0], rel=1e-3)
-    weights = diffusion.min_snr_weight(schedule("v_prediction"), t, 5.0).tolist()
+    assert schedule().schedule.weight(t, 5.0).tolist() == pytest.approx([5 / 1175.47, 1.0], rel=1e-3)
+    weights = schedule("v_prediction").schedule.weight(t, 5.0).tolist()
     assert weights == pytest.approx([5 / 1176.47, 0.0046601], rel=1e-3)
 
 
@@ -110,14 +113,14 @@ def test_min_snr_weighs_each_image_by_its_own_timestep():
     noise, t = torch.randn(latents.shape, generator=draw), torch.randint(1000, (4,), generator=draw)
     snr = alpha_bar()[t] / (1 - alpha_bar()[t])
     by_hand = (noise.square().mean(dim=(1, 2, 3)).numpy() * np.minimum(snr, 5) / snr).mean()
-    loss = diffusion.noise_loss(Silent(), schedule(), latents, text, generator(), min_snr_gamma=5.0)
+    loss = diffusion.noise_loss(Silent(), schedule(), latents, {"text": text}, generator(), min_snr_gamma=5.0)
     assert loss.item() == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_a_bf16_unet_is_asked_in_bf16_and_answers_a_float32_loss():
     latents, text = tiny.batch(2)
-    exact = diffusion.noise_loss(tiny.unet(), schedule(), latents, text, generator())
-    rough = diffusion.noise_loss(tiny.unet(dtype=torch.bfloat16), schedule(), latents, text, generator())
+    exact = diffusion.noise_loss(tiny.unet(), schedule(), latents, {"text": text}, generator())
+    rough = diffusion.noise_loss(tiny.unet(dtype=torch.bfloat16), schedule(), latents, {"text": text}, generator())
     assert rough.dtype == torch.float32 and rough.item() == pytest.approx(exact.item(), rel=0.02)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.adapter import formats, sample, store
-from app.config import LORA_TARGETS
+from app.families import sd
 from tests.kit import tiny
 
 ADAPTER = tiny.adapter(3)
@@ -25,7 +25,9 @@ PROMPTS = ["a red poppy, meadow background"]
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory):
-    return formats.write_final(tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, {"run": "7", "images": 40})
+    return formats.write_final(
+        tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, sd.FAMILY, {"run": "7", "images": 40}
+    )
 
 
 def stock() -> StableDiffusionPipeline:
@@ -110,7 +112,9 @@ def test_rank_and_alpha_are_in_every_file_and_the_same(final):
     with safe_open(final / "pytorch_lora_weights.safetensors", "pt") as file:
         by_diffusers = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (by_peft["r"], by_peft["lora_alpha"]) == (by_diffusers["unet.r"], by_diffusers["unet.lora_alpha"]) == (2, 2)
-    assert by_peft["target_modules"] == by_diffusers["unet.target_modules"] == list(LORA_TARGETS["attention+resnet"])
+    assert (
+        by_peft["target_modules"] == by_diffusers["unet.target_modules"] == list(sd.FAMILY.targets["attention+resnet"])
+    )
 
 
 def test_diffusers_takes_the_scale_from_the_file_as_one(final):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from app import family, model
+from app import families, model
 from app.adapter import sample
 from app.errors import ModelError
+from app.families import sd
 from app.hub import server_app
 from bouquet.site import preflight
 from tests.kit import tiny
@@ -33,7 +35,7 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
 
 
-def refused(base: Path, code: str = "MODEL-05", by=family.check) -> ModelError:
+def refused(base: Path, code: str = "MODEL-05", by=families.check) -> ModelError:
     with pytest.raises(ModelError) as caught:
         by(base)
     assert caught.value.code == code, caught.value.report()
@@ -52,16 +54,12 @@ INDEX, UNET, VAE, TEXT, SCHEDULE = (
 FOREIGN = {  # what people have: (file, changes, what the refusal says)
     "SDXL": (
         INDEX,
-        {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-        "StableDiffusionXLPipeline",
+        {"_class_name": "StableDiffusionXLPipeline"},
+        "text_encoder_2",
     ),
     "SDXL refiner": (INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "StableDiffusionXLImg2ImgPipeline"),
-    "SD3": (INDEX, {"_class_name": "StableDiffusion3Pipeline"}, "StableDiffusion3Pipeline"),
-    "Flux": (
-        INDEX,
-        {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
-        "FluxPipeline",
-    ),
+    "SD3": (INDEX, {"_class_name": "StableDiffusion3Pipeline"}, "transformer"),
+    "Flux": (INDEX, {"_class_name": "FluxPipeline"}, "transformer"),
     "ControlNet": (INDEX, {"_class_name": "StableDiffusionControlNetPipeline"}, "StableDiffusionControlNetPipeline"),
     "pix2pix": (
         INDEX,
@@ -133,7 +131,7 @@ def test_the_hub_refuses_it_before_a_site_is_asked(tmp_path, monkeypatch, base, 
 def test_a_folder_of_other_parts_is_of_another_kind_and_not_damaged(base):
     (base / "unet").rename(base / "transformer")
     edit(base / INDEX, _class_name="FluxPipeline", unet=None, transformer=["diffusers", "FluxTransformer2DModel"])
-    assert "FluxPipeline" in refused(base, by=model.fingerprint).found
+    assert "text_encoder_2" in refused(base, by=model.fingerprint).found
 
 
 INSTEAD = {
@@ -161,9 +159,9 @@ def test_a_sites_preflight_refuses_it(tmp_path, base):
 
 
 LOADERS = [
-    model.load_unet,
-    model.load_vae,
-    model.load_text_encoder,
+    model.load_net,
+    partial(model.load, part="vae"),
+    partial(model.load, part="text_encoder"),
     lambda base: sample.plain(base, torch.device("cpu")),
 ]
 
@@ -185,7 +183,7 @@ KNOWN = {
     "betas one by one": (SCHEDULE, {"trained_betas": [0.001 + 0.00001 * n for n in range(1000)]}),
     "Stable Diffusion's autoencoder without its factor": (
         VAE,
-        {"scaling_factor": None, "block_out_channels": family.SD_VAE},
+        {"scaling_factor": None, "block_out_channels": sd.SD_VAE},
     ),
     "heads by block": (UNET, {"attention_head_dim": [2, 2]}),
     "a safety checker that is not there": (
@@ -199,8 +197,8 @@ KNOWN = {
 def test_what_is_stable_diffusion_is_taken(base, what):
     file, changes = KNOWN[what]
     edit(base / file, **changes)
-    family.check(base)
-    model.load_scheduler(base)
+    families.check(base)
+    sd.FAMILY.schedule(base)
 
 
 @pytest.mark.filterwarnings(
@@ -210,10 +208,10 @@ def test_every_kind_of_schedule_that_is_taken_is_one_of_diffusers_and_noises_as_
     import diffusers
     from diffusers.utils import is_scipy_available
 
-    for name in set(family.SCHEDULES) - (set() if is_scipy_available() else {"LMSDiscreteScheduler"}):
+    for name in set(sd.SCHEDULES) - (set() if is_scipy_available() else {"LMSDiscreteScheduler"}):
         edit(base / SCHEDULE, _class_name=name)
         own = getattr(diffusers, name).from_pretrained(base, subfolder="scheduler")
-        torch.testing.assert_close(own.alphas_cumprod, model.load_scheduler(base).alphas_cumprod)
+        torch.testing.assert_close(own.alphas_cumprod, sd.FAMILY.schedule(base).scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +219,7 @@ def test_every_kind_of_schedule_that_is_taken_is_one_of_diffusers_and_noises_as_
 )
 def test_a_schedule_whose_betas_are_none_is_refused(base, betas):
     edit(base / SCHEDULE, **betas)
-    refused(base, "MODEL-03", model.load_scheduler)
+    refused(base, "MODEL-03", sd.FAMILY.schedule)
     refused(base, "MODEL-03", model.check)
 
 
@@ -231,7 +229,7 @@ def test_a_schedule_whose_betas_are_none_is_refused(base, betas):
 def halve(base: Path, *parts: str, keep: bool = False) -> None:
     """The files of `variant="fp16"`, which many people download alone."""
     for part in parts:
-        path = base / part / model.WEIGHTS[part]
+        path = base / part / model.weights(part)
         save_file(
             {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()},
             path.with_suffix(".fp16.safetensors"),
@@ -246,7 +244,11 @@ def test_weights_in_half_precision_alone_are_used_and_counted(base):
     halve(base, "unet", "vae", "text_encoder")
     half = model.fingerprint(base)
     assert {part for part in whole if whole[part] != half[part]} == {"unet", "vae", "text_encoder", "base"}
-    for part, load in (("unet", model.load_unet), ("vae", model.load_vae), ("text_encoder", model.load_text_encoder)):
+    for part, load in (
+        ("unet", model.load_net),
+        ("vae", partial(model.load, part="vae")),
+        ("text_encoder", partial(model.load, part="text_encoder")),
+    ):
         loaded, original = load(base), load(tiny.base())
         assert all(
             torch.equal(one, other.half().float())
@@ -271,7 +273,7 @@ def test_shards_in_half_precision_are_covered_and_loaded_whole(base):
         whole.save_pretrained(base / part, max_shard_size=size, variant="fp16")
         assert len(list((base / part).glob("*-of-*"))) > 1
     before = model.fingerprint(base)
-    model.load_unet(base), model.load_text_encoder(base)
+    model.load_net(base), model.load(base, "text_encoder")
     shard = min((base / "unet").glob("*-of-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     assert model.fingerprint(base)["unet"] != before["unet"]
@@ -288,12 +290,16 @@ def test_a_run_on_half_precision_alone_trains(tmp_path, monkeypatch, base):
     assert federation.history()["base"]["fingerprint"] == model.fingerprint(base)["base"]
 
 
-PARTS = {"unet": model.load_unet, "vae": model.load_vae, "text_encoder": model.load_text_encoder}
+PARTS = {
+    "unet": model.load_net,
+    "vae": partial(model.load, part="vae"),
+    "text_encoder": partial(model.load, part="text_encoder"),
+}
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_tensor_that_is_missing_is_never_drawn_at_random(base, part):
-    path = base / part / model.WEIGHTS[part]
+    path = base / part / model.weights(part)
     tensors = load_file(path)
     lost = sorted(tensors)[3]
     save_file({key: value for key, value in tensors.items() if key != lost}, path, metadata={"format": "pt"})
@@ -302,7 +308,7 @@ def test_a_tensor_that_is_missing_is_never_drawn_at_random(base, part):
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_settings_that_leave_weights_out_are_not_its_own(base, part):
-    path = base / part / model.WEIGHTS[part]
+    path = base / part / model.weights(part)
     save_file(load_file(path) | {"up_blocks.9.conv.weight": torch.ones(1)}, path, metadata={"format": "pt"})
     assert "up_blocks.9" in refused(base, "MODEL-03", PARTS[part]).found
 
@@ -315,12 +321,12 @@ def test_a_text_encoder_cut_short_on_purpose_and_one_with_older_names_are_taken(
     save_file(
         older | last | {"text_model.embeddings.position_ids": torch.arange(24)[None]}, path, metadata={"format": "pt"}
     )
-    loaded, original = model.load_text_encoder(base), model.load_text_encoder(tiny.base())
+    loaded, original = model.load(base, "text_encoder"), model.load(tiny.base(), "text_encoder")
     assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), original.parameters(), strict=True))
 
 
 def test_an_autoencoder_with_the_names_of_older_versions_is_whole(base):
-    path = base / "vae" / model.WEIGHTS["vae"]
+    path = base / "vae" / model.weights("vae")
     names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     older = {}
     for key, value in load_file(path).items():
@@ -329,13 +335,13 @@ def test_an_autoencoder_with_the_names_of_older_versions_is_whole(base):
         older[key] = value
     assert any(".query." in key for key in older)
     save_file(older, path, metadata={"format": "pt"})
-    loaded, original = model.load_vae(base), model.load_vae(tiny.base())
+    loaded, original = model.load(base, "vae"), model.load(tiny.base(), "vae")
     assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), original.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_that_are_no_numbers_are_refused(base, part):
-    path = base / part / model.WEIGHTS[part]
+    path = base / part / model.weights(part)
     tensors = load_file(path)
     tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
@@ -344,12 +350,12 @@ def test_weights_that_are_no_numbers_are_refused(base, part):
 
 def test_a_unet_of_other_settings_than_its_weights_is_refused(base):
     edit(base / UNET, block_out_channels=[8, 32])
-    refused(base, "MODEL-03", model.load_unet)
+    refused(base, "MODEL-03", model.load_net)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_the_hub_finds_what_only_sites_would_load(tmp_path, monkeypatch, base, part):
-    path = base / part / model.WEIGHTS[part]
+    path = base / part / model.weights(part)
     tensors = load_file(path)
     del tensors[min(tensors)]
     save_file(tensors, path, metadata={"format": "pt"})
@@ -383,7 +389,7 @@ def test_a_prompt_is_read_to_as_many_tokens_as_a_caption(base, length):
     edit(base / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     pipe = sample.plain(base, torch.device("cpu"))
     text = pipe.encode_prompt("a red poppy", torch.device("cpu"), 1, False)[0]
-    assert text.shape[1] == family.tokens(base) == (12 if length == 12 else 24)
+    assert text.shape[1] == families.of(base).tokens(base) == (12 if length == 12 else 24)
     sample.render(pipe, None, ["a red poppy"], tiny.CONFIG)
 
 

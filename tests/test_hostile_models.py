@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import family, model
+from app import families, model
 from app.adapter import formats, sample
 from app.config import RunConfig
 from app.errors import BouquetError
+from app.families import sd
 from tests.kit import tiny
 from tests.test_hostile_files import DEEP, STRANGE_JSON, code_of
 
@@ -43,7 +44,7 @@ def test_a_base_models_settings_that_are_no_object_are_refused_by_name(tmp_path,
         (base / name).write_text(text)
         assert code_of(lambda: model.fingerprint(base)) == "MODEL-03", text[:20]
         if name.endswith(("encoder/config.json", "tokenizer_config.json")):
-            assert code_of(lambda: family.tokens(base)) == "MODEL-03", text[:20]
+            assert code_of(lambda: families.of(base).tokens(base)) == "MODEL-03", text[:20]
     (base / name).unlink()
     os.mkfifo(base / name)
     assert code_of(lambda: model.fingerprint(base)) == "MODEL-03"
@@ -62,7 +63,7 @@ ANSWERS = [
 def test_a_schedule_that_cannot_be_made_is_refused_by_name(tmp_path, answer):
     base = copy(tmp_path)
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(answer))
-    assert code_of(lambda: model.load_scheduler(base)) in ((None,) if not answer else ("MODEL-03",))
+    assert code_of(lambda: sd.FAMILY.schedule(base)) in ((None,) if not answer else ("MODEL-03",))
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,8 @@ def test_parts_that_cannot_be_made_are_refused_by_name(tmp_path, answer):
     for part in ("unet", "vae"):
         settings = json.loads((base / part / "config.json").read_text())
         (base / part / "config.json").write_text(json.dumps(settings | answer))
-    assert code_of(lambda: model.load_unet(base)) == "MODEL-03"
-    assert code_of(lambda: model.load_vae(base)) == "MODEL-03"
+    assert code_of(lambda: model.load_net(base)) == "MODEL-03"
+    assert code_of(lambda: model.load(base, "vae")) == "MODEL-03"
     assert code_of(lambda: sample.pipeline(base, tiny.CONFIG)) == "MODEL-03"
 
 
@@ -92,7 +93,7 @@ def test_a_number_of_tokens_is_one_whatever_the_settings_say(tmp_path, value):
         ("text_encoder/config.json", {"text_config": value}),
     ):
         (base / name).write_text(json.dumps(text))
-    assert family.tokens(base) == 77
+    assert families.of(base).tokens(base) == 77
 
 
 # --- LoRA files ---

@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 from app import model, wire
 from app.adapter import store
 from app.errors import ConfigError, HubError
+from app.families import sd
 from app.hub import exchange, guard, server_app, spool, volume
 from tests.kit import tiny
 from tests.kit.memory import FakeTime, Federation, spoil_from
@@ -399,7 +400,7 @@ def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
 def test_latest_is_the_run_that_wrote_a_round_last_and_an_id_names_another(tmp_path):
     for number, run in enumerate(("7", "8", "9")):
         if run != "9":  # it wrote nothing
-            volume.write_round(tmp_path / run, 1, tiny.adapter(1), tiny.CONFIG, {}, {})
+            volume.write_round(tmp_path / run, 1, tiny.adapter(1), tiny.CONFIG, sd.FAMILY, {}, {})
             os.utime(tmp_path / run / "round-0001", (number, number))
         (tmp_path / run).mkdir(exist_ok=True)
     assert volume.find_run(tmp_path, "latest").name == "8"

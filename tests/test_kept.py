@@ -185,7 +185,7 @@ def test_a_site_that_wants_gradient_checkpointing_gets_it_and_the_same_adapter(k
     monkeypatch.setenv("SITE_CHECKPOINTING", "1")
     saving = adapter_in(send(own, 1, tiny.fresh()))
     [site] = client_app.kept.values()
-    assert site.unet.is_gradient_checkpointing and tiny.equal(plain, saving)
+    assert site.net.is_gradient_checkpointing and tiny.equal(plain, saving)
 
 
 def test_a_site_whose_wish_cannot_be_read_takes_no_part(own, monkeypatch):

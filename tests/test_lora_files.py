@@ -86,7 +86,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_the_names_of_every_tool_are_read_as_the_same_adapter(tmp_path, name):
     file = read(tmp_path, renamed(**NAMES[name]))
-    assert tiny.equal(file.unet, ADAPTER) and file.text == {}
+    assert tiny.equal(file.net, ADAPTER) and file.text == {}
 
 
 WORDS = (
@@ -101,7 +101,7 @@ WORDS = (
 def test_kohyas_flat_names_lead_back_to_every_layer_of_the_unet(tmp_path, layer):
     flat = formats.kohya_name(layer)
     file = read(tmp_path, {f"{flat}.lora_down.weight": torch.ones(2, 8), f"{flat}.lora_up.weight": torch.ones(8, 2)})
-    assert set(file.unet) == {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
+    assert set(file.net) == {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
 
 
 TEXTS = {
@@ -118,7 +118,7 @@ TEXTS = {
 def test_the_text_encoders_layers_are_read_beside_the_unets(tmp_path, name):
     up = TEXTS[name].replace("lora_A", "lora_B").replace("down", "up")
     file = read(tmp_path, renamed("unet.") | {TEXTS[name]: torch.full((3, 16), 2.0), up: torch.full((16, 3), 3.0)})
-    assert tiny.equal(file.unet, ADAPTER)
+    assert tiny.equal(file.net, ADAPTER)
     assert tiny.equal(
         file.text, {f"{TE}.lora_A.weight": torch.full((3, 16), 2.0), f"{TE}.lora_B.weight": torch.full((16, 3), 3.0)}
     )
@@ -136,7 +136,7 @@ METADATA = {
 
 
 def test_alpha_is_the_rank_where_nobody_says_another(tmp_path):
-    assert tiny.equal(read(tmp_path, kohya()).unet, ADAPTER) and tiny.equal(read(tmp_path, kohya(2)).unet, ADAPTER)
+    assert tiny.equal(read(tmp_path, kohya()).net, ADAPTER) and tiny.equal(read(tmp_path, kohya(2)).net, ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_alpha_is_the_rank_where_nobody_says_another(tmp_path):
     ],
 )
 def test_alpha_is_taken_from_where_the_file_has_it(tmp_path, tensors, notes):
-    assert tiny.equal(read(tmp_path, tensors, notes).unet, HALF)
+    assert tiny.equal(read(tmp_path, tensors, notes).net, HALF)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "flowers.safetensors"])
 def test_alpha_is_taken_from_pefts_settings_beside_the_file_whatever_it_is_called(tmp_path, name):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
-    assert tiny.equal(read(tmp_path, renamed("base_model.model."), name=name).unet, HALF)
+    assert tiny.equal(read(tmp_path, renamed("base_model.model."), name=name).net, HALF)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_alpha_is_taken_from_pefts_settings_beside_the_file_whatever_it_is_calle
 )
 def test_pefts_settings_beside_a_file_that_is_not_pefts_are_another_files(tmp_path, tensors):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 1}))
-    assert tiny.equal(read(tmp_path, tensors).unet, ADAPTER)
+    assert tiny.equal(read(tmp_path, tensors).net, ADAPTER)
 
 
 def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path):
@@ -177,7 +177,7 @@ def test_an_alpha_of_one_layers_own_is_that_layers(tmp_path, key):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"r": 2, "lora_alpha": 2, "alpha_pattern": {"^to_q": 64, key: 6}})
     )
-    got = read(tmp_path, renamed("base_model.model.")).unet
+    got = read(tmp_path, renamed("base_model.model.")).net
     many = [layer for layer in LAYERS if layer.endswith(key.lstrip("^").rstrip("$").replace("\\", ""))]
     expected = ADAPTER | {f"{layer}.lora_B.weight": ADAPTER[f"{layer}.lora_B.weight"] * 3 for layer in many}
     assert LAYER in many and tiny.equal(got, expected)
@@ -191,7 +191,7 @@ def test_a_pattern_that_is_no_layers_name_is_refused_and_never_run(tmp_path, pat
 
 def test_rank_stabilised_lora_is_divided_by_the_root_of_the_rank(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "use_rslora": True}))
-    got = read(tmp_path, renamed("base_model.model.")).unet
+    got = read(tmp_path, renamed("base_model.model.")).net
     assert torch.equal(got[f"{LAYER}.lora_B.weight"], ADAPTER[f"{LAYER}.lora_B.weight"] * (2 / math.sqrt(2)))
 
 
@@ -199,7 +199,7 @@ def test_kohyas_convolutions_have_an_alpha_of_their_own(tmp_path):
     flat = formats.kohya_name("mid_block.resnets.0.conv1")
     conv = {f"{flat}.lora_down.weight": torch.ones(4, 8, 3, 3), f"{flat}.lora_up.weight": torch.ones(8, 4, 1, 1)}
     notes = {"ss_network_alpha": "1", "ss_network_args": json.dumps({"conv_dim": "4", "conv_alpha": "3"})}
-    got = read(tmp_path, kohya() | conv, notes).unet
+    got = read(tmp_path, kohya() | conv, notes).net
     assert torch.equal(got["mid_block.resnets.0.conv1.lora_B.weight"], torch.full((8, 4, 1, 1), 3 / 4))
     b = got[f"{LAYER}.lora_B.weight"]
     assert (
@@ -209,7 +209,7 @@ def test_kohyas_convolutions_have_an_alpha_of_their_own(tmp_path):
     )
     del notes["ss_network_args"]
     assert torch.equal(
-        read(tmp_path, conv, notes).unet["mid_block.resnets.0.conv1.lora_B.weight"], torch.full((8, 4, 1, 1), 1 / 4)
+        read(tmp_path, conv, notes).net["mid_block.resnets.0.conv1.lora_B.weight"], torch.full((8, 4, 1, 1), 1 / 4)
     )
     assert "conv_alpha" in refusal(tmp_path, conv, notes | {"ss_network_args": '{"conv_dim": "4"}'})
 
@@ -217,13 +217,13 @@ def test_kohyas_convolutions_have_an_alpha_of_their_own(tmp_path):
 def test_a_layer_without_alpha_among_others_with_one_has_the_rank(tmp_path):
     tensors = kohya(1)
     del tensors[f"{formats.kohya_name(LAYER)}.alpha"]
-    got = read(tmp_path, tensors, {"ss_network_alpha": "1"}).unet
+    got = read(tmp_path, tensors, {"ss_network_alpha": "1"}).net
     assert tiny.equal(got, HALF | {f"{LAYER}.lora_B.weight": ADAPTER[f"{LAYER}.lora_B.weight"]})
 
 
 @pytest.mark.parametrize("said", ["None", "0", ""])
 def test_kohyas_metadata_may_say_that_alpha_is_the_rank(tmp_path, said):
-    assert tiny.equal(read(tmp_path, kohya(), {"ss_network_alpha": said}).unet, ADAPTER)
+    assert tiny.equal(read(tmp_path, kohya(), {"ss_network_alpha": said}).net, ADAPTER)
 
 
 def test_layers_of_different_ranks_become_one_rank_with_the_same_products(tmp_path):
@@ -233,7 +233,7 @@ def test_layers_of_different_ranks_become_one_rank_with_the_same_products(tmp_pa
         f"{flat}.alpha": torch.tensor(10.0),
     }
     wide[f"{flat}.lora_up.weight"] = torch.randn(tensors[f"{flat}.lora_up.weight"].shape[0], 5)
-    got = read(tmp_path, tensors | wide).unet
+    got = read(tmp_path, tensors | wide).net
     assert {value.shape[0] for key, value in got.items() if "lora_A" in key} == {5}
     for layer in LAYERS:
         a, b, by = (wide[f"{flat}.lora_down.weight"], wide[f"{flat}.lora_up.weight"], 2.0) if layer == LAYER else (
@@ -310,7 +310,7 @@ def drawn(pipe) -> np.ndarray:
 @pytest.fixture(scope="module")
 def ordinary() -> dict[str, tuple[str, torch.Tensor, torch.Tensor, float]]:
     """A LoRA as kohya's trainer makes them, by file of the base model and layer: A, B and alpha, of several ranks."""
-    weights = {part: load_file(tiny.base() / part / model.WEIGHTS[part]) for part in ("unet", "text_encoder")}
+    weights = {part: load_file(tiny.base() / part / model.weights(part)) for part in ("unet", "text_encoder")}
     ends = "attn1.to_q attn2.to_v to_out.0 ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv_shortcut time_emb_proj"
     ends = tuple(f"{ends} conv_in linear_1 downsamplers.0.conv q_proj out_proj fc1".split())
     some, draw = {}, torch.Generator().manual_seed(1)
@@ -331,7 +331,7 @@ def expected(ordinary, tmp_path_factory) -> np.ndarray:
     """The picture of a base model whose weights have alpha/rank · B·A added by hand."""
     base = shutil.copytree(tiny.base(), tmp_path_factory.mktemp("by-hand") / "tiny")
     for part in ("unet", "text_encoder"):
-        file = base / part / model.WEIGHTS[part]
+        file = base / part / model.weights(part)
         tensors = load_file(file)
         for name, (a, b, alpha) in ordinary.items():
             if name.startswith(f"{part}."):

@@ -18,8 +18,9 @@ from diffusers import AutoencoderKL
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from app import family, model
+from app import model
 from app.config import RunConfig
+from app.families import sd
 from app.site import cache
 from benchmarks.gpu.gpu import Shape, new_unet
 from bouquet.site import estimate
@@ -53,21 +54,29 @@ def test_what_is_alive_is_counted_by_storage_and_in_blocks_of_512_bytes(device: 
         assert (alive.now, alive.most) == (0, 80 * 512)
 
 
+def of(batch: int, channels: int, side: int, tokens: int, width: int) -> estimate.Inputs:
+    """What a Stable Diffusion's UNet is given, without contents."""
+    shapes = (batch, channels, side, side), (batch,), (batch, tokens, width)
+    latents, told, text = (torch.empty(shape, device="meta") for shape in shapes)
+    return estimate.Inputs(latents, told, {"text": text})
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_step_without_contents_holds_what_torchs_profiler_sees_a_real_step_hold(checkpointing: bool) -> None:
     run = config(batch_size=8, gradient_checkpointing=checkpointing)
-    unet = model.load_unet(MINI)
-    model.add_adapter(unet, run)
+    unet = model.load_net(MINI)
+    model.add_adapter(unet, sd.FAMILY, run)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     for parameter in unet.train().parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     inputs = torch.randn(8, 4, 16, 16), torch.zeros(8), torch.randn(8, 24, 128)
     kept, most = estimate.step_of(
-        estimate._unet(MINI, run, half=False), *estimate._inputs(8, 4, 16, 24, 128), half=False
+        estimate._net(MINI, sd.FAMILY, run, half=False), sd.FAMILY, of(8, 4, 16, 24, 128), half=False
     )
     # the same count on real tensors
-    assert estimate.step_of(unet, *inputs, half=False) == pytest.approx((kept, most), rel=0.003)
+    given = estimate.Inputs(inputs[0], inputs[1], {"text": inputs[2]})
+    assert estimate.step_of(unet, sd.FAMILY, given, half=False) == pytest.approx((kept, most), rel=0.003)
     # 3 %: of the CPU's kernels some have a scratch of their own for each thread, half a megabyte here
     assert peak_by_profiler(lambda: F.mse_loss(unet(*inputs).sample, inputs[0]).backward()) == pytest.approx(
         most, rel=0.03
@@ -96,10 +105,10 @@ def peak_by_profiler(work) -> int:
 def test_floor_and_need_bracket_what_a_real_step_takes_on_the_cpu(checkpointing: bool) -> None:
     """Weights and AdamW's moments are the formula's; the step's part is the profiler's, as above."""
     run = config(batch_size=8, gradient_checkpointing=checkpointing)
-    guess = estimate.estimate(MINI, run, tokens=24, half=False, on_gpu=False)
-    unet = model.load_unet(MINI)
+    guess = estimate.estimate(MINI, run, half=False, on_gpu=False)
+    unet = model.load_net(MINI)
     frozen = sum(p.numel() for p in unet.parameters())
-    model.add_adapter(unet, run)
+    model.add_adapter(unet, sd.FAMILY, run)
     adapter = sum(p.numel() for p in unet.parameters()) - frozen
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -143,9 +152,9 @@ def test_of_what_a_unet_calls_nothing_that_autocast_casts_is_left_out() -> None:
             return function(*args, **(kwargs or {}))
 
     run = config(batch_size=2)
-    unet = estimate._unet(MINI, run, half=False)
+    unet = estimate._net(MINI, sd.FAMILY, run, half=False)
     with Listen():
-        unet(*estimate._inputs(2, 4, 16, 24, 128))
+        estimate._predicted(unet, sd.FAMILY, of(2, 4, 16, 24, 128))
     cast = header("AT_FORALL_LOWER_PRECISION_FP") | header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE")
     expected = {name for name in called if PYTHON.get(name, name) in cast}
     assert {"conv2d", "linear", "group_norm", "layer_norm", "scaled_dot_product_attention", "interpolate"} <= expected
@@ -164,9 +173,9 @@ def test_a_forward_pass_leaves_as_much_alive_as_under_torchs_own_autocast(base) 
                 return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
             return function(*args, **(kwargs or {}))
 
-    unet = estimate._unet(base(), config(batch_size=4), half=True)
-    shapes = [x.shape for x in estimate._inputs(4, 4, 16, 24, unet.config.cross_attention_dim)]
-    kept, _ = estimate.step_of(unet, *estimate._inputs(4, 4, 16, 24, unet.config.cross_attention_dim), half=True)
+    unet = estimate._net(base(), sd.FAMILY, config(batch_size=4), half=True)
+    shapes = [(4, 4, 16, 16), (4,), (4, 24, unet.config.cross_attention_dim)]
+    kept, _ = estimate.step_of(unet, sd.FAMILY, of(4, 4, 16, 24, unet.config.cross_attention_dim), half=True)
     with FakeTensorMode(), Tiles():
         for module in unet.modules():
             for name, value in list(module._parameters.items()):
@@ -202,6 +211,17 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         ).save_config(base / "vae")  # fmt: skip
+    classes = {part: [model.library(part), kinds[0]] for part, kinds in sd.FAMILY.classes.items()}
+    text = {"model_type": "clip_text_model", "hidden_size": 768, "max_position_embeddings": 77}
+    noise = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for file, settings in {
+        "model_index.json": {"_class_name": sd.FAMILY.pipeline} | classes,
+        "text_encoder/config.json": text,
+        "tokenizer/tokenizer_config.json": {},
+        "scheduler/scheduler_config.json": noise,
+    }.items():
+        (base / file).parent.mkdir(exist_ok=True)
+        (base / file).write_text(json.dumps(settings))
     return base
 
 
@@ -212,7 +232,7 @@ def sd15_run(batch_size: int, **changes) -> RunConfig:
 @functools.cache
 def guess(base: Path, batch_size: int, checkpointing: bool = False, **more: int) -> estimate.Estimate:
     return estimate.estimate(
-        base, sd15_run(batch_size, gradient_checkpointing=checkpointing), tokens=77, half=True, on_gpu=True, **more
+        base, sd15_run(batch_size, gradient_checkpointing=checkpointing), half=True, on_gpu=True, **more
     )
 
 
@@ -267,12 +287,12 @@ def test_evaluation_and_encoding_count_where_they_take_more_than_a_step(sd15: Pa
 
 
 def test_the_sum_of_the_parts_is_the_estimate() -> None:
-    run, parts = tiny.config(), {"tokens": 24, "half": False}
+    run, parts = tiny.config(), {"half": False}
     unet = tiny.unet()
     adapter = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in unet.parameters()) - adapter
     kept, step = estimate.step_of(
-        estimate._unet(tiny.base(), run, False), *estimate._inputs(4, 4, 8, 24, 16), half=False
+        estimate._net(tiny.base(), sd.FAMILY, run, False), sd.FAMILY, of(4, 4, 8, 24, 16), half=False
     )
     on_gpu, on_cpu = (
         estimate.estimate(tiny.base(), run, **parts, on_gpu=on_gpu, photos=10) for on_gpu in (True, False)
@@ -318,7 +338,7 @@ def folder(to: Path, encoder: dict, **tokenizer) -> Path:
 def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text_encoder_has_positions(
     tmp_path: Path, unset
 ) -> None:
-    assert family.tokens(folder(tmp_path, {"max_position_embeddings": 24}, model_max_length=unset)) == 24
+    assert sd.FAMILY.tokens(folder(tmp_path, {"max_position_embeddings": 24}, model_max_length=unset)) == 24
 
 
 @pytest.mark.parametrize(
@@ -334,7 +354,7 @@ def test_a_tokenizer_whose_length_is_unset_or_odd_has_as_many_tokens_as_the_text
 def test_a_caption_has_the_fewer_of_both_parts_tokens(
     tmp_path: Path, encoder: dict, tokenizer: dict, tokens: int
 ) -> None:
-    assert family.tokens(folder(tmp_path, encoder, **tokenizer)) == tokens
+    assert sd.FAMILY.tokens(folder(tmp_path, encoder, **tokenizer)) == tokens
 
 
 @pytest.fixture
@@ -358,8 +378,5 @@ def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unse
 
 
 def test_the_estimate_is_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
-    one, other = (
-        estimate.estimate(base, tiny.CONFIG, tokens=family.tokens(base), half=True, on_gpu=True)
-        for base in (tiny.base(), unset)
-    )
+    one, other = (estimate.estimate(base, tiny.CONFIG, half=True, on_gpu=True) for base in (tiny.base(), unset))
     assert one == other

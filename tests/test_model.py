@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from app import model
 from app.adapter import sample
 from app.config import RunConfig
 from app.errors import AdapterError, ModelError
+from app.families import sd
 from app.site import cache
 from tests.kit import tiny
 
@@ -39,7 +41,7 @@ def test_a_name_that_is_not_a_base_model_is_refused_with_the_known_ones(name):
     with pytest.raises(ModelError) as caught:
         model.locate(name, tiny.models())
     assert caught.value.code == "MODEL-01"
-    assert "stable-diffusion-v1-5, tiny" in caught.value.found
+    assert all(name in caught.value.found for name in ("stable-diffusion-v1-5, ", "z-image", "tiny"))
 
 
 def test_a_known_model_that_cannot_be_fetched_is_refused_with_the_folder_it_could_lie_in(tmp_path, monkeypatch):
@@ -119,7 +121,7 @@ def test_remembered_sums_are_used_again_and_a_changed_file_is_read_again(tmp_pat
     assert read == [folder / "scheduler" / "scheduler_config.json"]
 
 
-WEIGHTS = {part: tiny.base() / part / file for part, file in model.WEIGHTS.items()}
+WEIGHTS = {part: tiny.base() / part / model.weights(part) for part in ("unet", "vae", "text_encoder")}
 
 
 def turn_into_pickle(folder, part: str, more: float = 0.0) -> None:
@@ -144,8 +146,8 @@ def test_a_part_without_safetensors_is_refused_by_name_whatever_else_it_has(tmp_
 @pytest.mark.parametrize(
     ("part", "load"),
     [
-        ("unet", model.load_unet),
-        ("vae", model.load_vae),
+        ("unet", model.load_net),
+        ("vae", partial(model.load, part="vae")),
         ("text_encoder", lambda folder: cache._encode_captions(["a rose"], folder, torch.device("cpu"))),
         ("unet", lambda folder: sample.pipeline(folder, tiny.CONFIG)),
         ("text_encoder", lambda folder: sample.pipeline(folder, tiny.CONFIG)),
@@ -228,7 +230,7 @@ def test_weights_in_shards_are_covered_whole(tmp_path):
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert model.fingerprint(folder)["unet"] != before["unet"]
         path.write_bytes(data)
-    model.load_unet(folder)
+    model.load_net(folder)
 
 
 def test_a_shard_that_is_missing_or_lies_elsewhere_is_refused(tmp_path):
@@ -248,7 +250,7 @@ def test_a_shard_that_is_missing_or_lies_elsewhere_is_refused(tmp_path):
 
 def test_a_plain_base_models_fingerprint_is_of_its_parts_alone_as_it_always_was():
     sums = model.fingerprint(tiny.base())
-    assert sums["base"] == hashlib.sha256("".join(sums[part] for part in model.PARTS).encode()).hexdigest()
+    assert sums["base"] == hashlib.sha256("".join(sums[part] for part in sd.FAMILY.parts).encode()).hexdigest()
     assert (
         model.fingerprint(tiny.ROOT / "models" / "mini")["base"]
         == json.loads((tiny.ROOT / "models/mini/comparison.json").read_text())["base"]["fingerprint"]
@@ -258,7 +260,6 @@ def test_a_plain_base_models_fingerprint_is_of_its_parts_alone_as_it_always_was(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("_class_name", "StableDiffusionXLPipeline"),
         ("text_encoder", ["transformers", "T5EncoderModel"]),
         ("scheduler", ["diffusers", "EulerDiscreteScheduler"]),
     ],
@@ -275,7 +276,7 @@ def test_a_fingerprint_from_before_copies_were_left_out_is_still_known(tmp_path)
     folder = copy(tmp_path)
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
     by_hand = ""
-    for part in model.PARTS:  # every .safetensors, .json and .txt file, by name
+    for part in sd.FAMILY.parts:  # every .safetensors, .json and .txt file, by name
         total = hashlib.sha256()
         for path in sorted((folder / part).iterdir()):
             total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -298,7 +299,7 @@ def test_a_file_exchanged_for_one_of_its_size_and_time_is_read_again(tmp_path):
 def test_a_sum_that_an_older_version_remembered_is_not_taken(tmp_path):
     folder, memory = copy(tmp_path), tmp_path / "memory"
     memory.mkdir()
-    for part in model.PARTS:
+    for part in sd.FAMILY.parts:
         files = sorted(p for p in (folder / part).iterdir())
         seen = repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
         (memory / f"sum-{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json").write_text(json.dumps("0" * 64))
@@ -352,7 +353,7 @@ def test_the_scale_is_one_because_alpha_is_the_rank():
 def test_a_fresh_adapter_draws_like_the_base_and_another_does_not():
     latents, text = tiny.batch(2)
     at = torch.tensor([10, 500])
-    plain = model.load_unet(tiny.base())(latents, at, text).sample
+    plain = model.load_net(tiny.base())(latents, at, text).sample
     unet = tiny.unet()
     assert torch.equal(unet(latents, at, text).sample, plain)
     model.apply_adapter(unet, tiny.adapter(1))

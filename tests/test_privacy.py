@@ -63,11 +63,11 @@ def guesses(base_site: train.Site) -> list[float]:
     for known, number in every:
         one = torch.tensor([number])
         alone = type(known)(
-            known.latents_NChw[one], known.texts_MTD, known.text_N[one], known.blank_TD, [known.keys[number]]
+            known.latents_NChw[one], known.texts, known.text_N[one], known.sizes_N6[one], [known.keys[number]]
         )
         losses.append(
             diffusion.validation_loss(
-                base_site.unet, base_site.scheduler, alone, torch.device("cpu"), timesteps=2, batch_size=4
+                base_site.net, base_site.objective, alone, torch.device("cpu"), timesteps=2, batch_size=4
             )
         )
     return losses
@@ -135,15 +135,15 @@ def test_a_reply_cannot_be_computed_again_by_who_knows_the_run_the_photos_and_th
     config = {"batch_size": 1, "local_steps": 1, "caption_dropout": 1.0}
     here = site(folder, NO_FLOORS, **config)
     here.fit(here.privacy.seed(42, "site-1", 1))
-    sent = model.adapter_of(here.unet)
+    sent = model.adapter_of(here.net)
 
     again = site(folder, NO_FLOORS, **config)
     again.fit(again.privacy.seed(42, "site-1", 1))
-    assert tiny.equal(sent, model.adapter_of(again.unet))  # the site itself, after a restart: bit for bit
+    assert tiny.equal(sent, model.adapter_of(again.net))  # the site itself, after a restart: bit for bit
 
     hub = site(folder, NO_FLOORS, **config)
     hub.fit(PUBLIC.seed(42, "site-1", 1))
-    guess = model.adapter_of(hub.unet)
+    guess = model.adapter_of(hub.net)
     different = [(sent[key] != guess[key]).float().mean().item() for key in sent if key.endswith("lora_B.weight")]
     assert sum(different) / len(different) > 0.3
 

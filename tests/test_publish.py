@@ -24,6 +24,7 @@ from app import model
 from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
+from app.families import sd
 from bouquet import ROOT, cli
 from bouquet.adapter import card
 from tests.kit import tiny
@@ -57,7 +58,7 @@ def run(adapters: Path, config: RunConfig, base: Path, adapter: model.Adapter) -
         "config": asdict(config),
         "versions": formats.versions(),
     }
-    formats.write_final(adapters / "12", adapter, config, told)
+    formats.write_final(adapters / "12", adapter, config, sd.FAMILY, told)
     (adapters / "latest").symlink_to("12")
     return adapters / "12"
 
@@ -235,7 +236,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
 def test_stable_diffusions_place_on_the_hub_and_licence_are_known():
     config = RunConfig.read({"base-model": "stable-diffusion-v1-5"})
     assert card.licence(config, None) == "creativeml-openrail-m" and card.licence(config, "mit") == "mit"
-    assert model.HUGGING_FACE[config.base_model][0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert sd.FAMILY.repositories[config.base_model].name == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @pytest.mark.slow
@@ -383,7 +384,7 @@ def test_a_folder_without_the_final_files_is_named(publish):
 
 def test_files_of_another_run_than_the_provenance_tells_are_refused(publish):
     final = publish.final
-    formats.write_formats(final, tiny.adapter(4), tiny.CONFIG)
+    formats.write_formats(final, tiny.adapter(4), tiny.CONFIG, sd.FAMILY)
     code, shown, _ = publish()
     assert code == 1 and "EXPORT-01" in shown and "provenance.json tells of" in shown
 

@@ -19,6 +19,7 @@ from test_partition import data_set, jpeg_or_png
 from app import model
 from app.adapter import formats
 from app.config import RunConfig
+from app.families import sd
 from app.site.client_app import FOLDERS
 from app.site.photos.data import scan
 from bouquet import ROOT
@@ -242,7 +243,7 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key: torch.randn(value.shape, generator=generator) * 0.2
         for key, value in model.new_adapter(BASE, config).items()
     }
-    return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, {})
+    return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, sd.FAMILY, {})
 
 
 @pytest.fixture

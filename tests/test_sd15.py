@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 from app import model
 from app.adapter import formats, store
 from app.config import RunConfig
+from app.families import sd
 from app.site import cache, diffusion, train
 from tests.kit import tiny
 
@@ -70,7 +71,7 @@ def unet():
         attention_head_dim=8,
         cross_attention_dim=768,
     ).requires_grad_(False)
-    model.add_adapter(net, CONFIG)
+    model.add_adapter(net, sd.FAMILY, CONFIG)
     yield net
     del net
     gc.collect()
@@ -116,7 +117,7 @@ def test_the_steps_adapter_changes_the_validation(unet, scheduler, photos, train
 def test_the_exported_file_has_the_tensors_of_a_published_stable_diffusion_lora(tmp_path, trained):
     if not LORA.exists():
         pytest.skip("the published LoRA ../shared/data/sd15-fixtures/diffusers_sd_pokemon_lora.safetensors is not here")
-    final = formats.write_final(tmp_path, trained[1], CONFIG, {})
+    final = formats.write_final(tmp_path, trained[1], CONFIG, sd.FAMILY, {})
     ours = {key: tuple(value.shape) for key, value in load_file(final / "pytorch_lora_weights.safetensors").items()}
     with safe_open(LORA, "pt") as file:
         published = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -134,9 +134,9 @@ def trained_here(folder: Path, work: Path, number: int, start: model.Adapter) ->
     config, trained = RunConfig.read(RUN), {}
     for name in ("site-1", "site-2"):
         site = train.Site(config, tiny.models(), folder / name, work / name, "")
-        model.apply_adapter(site.unet, start)
+        model.apply_adapter(site.net, start)
         site.fit(site.privacy.seed(config.seed, name, number))
-        trained[name] = len(site.train.keys), model.adapter_of(site.unet)
+        trained[name] = len(site.train.keys), model.adapter_of(site.net)
     return trained
 
 

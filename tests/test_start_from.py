@@ -10,6 +10,7 @@ from app import model
 from app.adapter import formats, sample
 from app.config import RunConfig
 from app.errors import ConfigError
+from app.families import sd
 from tests.kit import tiny
 from tests.kit.memory import Federation
 
@@ -20,7 +21,7 @@ BEGUN = tiny.adapter(9)
 def federation(tmp_path) -> Federation:
     """Two sites, and a kohya LoRA beside the runs."""
     federation = Federation(tmp_path, rounds=1, sample_prompts="", start_from="flowers.safetensors")
-    formats.write_kohya(tmp_path, BEGUN, tiny.CONFIG)
+    formats.write_kohya(tmp_path, BEGUN, tiny.CONFIG, sd.FAMILY)
     (tmp_path / "kohya.safetensors").rename(federation.adapters / "flowers.safetensors")
     return federation
 
@@ -57,7 +58,7 @@ def test_a_lora_of_a_smaller_rank_has_the_same_effect_and_every_rank_beyond_can_
 
 def test_layers_that_a_lora_does_not_have_begin_anew(federation, monkeypatch, capsys):
     some = {key: value for key, value in BEGUN.items() if ".attn2." in key}
-    formats.write_kohya(federation.adapters, some, tiny.CONFIG)
+    formats.write_kohya(federation.adapters, some, tiny.CONFIG, sd.FAMILY)
     (federation.adapters / "kohya.safetensors").rename(federation.adapters / "flowers.safetensors")
     federation.go(monkeypatch)
     sent = federation.grid.adapters("1", federation.grid.sent)["site-1"]

@@ -30,7 +30,7 @@ def trained(
 ) -> tuple[model.Adapter, float]:
     unet = tiny.unet(config)
     model.apply_adapter(unet, start or tiny.fresh(config))
-    loss = train.fit(unet, model.load_scheduler(tiny.base()), encoded(count), config, train.accelerator(config), seed)
+    loss = train.fit(unet, diffusion.Objective.of(tiny.base()), encoded(count), config, train.accelerator(config), seed)
     return model.adapter_of(unet), loss
 
 
@@ -43,7 +43,7 @@ def by_hand(
     """
     unet, photos, draw = tiny.unet(config), encoded(count), torch.Generator().manual_seed(seed)
     model.apply_adapter(unet, start or tiny.fresh(config))
-    scheduler, batches = model.load_scheduler(tiny.base()), train._batches(count, config.batch_size, draw)
+    scheduler, batches = diffusion.Objective.of(tiny.base()), train._batches(count, config.batch_size, draw)
     lora = [p for p in unet.parameters() if p.requires_grad]
     optimiser, losses = torch.optim.AdamW(lora, lr=config.learning_rate, weight_decay=0.0), []
     norms = []
@@ -52,7 +52,7 @@ def by_hand(
             pick = next(batches)
             text = photos.text_NTD[pick].clone()
             text[torch.rand(len(pick), 1, 1, generator=draw).flatten() < config.caption_dropout] = photos.blank_TD
-            loss = diffusion.noise_loss(unet, scheduler, photos.latents_NChw[pick], text, draw)
+            loss = diffusion.noise_loss(unet, scheduler, photos.latents_NChw[pick], {"text": text}, draw)
             (loss / config.gradient_accumulation).backward()
             losses.append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(lora, 1.0).item())
@@ -134,14 +134,14 @@ def test_every_photo_is_taken_once_before_any_is_taken_twice(count, size):
 def test_training_changes_the_adapter_and_not_one_number_of_the_base():
     unet = tiny.unet()
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    train.fit(unet, model.load_scheduler(tiny.base()), encoded(), tiny.CONFIG, train.accelerator(tiny.CONFIG), seed=1)
+    train.fit(unet, diffusion.Objective.of(tiny.base()), encoded(), tiny.CONFIG, train.accelerator(tiny.CONFIG), seed=1)
     changed = {name for name, p in unet.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
 
 
 def test_enough_steps_learn_the_photos():
     config = tiny.config(local_steps=60, caption_dropout=0.0)
-    unet, photos, scheduler = tiny.unet(config), encoded(4), model.load_scheduler(tiny.base())
+    unet, photos, scheduler = tiny.unet(config), encoded(4), diffusion.Objective.of(tiny.base())
     measure = lambda: diffusion.validation_loss(  # noqa: E731
         unet, scheduler, photos, torch.device("cpu"), timesteps=8, batch_size=32
     )
@@ -156,7 +156,7 @@ def test_caption_dropout_puts_the_empty_captions_embedding_in_a_captions_place(s
     monkeypatch.setattr(
         diffusion,
         "noise_loss",
-        lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k),
+        lambda u, s, latents, given, g, **k: seen.append(given["text"]) or loss(u, s, latents, given, g, **k),
     )
     trained(tiny.config(caption_dropout=share))
     given = torch.cat(seen)
@@ -168,7 +168,7 @@ def test_half_of_the_captions_are_dropped_at_a_dropout_of_a_half(monkeypatch):
     monkeypatch.setattr(
         diffusion,
         "noise_loss",
-        lambda u, s, latents, text, g, **k: seen.append(text) or loss(u, s, latents, text, g, **k),
+        lambda u, s, latents, given, g, **k: seen.append(given["text"]) or loss(u, s, latents, given, g, **k),
     )
     trained(tiny.config(caption_dropout=0.5, local_steps=4, batch_size=100))
     share = (torch.cat(seen) == 9.0).all(dim=(1, 2)).float().mean().item()
@@ -198,17 +198,17 @@ def test_evaluation_repeats_and_does_not_change_what_training_does(folder):
     once, twice = site(folder), site(folder)
     assert once.evaluate() == twice.evaluate() == twice.evaluate()
     assert once.fit(1) == twice.fit(1)
-    assert tiny.equal(model.adapter_of(once.unet), model.adapter_of(twice.unet))
+    assert tiny.equal(model.adapter_of(once.net), model.adapter_of(twice.net))
 
 
 def test_two_rounds_in_one_process_are_two_rounds_in_two(folder):
     # A SuperNode starts a process for each message; a script may keep the site. Neither may carry anything over.
     kept, fresh = site(folder), site(folder)
     kept.fit(1)
-    model.apply_adapter(kept.unet, tiny.adapter(5))
-    model.apply_adapter(fresh.unet, tiny.adapter(5))
+    model.apply_adapter(kept.net, tiny.adapter(5))
+    model.apply_adapter(fresh.net, tiny.adapter(5))
     assert kept.fit(2) == fresh.fit(2)
-    assert tiny.equal(model.adapter_of(kept.unet), model.adapter_of(fresh.unet))
+    assert tiny.equal(model.adapter_of(kept.net), model.adapter_of(fresh.net))
 
 
 def test_a_base_model_other_than_the_hubs_is_refused_before_any_photo_is_read(folder, monkeypatch):
@@ -261,9 +261,7 @@ def test_bf16_trains_a_float32_adapter_close_to_the_float32_one(folder):
     finally:
         AcceleratorState._reset_state(True)
     assert loss == pytest.approx(exact_loss, rel=0.02) and loss != exact_loss
-    assert all(
-        value.dtype == torch.float32 and value.isfinite().all() for value in model.adapter_of(here.unet).values()
-    )
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.adapter_of(here.net).values())
 
 
 def test_a_base_model_without_an_autoencoder_is_refused(folder, tmp_path):
@@ -297,10 +295,10 @@ def ready(tmp_path):
 
 def test_out_of_memory_is_tried_once_more_with_half_the_images_a_pass(ready, monkeypatch):
     tried = starve(monkeypatch, above=2)
-    before = model.adapter_of(ready.unet)
+    before = model.adapter_of(ready.net)
     ready.fit(7)
     assert tried == [4] + [2] * (2 * tiny.CONFIG.local_steps)
-    assert not tiny.equal(model.adapter_of(ready.unet), before)
+    assert not tiny.equal(model.adapter_of(ready.net), before)
 
 
 def test_out_of_memory_twice_is_an_error_with_a_public_sentence(ready, monkeypatch):
@@ -325,7 +323,7 @@ def test_fedprox_adds_mu_times_the_distance_to_the_gradient():
     config = tiny.config(local_steps=2, proximal_mu=3.0)
     unet, photos, draw = tiny.unet(config), encoded(), torch.Generator().manual_seed(1)
     model.apply_adapter(unet, tiny.fresh(config))
-    scheduler, batches = model.load_scheduler(tiny.base()), train._batches(6, config.batch_size, draw)
+    scheduler, batches = diffusion.Objective.of(tiny.base()), train._batches(6, config.batch_size, draw)
     lora = [p for p in unet.parameters() if p.requires_grad]
     arrived = [p.detach().clone() for p in lora]
     optimiser = torch.optim.AdamW(lora, lr=config.learning_rate, weight_decay=0.0)
@@ -333,7 +331,7 @@ def test_fedprox_adds_mu_times_the_distance_to_the_gradient():
         pick = next(batches)
         text = photos.text_NTD[pick].clone()
         text[torch.rand(len(pick), 1, 1, generator=draw).flatten() < config.caption_dropout] = photos.blank_TD
-        diffusion.noise_loss(unet, scheduler, photos.latents_NChw[pick], text, draw).backward()
+        diffusion.noise_loss(unet, scheduler, photos.latents_NChw[pick], {"text": text}, draw).backward()
         for p, a in zip(lora, arrived, strict=True):
             p.grad += 3.0 * (p.detach() - a)
         torch.nn.utils.clip_grad_norm_(lora, 1.0)

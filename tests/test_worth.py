@@ -15,6 +15,7 @@ from PIL import Image
 from app import model, records
 from app.adapter import formats, sample
 from app.errors import BouquetError
+from app.families import sd
 from app.site import train
 from bouquet import ROOT, worth
 from bouquet.report import pictures
@@ -27,7 +28,7 @@ def run_of(root: Path, seed: int, **changes) -> Path:
     """A finished run of the tiny base, with an adapter of random numbers."""
     config = tiny.config(seed=seed, **changes)
     folder = root / f"run-{seed}"
-    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, {})
+    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, sd.FAMILY, {})
     told = {
         "run": str(seed),
         "state": "finished",
@@ -58,9 +59,9 @@ def column(site, runs, tmp_path_factory) -> dict:
 
 def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_out_photos(column, site, tmp_path):
     here = train.Site(tiny.config(seed=2), tiny.models(), site, tmp_path, "")
-    model.apply_adapter(here.unet, tiny.adapter(2))
+    model.apply_adapter(here.net, tiny.adapter(2))
     assert column["loss"]["federated"][1] == here.evaluate()
-    model.apply_adapter(here.unet, tiny.fresh(tiny.config(seed=2)))
+    model.apply_adapter(here.net, tiny.fresh(tiny.config(seed=2)))
     assert column["loss"]["base"][1] == here.evaluate()
     for number in (1, 2):
         here.fit(here.privacy.seed(2, "rose", number))

@@ -1,8 +1,8 @@
 """One adapter, the files that other tools load; and such a file, one adapter.
 
-    final/adapter_model.safetensors, adapter_config.json   PEFT       PeftModel.from_pretrained(unet, folder)
+    final/adapter_model.safetensors, adapter_config.json   PEFT       PeftModel.from_pretrained(net, folder)
     final/pytorch_lora_weights.safetensors                 diffusers  pipe.load_lora_weights(folder)
-    final/kohya.safetensors                                ComfyUI, A1111, whoever names tensors as kohya does
+    final/kohya.safetensors                                ComfyUI, A1111, whoever names a UNet's tensors as kohya does
     final/provenance.json                                  the run, its sites, images, base model and versions
     final/fp16/                                            the same adapter files in half precision, half the size
 
@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from app.adapter import lora_files, sample
 from app.adapter.lora_files import PEFT, SETTINGS, LoraFile, json_object
 from app.adapter.store import write_folder, write_peft
-from app.config import LONGEST_PROMPT, LORA_TARGETS, MOST_PROMPTS, RunConfig
+from app.config import LONGEST_PROMPT, MOST_PROMPTS, RunConfig
 from app.errors import AdapterError
+from app.families import sd
+from app.families.base import Family
 from app.model import Adapter
 
 PACKAGES = ("flwr", "torch", "diffusers", "peft", "accelerate", "transformers", "safetensors")
@@ -47,18 +49,18 @@ def versions() -> dict[str, str]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig) -> None:
-    """`unet.`-prefixed PEFT keys, with rank and alpha in the metadata as diffusers reads them."""
+def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
+    """PEFT keys after the net's name (`unet.`, `transformer.`), rank and alpha in the metadata as it reads them."""
     settings = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_rank,
-        "target_modules": list(LORA_TARGETS[config.lora_targets]),
+        "target_modules": list(family.targets[config.lora_targets]),
     }
     notes = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()}, sort_keys=True),
+        "lora_adapter_metadata": json.dumps({f"{family.net}.{k}": v for k, v in settings.items()}, sort_keys=True),
     }
-    save_file({f"unet.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, metadata=notes)
+    save_file({f"{family.net}.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, metadata=notes)
 
 
 def kohya_name(module: str) -> str:
@@ -66,7 +68,7 @@ def kohya_name(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
 
-def write_kohya(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+def write_kohya(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
     """`lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` for every layer; rank and alpha in the metadata
     too.
     """
@@ -82,21 +84,21 @@ def write_kohya(folder: Path, adapter: Adapter, config: RunConfig) -> None:
     save_file(tensors, folder / KOHYA, metadata={"format": "pt", "ss_sd_model_name": config.base_model} | notes)
 
 
-def write_formats(folder: Path, adapter: Adapter, config: RunConfig) -> None:
-    for write in (write_peft, write_diffusers, write_kohya):
-        write(folder, adapter, config)
+def write_formats(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
+    for write in (write_peft, write_diffusers, *((write_kohya,) if family.kohya else ())):
+        write(folder, adapter, config, family)
 
 
-def write_final(run: Path, adapter: Adapter, config: RunConfig, provenance: dict[str, Any]) -> Path:
+def write_final(run: Path, adapter: Adapter, config: RunConfig, family: Family, provenance: dict[str, Any]) -> Path:
     """All formats of the adapter, each precision's in one step."""
 
     def fill(folder: Path) -> None:
-        write_formats(folder, adapter, config)
+        write_formats(folder, adapter, config, family)
         (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
 
     final, half = run / "final", {key: value.half() for key, value in adapter.items()}
     write_folder(final, fill, adapter)
-    write_folder(final / "fp16", lambda folder: write_formats(folder, half, config), half)
+    write_folder(final / "fp16", lambda folder: write_formats(folder, half, config, family), half)
     return final
 
 
@@ -122,8 +124,8 @@ def read_lora(path: Path) -> Lora:
     Errors: EXPORT-03.
     """
     file = lora_files.read(path)
-    layers = sorted({key.rsplit(".lora_", 1)[0] for key in file.unet})
-    everywhere = tuple(f".{layer}" for layer in LORA_TARGETS["attention+resnet"])
+    layers = sorted({key.rsplit(".lora_", 1)[0] for key in file.net})
+    everywhere = tuple(f".{layer}" for layer in sd.FAMILY.targets["attention+resnet"])
     strange = [layer for layer in layers if not layer.endswith(everywhere)]
     beyond = [f"{len(strange)} that lora-targets does not have, like {strange[0]}"] if strange else []
     if file.text:
@@ -137,9 +139,9 @@ def read_lora(path: Path) -> Lora:
                 " draws it"
             ),
         )
-    few = tuple(f".{layer}" for layer in LORA_TARGETS["attention"])
+    few = tuple(f".{layer}" for layer in sd.FAMILY.targets["attention"])
     targets = "attention" if all(layer.endswith(few) for layer in layers) else "attention+resnet"
-    return Lora(file.unet, next(iter(file.unet.values())).shape[0], targets)
+    return Lora(file.net, next(iter(file.net.values())).shape[0], targets)
 
 
 def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:

@@ -78,7 +78,7 @@ Layers = dict[tuple[str, str], dict[str, Any]]  # (net, module): its A, B and al
 class LoraFile(NamedTuple):
     """The adapter of each net, alpha = rank; {} where the file has none of it."""
 
-    unet: Adapter
+    net: Adapter
     text: Adapter
 
 

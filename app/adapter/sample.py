@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from app import family, model
+from app import families, model
 from app.adapter.lora_files import LoraFile, shaped
 from app.config import RunConfig
+from app.families.base import Family
 from app.model import Adapter, Net
+from app.settings import read_json, readable
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 GAP, LINE = 6, 17  # pixels between pictures, and from line to line of a name
 BATCH = 8  # pictures at a time
-Pipeline = Any  # diffusers' StableDiffusionPipeline
+Pipeline = Any  # one of diffusers'
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -33,18 +35,13 @@ def plain(base: Path, device: torch.device | None = None) -> Pipeline:
     """
     import diffusers
 
-    kind: Pipeline = diffusers.StableDiffusionPipeline
-    parts = {"unet": model.load_unet(base), "vae": model.load_vae(base), "text_encoder": model.load_text_encoder(base)}
-    parts["tokenizer"] = tokenizer = model.load_tokenizer(base)
-    tokenizer.model_max_length = family.tokens(base)
-    parts |= {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "image_encoder": None,
-        "requires_safety_checker": False,
-    }
-    parts |= _scheduler(base)
-    with family.readable(base):
+    family = families.check(base)
+    parts = {part: model.load(base, part) for part in family.classes}
+    for part in (part for part in parts if part.startswith("tokenizer") and not family.large):
+        parts[part].model_max_length = family.tokens(base)  # CLIP's alone: a language model's pipeline is told a length
+    parts |= family.absent | _scheduler(base)
+    kind: Pipeline = getattr(diffusers, family.pipeline)
+    with readable(base):
         if "scheduler" in parts:  # all parts are here; from_pretrained would look for the class that cannot be had
             pipe = kind(**parts)
         else:
@@ -59,8 +56,8 @@ def _scheduler(base: Path) -> dict[str, Any]:
     """
     import diffusers
 
-    own = family.read_json(base / "scheduler" / "scheduler_config.json")
-    name = own["_class_name"]  # one of family.SCHEDULES: the parts are loaded
+    own = read_json(base / "scheduler" / "scheduler_config.json")
+    name = own["_class_name"]  # one that its family knows: the parts are loaded
     instead = "EulerDiscreteScheduler" if name == "LMSDiscreteScheduler" else name  # Euler's is LMS of the first order
     if find_spec("scipy") or not (instead != name or own.get("use_beta_sigmas")):
         return {}
@@ -70,24 +67,33 @@ def _scheduler(base: Path) -> dict[str, Any]:
 
 
 def pipeline(base: Path, config: RunConfig, device: torch.device | None = None) -> Pipeline:
-    """`plain` with an adapter of the run's shape on its UNet (B = 0: it draws like the base). Errors: as `plain`."""
+    """`plain` with an adapter of the run's shape on its net (B = 0: it draws like the base). Errors: as `plain`."""
     pipe = plain(base, torch.device("cpu"))
-    model.add_adapter(pipe.unet, config)
-    pipe.unet.eval()
+    model.add_adapter(net_of(pipe), families.of(base), config)
+    net_of(pipe).eval()
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def dressed(base: Path, file: LoraFile, device: torch.device | None = None) -> Pipeline:
-    """`plain` with a LoRA file on its UNet and its text encoder, every tensor of it, as strong as the file says.
+    """`plain` with a LoRA file on its net and its text encoder, every tensor of it, as strong as the file says.
 
     Errors: as `plain`, ADAPTER-01, ADAPTER-02.
     """
     pipe = plain(base, torch.device("cpu"))
-    for net, adapter in ((pipe.unet, file.unet), (pipe.text_encoder, file.text)):
+    for net, adapter in ((net_of(pipe), file.net), (pipe.text_encoder, file.text)):
         if adapter:
             model.add_layers(net, adapter)
             wear(net.eval(), adapter)
     return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def family_of(pipe: Pipeline) -> Family:
+    return families.FAMILIES[type(pipe).__name__]
+
+
+def net_of(pipe: Pipeline) -> Net:
+    """The part of a pipeline that is trained."""
+    return getattr(pipe, family_of(pipe).net)
 
 
 def wear(net: Net, adapter: Adapter | None) -> None:
@@ -114,19 +120,19 @@ def render(
 
     text: what is on the text encoder, where the pipeline has room for it (`dressed`).
     """
-    first = config.seed if seed is None else seed
-    wear(pipe.unet, adapter)
+    first, family = config.seed if seed is None else seed, family_of(pipe)
+    wear(net_of(pipe), adapter)
     wear(pipe.text_encoder, text)
     side = config.resolution
     images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
         images += pipe(
-            part,
+            prompt=part,
             height=side,
             width=side,
             num_inference_steps=config.sample_steps,
-            guidance_scale=config.sample_guidance,
+            **family.drawing(config),
             generator=[torch.Generator().manual_seed(first + start + i) for i in range(len(part))],
         ).images
     return images

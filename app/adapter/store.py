@@ -12,13 +12,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from app import files
-from app.config import LORA_TARGETS, RunConfig
+from app.config import RunConfig
+from app.families.base import Family
 from app.model import Adapter, adapter_hash, check_adapter
 
 PREFIX = "base_model.model."  # PEFT's name for the model below the adapter
 
 
-def write_peft(folder: Path, adapter: Adapter, config: RunConfig) -> None:
+def write_peft(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them; alpha = rank."""
     save_file(
         {PREFIX + key: value for key, value in adapter.items()},
@@ -32,7 +33,7 @@ def write_peft(folder: Path, adapter: Adapter, config: RunConfig) -> None:
         "lora_alpha": config.lora_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(LORA_TARGETS[config.lora_targets]),
+        "target_modules": list(family.targets[config.lora_targets]),
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")

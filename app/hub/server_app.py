@@ -20,7 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from app import metrics, model, quiet, records, text, wire
+from app import families, metrics, model, quiet, records, text, wire
 from app.adapter import formats, lora_files, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
@@ -65,6 +65,8 @@ class Run:
         adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
         self.folder = adapters / str(context.run_id)
         self.base = model.locate(self.config.base_model, models)
+        self.family = families.of(self.base)
+        self.family.check_run(self.config)
         model.check(self.base)
         fingerprint = model.fingerprint(self.base)["base"]
         base = Base(self.config.base_model, fingerprint)
@@ -80,7 +82,7 @@ class Run:
         self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures)
         try:
             adapter = self.rounds()
-            final = formats.write_final(self.folder, adapter, self.config, self.provenance(adapter))
+            final = formats.write_final(self.folder, adapter, self.config, self.family, self.provenance(adapter))
             self.gallery.finish()
             self.history = replace(self.history, state="finished")
         except BaseException as error:
@@ -197,7 +199,7 @@ class Run:
             refused=tuple(refused),
         )
         self.history = replace(self.history, rounds=(*self.history.rounds, entry))
-        volume.write_round(self.folder, number, new, self.config, records.told(entry), strategy.state())
+        volume.write_round(self.folder, number, new, self.config, self.family, records.told(entry), strategy.state())
         self.exchange.spool.clear()
         self.save()
         self.exchange.note(state="working", adapter=f"round-{number:04d}")

@@ -25,18 +25,25 @@ from app import files
 from app.adapter.store import write_folder, write_peft
 from app.config import RunConfig
 from app.errors import HubError
+from app.families.base import Family
 from app.model import Adapter
 
 STATE = "server_state.safetensors"
 
 
 def write_round(
-    run: Path, number: int, adapter: Adapter, config: RunConfig, metrics: dict[str, Any], state: dict[str, torch.Tensor]
+    run: Path,
+    number: int,
+    adapter: Adapter,
+    config: RunConfig,
+    family: Family,
+    metrics: dict[str, Any],
+    state: dict[str, torch.Tensor],
 ) -> Path:
     """Round `number`'s adapter, metrics and server state; older rounds go by `keep-rounds`. Errors: HUB-09."""
 
     def fill(folder: Path) -> None:
-        write_peft(folder, adapter, config)
+        write_peft(folder, adapter, config, family)
         save_file(state, folder / STATE)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 

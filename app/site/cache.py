@@ -1,10 +1,10 @@
-"""Latents and text embeddings, encoded once for each photo, caption and base model, and kept on the site's disk.
+"""Latents and conditions, encoded once for each photo, caption and base model, and kept on the site's disk.
 
 Enters: a partition, a base model's folder and its fingerprint. Leaves: `Encoded` tensors; neither the autoencoder nor
-the text encoder stays in memory. A file is keyed by the fingerprint of the part that made it (and the resolution), a
-row by the photo's hash or the caption, so that a changed photo or model encodes again what changed and nothing else.
-Photos are written down a few at a time, so that a site that is killed goes on where it was. What another version wrote
-is encoded again, and removed.
+a text encoder stays in memory, and the two are never there at once. A file is keyed by the fingerprint of the parts
+that made it (and the resolution), a row by the photo's hash or the caption, so that a changed photo or model encodes
+again what changed and nothing else. Photos are written down a few at a time, so that a site that is killed goes on
+where it was. What another version wrote is encoded again, and removed.
 Errors: MODEL-06 (numbers that are not finite are never kept).
 """
 
@@ -21,22 +21,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from app import family
+from app import families, model
 from app.errors import ModelError
-from app.model import load_text_encoder, load_tokenizer, load_vae
+from app.families.base import Conditions, stacked
 from app.site.photos.captions import MAX_CAPTION
 from app.site.photos.data import Partition, Photo
-from app.site.photos.data import pixels as pixels_of
-from app.site.photos.images import READING, BadImage
+from app.site.photos.images import READING, BadImage, frame, to_pixels
 
 BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
 PART = 16  # photos that a site encodes again, at most, when it was killed
-FORM = 2  # the version of the captions' file
+FORM = 3  # the version of the files
 # may be mended without a change to the photo's bytes: tried again every time
 PASSING = ("changed", "outside", "unreadable")
-Rows = dict[str, torch.Tensor]  # by a photo's or a caption's key
+
+
+Rows = dict[str, Conditions]  # by a photo's hash or a caption's digest
 Notes = dict[str, str]  # by such a key: why there is no row, or what is said about it
 
 
@@ -44,29 +46,38 @@ Notes = dict[str, str]  # by such a key: why there is no row, or what is said ab
 class Encoded:
     """N photos with M distinct captions, in the host's memory: on a GPU a row of text a photo would be gigabytes.
 
-    latents_NChw: float32, scaled; texts_MTD: the captions' embeddings; text_N: which of them each photo has; blank_TD:
-    float32, the empty caption; keys: N hashes. `batch` gives the rows of one pass.
+    latents_NChw: float32; texts: the captions' conditions, mapped from the cache's file, the empty caption's first;
+    text_N: which of them each photo has; sizes_N6: sizes and crop (families/base.py); keys: N hashes. `batch` gives
+    the rows of one pass.
     """
 
-    latents_NChw: torch.Tensor
-    texts_MTD: torch.Tensor
-    text_N: torch.Tensor
-    blank_TD: torch.Tensor
+    latents_NChw: Tensor
+    texts: list[Conditions]
+    text_N: Tensor
+    sizes_N6: Tensor
     keys: list[str]
 
     @classmethod
-    def of(cls, latents_NChw: torch.Tensor, text_NTD: torch.Tensor, blank_TD: torch.Tensor, keys: list[str]) -> Encoded:
-        """Where each photo has a caption of its own."""
-        return cls(latents_NChw, text_NTD, torch.arange(len(keys)), blank_TD, keys)
+    def of(cls, latents_NChw: Tensor, text_NTD: Tensor, blank_TD: Tensor, keys: list[str]) -> Encoded:
+        """Where each photo has a caption of its own, and no sizes."""
+        texts = [{"text": row} for row in (blank_TD, *text_NTD)]
+        return cls(latents_NChw, texts, torch.arange(len(keys)) + 1, torch.zeros(len(keys), 6).long(), keys)
 
     @property
-    def text_NTD(self) -> torch.Tensor:
-        """float32, a row a photo."""
-        return self.texts_MTD[self.text_N].float()
+    def text_NTD(self) -> Tensor:
+        """float32, a row a photo, where all are of one length."""
+        return torch.stack([self.texts[number]["text"] for number in self.text_N.tolist()]).float()
 
-    def batch(self, pick_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latents_BChw, text_BTD) of these photos, float32."""
-        return self.latents_NChw[pick_B], self.texts_MTD[self.text_N[pick_B]].float()
+    @property
+    def blank_TD(self) -> Tensor:
+        """float32, the empty caption."""
+        return self.texts[0]["text"].float()
+
+    def batch(self, pick_B: Tensor, blank_B: Tensor | None = None) -> tuple[Tensor, Conditions]:
+        """(latents_BChw, conditions) of these photos; without their captions where `blank_B` is true."""
+        which_B = self.text_N[pick_B] if blank_B is None else torch.where(blank_B, 0, self.text_N[pick_B])
+        given = stacked([self.texts[number] for number in which_B.tolist()])
+        return self.latents_NChw[pick_B], given | {"size": self.sizes_N6[pick_B]}
 
 
 def encode(
@@ -76,50 +87,66 @@ def encode(
 
     Errors: SITE-01, SITE-02 when too few photos can be decoded; MODEL-06.
     """
-    kept = f"latents-{sums['vae'][:16]}-{resolution}"
-    latents: Rows = {}
-    bad: Notes = {}
-    latents_file, parts = cache / f"{kept}-{READING}.safetensors", sorted(cache.glob(f"{kept}-{READING}.part*"))
-    for path in (latents_file, *parts):
-        found, spoiled = _read(path)
-        latents, bad = latents | found, bad | spoiled
-    todo = [p for p in partition.photos if p.key not in latents and p.key not in bad]
-    if todo:
-        for number, (found, spoiled) in enumerate(_encode_photos(todo, base, resolution, device)):
-            _write(cache / f"{kept}-{READING}.part-{os.getpid()}-{number}", found, _lasting(spoiled))
-            latents, bad = latents | found, bad | spoiled
-    if todo or parts:
-        keep = {p.key for p in partition.photos}
-        lasting = {k: v for k, v in _lasting(bad).items() if k in keep}
-        _write(latents_file, {k: v for k, v in latents.items() if k in keep}, lasting)
-        former = cache / f"{kept}.safetensors"  # another version's
-        for path in (*cache.glob(f"{kept}-{READING}.*"), former):
-            if path != latents_file:
-                path.unlink(missing_ok=True)
+    latents, bad = _latents(partition.photos, base, sums, resolution, cache, device)
     partition = partition.without(bad).require(2)
-    kept = f"text-{sums['text_encoder'][:8]}{sums['tokenizer'][:8]}"
-    text_file = cache / f"{kept}-{FORM}.safetensors"
-    text, cut = _read(text_file)
-    captions = sorted({"", *(p.caption for p in partition.photos)})
-    if fresh_captions := [c for c in captions if _digest(c) not in text]:
-        fresh, too_long = _encode_captions(fresh_captions, base, device)
-        text, cut = text | fresh, cut | too_long
-        keep = {_digest(c) for c in captions}
-        _write(text_file, {k: text[k] for k in map(_digest, captions)}, {k: v for k, v in cut.items() if k in keep})
-        (cache / f"{kept}.safetensors").unlink(missing_ok=True)
+    texts, cut = _texts(sorted({"", *(p.caption for p in partition.photos)}), base, sums, cache, device)
     partition = replace(partition, cut=sum(_digest(p.caption) in cut for p in partition.photos))
 
     def rows(photos: tuple[Photo, ...]) -> Encoded:
-        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(p.caption for p in photos))}
+        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(["", *(p.caption for p in photos)]))}
         return Encoded(
-            torch.stack([latents[p.key] for p in photos]).float(),
-            torch.stack([text[_digest(caption)] for caption in distinct]),
+            torch.stack([latents[p.key]["latents"] for p in photos]).float(),
+            [texts[_digest(caption)] for caption in distinct],
             torch.tensor([distinct[p.caption] for p in photos]),
-            text[_digest("")].float(),
+            torch.stack([latents[p.key]["size"] for p in photos]),
             [p.key for p in photos],
         )
 
     return partition, rows
+
+
+def _latents(
+    photos: tuple[Photo, ...], base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device
+) -> tuple[Rows, Notes]:
+    """ "latents" and "size" by the photo's hash, and the reasons of those that cannot be decoded."""
+    kept = f"latents-{sums['vae'][:16]}-{resolution}"
+    now, rows, bad = f"{kept}-{READING}-{FORM}", Rows(), Notes()
+    whole, parts = cache / f"{now}.safetensors", sorted(cache.glob(f"{now}.part*"))
+    for path in (whole, *parts):
+        some, spoiled = _read(path)
+        rows, bad = rows | some, bad | spoiled
+    todo = [p for p in photos if p.key not in rows and p.key not in bad]
+    for number, (some, spoiled) in enumerate(_encode_photos(todo, base, resolution, device) if todo else ()):
+        _write(cache / f"{now}.part-{os.getpid()}-{number}", some, _lasting(spoiled))
+        rows, bad = rows | some, bad | spoiled
+    if todo or parts:
+        keep = {p.key for p in photos}
+        lasting = {k: v for k, v in _lasting(bad).items() if k in keep}
+        _write(whole, {k: v for k, v in rows.items() if k in keep}, lasting)
+        former = (cache / f"{kept}.safetensors", *cache.glob(f"{kept}-{READING}.*"))  # other versions'
+        for path in (*cache.glob(f"{now}.*"), *former):
+            if path != whole:
+                path.unlink(missing_ok=True)
+    return rows, bad
+
+
+def _texts(
+    captions: list[str], base: Path, sums: dict[str, str], cache: Path, device: torch.device
+) -> tuple[Rows, Notes]:
+    """Conditions by the caption's digest, mapped from the file, and which captions are cut."""
+    kept = "text-" + "".join(sums[part][:8] for part in families.of(base).words)
+    path = cache / f"{kept}-{FORM}.safetensors"
+    texts, cut = _read(path)
+    if missing := [caption for caption in captions if _digest(caption) not in texts]:
+        fresh, too_long = _encode_captions(missing, base, device)
+        texts, cut = texts | fresh, cut | too_long
+        keep = {_digest(caption) for caption in captions}
+        noted = {k: v for k, v in cut.items() if k in keep}
+        _write(path, {k: v for k, v in texts.items() if k in keep}, noted)
+        for former in (cache / f"{kept}.safetensors", cache / f"{kept}-2.safetensors"):  # other versions'
+            former.unlink(missing_ok=True)
+        texts, cut = _read(path)
+    return texts, cut
 
 
 def _digest(caption: str) -> str:
@@ -134,32 +161,31 @@ def _lasting(bad: Notes) -> Notes:
 def _encode_photos(
     photos: list[Photo], base: Path, resolution: int, device: torch.device
 ) -> Iterator[tuple[Rows, Notes]]:
-    """PART photos and a few at a time: latents by key (the posterior's mean, scaled), and the reasons of the others."""
-    vae = load_vae(base).to(device)
-    latents: Rows = {}
-    bad: Notes = {}
-    size = max(1, PIXELS // resolution**2)
+    """PART photos and a few at a time: latents and sizes by key, and the reasons of the others."""
+    family, vae = families.of(base), model.load(base, "vae").to(device)
+    rows, bad, size = Rows(), Notes(), max(1, PIXELS // resolution**2)
     for start in range(0, len(photos), size):
-        pixels = {}
+        pixels, sizes = dict[str, Tensor](), dict[str, Tensor]()
         for photo in photos[start : start + size]:
             try:
-                pixels[photo.key] = pixels_of(photo, resolution)
+                image = photo.read()
+                pixels[photo.key] = to_pixels(image, resolution)
+                sizes[photo.key] = torch.tensor(frame(image.size, resolution))
             except BadImage as error:
                 bad[photo.key] = error.reason
         if pixels:
-            mean = (
-                vae.encode(torch.stack(list(pixels.values())).to(device)).latent_dist.mean * vae.config.scaling_factor
-            )
-            latents |= dict(zip(pixels, _finite(mean, base / "vae").cpu().unbind(), strict=True))
+            z = _finite(family.latents(vae, torch.stack(list(pixels.values())).to(device)), base / "vae")
+            encoded = zip(pixels, z.cpu().unbind(), strict=True)
+            rows |= {key: {"latents": latent, "size": sizes[key]} for key, latent in encoded}
         done = min(start + size, len(photos))
         if 10 * done // len(photos) > 10 * start // len(photos):  # ten lines, however many photos
             print(f"bouquet: encoded {done}/{len(photos)} photos", flush=True)
-        if done == len(photos) or len(latents) + len(bad) >= PART:
-            yield latents, bad
-            latents, bad = {}, {}
+        if done == len(photos) or len(rows) + len(bad) >= PART:
+            yield rows, bad
+            rows, bad = {}, {}
 
 
-def _finite(numbers: torch.Tensor, part: Path) -> torch.Tensor:
+def _finite(numbers: Tensor, part: Path) -> Tensor:
     """Errors: MODEL-06."""
     if not torch.isfinite(numbers).all():
         fix = (
@@ -173,23 +199,28 @@ def _finite(numbers: torch.Tensor, part: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def _encode_captions(captions: list[str], base: Path, device: torch.device) -> tuple[Rows, Notes]:
-    """The text encoder's last hidden state by caption digest: float16 [T, D]; and which captions are cut."""
-    tokenizer, encoder = load_tokenizer(base), load_text_encoder(base).to(device)
-    out: Rows = {}
+    """Conditions by the caption's digest, in the type that the family keeps; and which captions are cut."""
+    family, rows = families.of(base), Rows()
+    # a language model of billions of parameters is made for 16 bits; a CPU has none to speak of
+    dtype = family.reads if device.type == "cuda" else torch.float32
+    parts = {part: model.load(base, part, dtype) for part in family.words}
+    for part in (part for part in parts if part.startswith("text_encoder")):
+        parts[part].to(device)
     length = family.tokens(base)
-    cut = {_digest(caption): "cut" for caption in _too_long(captions, tokenizer, length)}
+    cut = {_digest(caption): "cut" for caption in _too_long(captions, parts[family.reader], length)}
     for start in range(0, len(captions), BATCH):
-        part = captions[start : start + BATCH]
-        ids = tokenizer(_short(part), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        hidden = _finite(encoder(ids.input_ids.to(device)).last_hidden_state.half(), base / "text_encoder").cpu()
-        out |= {_digest(c): row for c, row in zip(part, hidden, strict=True)}
-    return out, cut
+        some = captions[start : start + BATCH]
+        for caption, given in zip(some, family.text(parts, _short(some), length), strict=True):
+            rows[_digest(caption)] = {
+                name: _finite(value.to(family.kept), base / "text_encoder").cpu() for name, value in given.items()
+            }
+    return rows, cut
 
 
 def too_long(captions: Iterable[str], base: Path) -> int:
     """How many of these captions the base model reads only the beginning of. Errors: MODEL-03."""
-    captions = list(captions)
-    return len(_too_long(captions, load_tokenizer(base), family.tokens(base)))
+    family, captions = families.of(base), list(captions)
+    return len(_too_long(captions, model.load(base, family.reader), family.tokens(base)))
 
 
 def _too_long(captions: list[str], tokenizer: Any, length: int) -> list[str]:
@@ -210,18 +241,25 @@ def _read(path: Path) -> tuple[Rows, Notes]:
     """Rows by key and notes by key; nothing where there is no file, or one that was cut off (it is encoded again)."""
     try:
         with safe_open(path, "pt") as file:
-            note, rows = file.metadata(), file.get_tensor("rows")
-        return dict(zip(json.loads(note["keys"]), rows.unbind(), strict=True)), json.loads(note["bad"])
+            note = file.metadata()
+            keys, lengths = json.loads(note["keys"]), json.loads(note["lengths"])
+            columns = {name: file.get_tensor(name).split(lengths[name]) for name in lengths}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return dict(zip(keys, rows, strict=True)), json.loads(note["bad"])
     except FileNotFoundError:
         return {}, {}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
         print(f"bouquet: {path.name} is damaged, and what it held is encoded again", flush=True)
         return {}, {}
 
 
 def _write(path: Path, rows: Rows, bad: Notes) -> None:
+    """Each name's rows one after another along their first dimension, and how long each is: they may differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    stacked = torch.stack(list(rows.values())).contiguous() if rows else torch.zeros(0)
-    save_file({"rows": stacked}, temporary, metadata={"keys": json.dumps(list(rows)), "bad": json.dumps(bad)})
+    names = list(next(iter(rows.values()), {}))
+    lengths = {name: [len(row[name]) for row in rows.values()] for name in names}
+    columns = {name: torch.cat([row[name] for row in rows.values()]).contiguous() for name in names}
+    note = {"keys": list(rows), "lengths": lengths, "bad": bad}
+    save_file(columns, temporary, metadata={key: json.dumps(value) for key, value in note.items()})
     temporary.replace(path)

@@ -99,7 +99,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
         site.limits.check_budget(config, str(context.run_id), journal.read(cached))
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
         applied = model.apply_adapter(
-            site.unet, wire.unpack(message.content.array_records["arrays"], config.wire_precision)
+            site.net, wire.unpack(message.content.array_records["arrays"], config.wire_precision)
         )
         metrics: dict[str, int | float] = {
             "num-examples": len(site.train.keys),
@@ -108,7 +108,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
         }
         if training:
             metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number))
-            sent = wire.rounded(model.adapter_of(site.unet), config.wire_precision)
+            sent = wire.rounded(model.adapter_of(site.net), config.wire_precision)
             reply["arrays"] = wire.pack(sent, config.wire_precision)
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}

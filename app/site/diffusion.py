@@ -1,21 +1,30 @@
-"""Noise, prediction, loss: pure functions; the UNet and the noise schedule, diffusers' own (Any), are arguments.
+"""Noise, prediction, loss: pure functions; the net, its family and the noise schedule are arguments.
 
-Shapes: latents_BChw, C=4, h=H/8 (mini: H/4), scaled by vae.config.scaling_factor; text_BTD, SD 1.5: T=77, D=768.
+Shapes: latents_BChw as the family makes them (SD 1.5: C=4, h=H/8; mini: H/4); given: a batch's conditions, "text"
+[B, T, D] and what else the family's net wants (families/base.py); t_B: noise levels by index.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.errors import ConfigError
+from app import families
+from app.families.base import Conditions, Family
+from app.families.noise import Schedule
 
 Digest = Callable[[str], bytes]
+
+
+def sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 class Photos(Protocol):
@@ -25,11 +34,7 @@ class Photos(Protocol):
     def latents_NChw(self) -> Tensor: ...
     @property
     def keys(self) -> Sequence[str]: ...
-    def batch(self, pick_B: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
-def sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+    def batch(self, pick_B: Tensor, /) -> tuple[Tensor, Conditions]: ...
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,95 +44,81 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def moved(given: Conditions, device: torch.device) -> Conditions:
+    """Conditions on the device, but where tokens are: whoever asks for that would wait for the GPU."""
+    return {name: rows if name == "mask" else to_device(rows, device) for name, rows in given.items()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a base model's net learns, and how it is asked: its family and its noise."""
+
+    family: Family
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, base: Path) -> Objective:
+        """Errors: MODEL-03, MODEL-05."""
+        family = families.check(base)
+        return cls(family, family.schedule(base))
+
+
 def noise_loss(
-    unet: Any,
-    scheduler: Any,
-    latents_BChw: Tensor,
-    text_BTD: Tensor,
-    generator: torch.Generator,
-    *,
-    min_snr_gamma: float = 0.0,
-) -> Tensor:
-    """Mean squared error of the prediction, one random timestep an image.
+    net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, generator: torch.Generator,
+    *, min_snr_gamma: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Mean squared error of the prediction, one random noise level an image.
 
     Returns: float32 scalar.
-    Errors: ConfigError when the scheduler's prediction_type is neither epsilon nor v_prediction.
-    Source: Ho et al. 2020, arXiv:2006.11239, eq. 14; weights by Hang et al. 2023, arXiv:2303.09556, eq. 8.
+    Errors: ConfigError when the schedule's prediction_type is neither epsilon nor v_prediction.
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 14; weights by Hang et al. 2023, arXiv:2303.09556, eq. 8; of flows
+    Lipman et al. 2022, arXiv:2210.02747, eq. 23.
     """
-    device = latents_BChw.device
+    device, schedule = latents_BChw.device, objective.schedule
     noise = to_device(torch.randn(latents_BChw.shape, generator=generator), device)
-    t_B = to_device(
-        torch.randint(scheduler.config.num_train_timesteps, latents_BChw.shape[:1], generator=generator), device
-    )
-    loss_B = losses(unet, scheduler, latents_BChw, text_BTD, noise, t_B)
+    t_B = to_device(schedule.draw(len(latents_BChw), generator), device)
+    loss_B = losses(net, objective, latents_BChw, given, noise, t_B)
     if min_snr_gamma:
-        loss_B = loss_B * min_snr_weight(scheduler, t_B, min_snr_gamma)
+        loss_B = loss_B * schedule.weight(t_B, min_snr_gamma)
     return loss_B.mean()
 
 
 def losses(
-    unet: Any, scheduler: Any, latents_BChw: Tensor, text_BTD: Tensor, noise_BChw: Tensor, t_B: Tensor
+    net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, noise_BChw: Tensor, t_B: Tensor
 ) -> Tensor:
-    """Squared error of the UNet's prediction at the given noise and timesteps: float32 [B]."""
-    noisy = scheduler.add_noise(latents_BChw, noise_BChw, t_B)
-    predicted = unet(noisy.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
-    target = _target(scheduler, latents_BChw, noise_BChw, t_B)
+    """Squared error of the net's prediction at the given noise and levels: float32 [B]. The net computes in its own
+    type; whole numbers among the conditions stay whole.
+    """
+    schedule, dtype = objective.schedule, net.dtype
+    noisy = schedule.noisy(latents_BChw, noise_BChw, t_B).to(dtype)
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+    predicted = objective.family.predict(net, noisy, schedule.told(t_B), given)
+    target = schedule.target(latents_BChw, noise_BChw, t_B)
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-
-
-def _target(scheduler: Any, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(latents, noise, t)
-        return velocity
-    raise ConfigError(
-        "CONFIG-03",
-        found=f"prediction_type = {kind!r}",
-        fix="use a base model whose scheduler has prediction_type epsilon or v_prediction",
-    )
-
-
-def min_snr_weight(scheduler: Any, t_B: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: float32 [B]."""
-    alpha: Tensor = scheduler.alphas_cumprod.to(t_B.device)[t_B].float()
-    snr = alpha / (1 - alpha)
-    bottom = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
-    return snr.clamp(max=gamma) / bottom
 
 
 @torch.no_grad()
 def validation_loss(
-    unet: Any,
-    scheduler: Any,
-    photos: Photos,
-    device: torch.device,
-    *,
-    timesteps: int,
-    batch_size: int,
-    digest: Digest = sha256,
-) -> float:
-    """Mean loss on encoded photos over fixed noise and stratified timesteps, the same for an image in every round of
-    every run.
+    net: Any, objective: Objective, photos: Photos, device: torch.device,
+    *, timesteps: int, batch_size: int, digest: Digest = sha256,
+) -> float:  # fmt: skip
+    """Mean loss on encoded photos (cache.Encoded) over fixed noise and stratified timesteps, the same for an image in
+    every round of every run.
 
     Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
     `digest` makes its noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
     """
-    shape, steps = photos.latents_NChw.shape[1:], scheduler.config.num_train_timesteps
+    shape, steps = photos.latents_NChw.shape[1:], objective.schedule.steps
     noise, t = (
         torch.cat(part)
         for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True)
     )
     image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
-    for start in range(0, len(image), batch_size):
-        part = slice(start, start + batch_size)
-        latents, text = (to_device(rows, device) for rows in photos.batch(image[part]))
-        totals.append(
-            losses(unet, scheduler, latents, text, to_device(noise[part], device), to_device(t[part], device)).sum()
-        )
-    sums: list[float] = torch.stack(totals).tolist()
-    return sum(sums) / len(image)
+    for part in torch.split(torch.arange(len(image)), batch_size):
+        latents, given = photos.batch(image[part])
+        latents, n, at = (to_device(rows, device) for rows in (latents, noise[part], t[part]))
+        totals.append(losses(net, objective, latents, moved(given, device), n, at).sum())
+    return float(sum(torch.stack(totals).tolist())) / len(image)
 
 
 def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[Tensor, Tensor]:

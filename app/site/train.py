@@ -1,6 +1,6 @@
 """A site's share of a round: evaluate what arrived, take the local steps, and say what it cost.
 
-Enters: a UNet that holds the global adapter, encoded photos and the run's config. Leaves: the UNet trained in place,
+Enters: a net that holds the global adapter, encoded photos and the run's config. Leaves: the net trained in place,
 and metrics. `accelerate` drives device, precision and gradient accumulation; the base stays frozen.
 """
 
@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from app import model
+from app import families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
@@ -51,13 +50,15 @@ def halved(accelerator: Accelerator) -> bool:
     return bool(accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda")
 
 
-def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple[Any, Net]:
-    """(noise schedule, UNet with a fresh adapter on the accelerator's device)."""
-    unet = model.load_unet(base, torch.bfloat16 if halved(accelerator) else torch.float32)
-    model.add_adapter(unet, config)
+def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple[diffusion.Objective, Net]:
+    """(what is learned, the net with a fresh adapter on the accelerator's device). Errors: CONFIG-05, MODEL-03."""
+    objective = diffusion.Objective.of(base)
+    objective.family.check_run(config)
+    net = model.load_net(base, torch.bfloat16 if halved(accelerator) else torch.float32)
+    model.add_adapter(net, objective.family, config)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return model.load_scheduler(base), unet.to(accelerator.device)
+        net.enable_gradient_checkpointing()
+    return objective, net.to(accelerator.device)
 
 
 class Site:
@@ -80,7 +81,7 @@ class Site:
         self.limits, self.secret = limits, secret
         self.fits = config  # the images a pass that fit into the GPU's memory
         self.accelerator = accelerator(config)
-        self.encoded_from: tuple[object, ...] = ()  # what the encoded photos, and the UNet, were made from
+        self.encoded_from: tuple[object, ...] = ()  # what the encoded photos, and the net, were made from
         self.loaded_from: tuple[object, ...] = ()
         self.get_ready(base_fingerprint, began)
 
@@ -95,15 +96,20 @@ class Site:
         base = model.locate(self.config.base_model, self.models)
         sums = model.fingerprint(base, self.cached)
         check_base(self.config.base_model, base, sums["base"], base_fingerprint)
-        encoders = (sums["vae"], sums["text_encoder"], sums["tokenizer"])
-        encode_from = (*encoders, data.stamp(self.folder), privacy.stamp(self.folder))
+        family = families.of(base)
+        encode_from = (
+            sums["vae"],
+            *(sums[part] for part in family.words),
+            data.stamp(self.folder),
+            privacy.stamp(self.folder),
+        )
         if encode_from != self.encoded_from:
             self._encode(base, sums)
             self.encoded_from = encode_from
         self.clock.lap("encode")
-        load_from = (sums["unet"], sums["scheduler"])
+        load_from = (sums[family.net], sums["scheduler"])
         if load_from != self.loaded_from:
-            self.scheduler, self.unet = load(base, self.config, self.accelerator)
+            self.objective, self.net = load(base, self.config, self.accelerator)
             self.loaded_from = load_from
         self.clock.lap("load")
 
@@ -122,10 +128,10 @@ class Site:
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""
         timesteps, size = self.config.validation_timesteps, WIDER * self.config.batch_size
-        self.unet.eval()
+        self.net.eval()
         with self.accelerator.autocast():
             loss = diffusion.validation_loss(
-                self.unet, self.scheduler, self.held_out, self.accelerator.device,
+                self.net, self.objective, self.held_out, self.accelerator.device,
                 timesteps=timesteps, batch_size=size, digest=self.privacy.digest,
             )  # fmt: skip
         self.clock.lap("evaluate")
@@ -137,7 +143,7 @@ class Site:
         Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then
         SITE-13.
         """
-        start = model.adapter_of(self.unet)
+        start = model.adapter_of(self.net)
         loss = self._try_to_fit(seed)
         if loss is None and self.fits is self.config and self.config.batch_size > 1:
             self.fits = replace(
@@ -146,9 +152,9 @@ class Site:
                 gradient_accumulation=2 * self.config.gradient_accumulation,
             )
             print(f"bouquet: out of GPU memory; once more with {self.fits.batch_size} images a pass", flush=True)
-            self.unet.zero_grad(set_to_none=True)
+            self.net.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            model.apply_adapter(self.unet, start)
+            model.apply_adapter(self.net, start)
             loss = self._try_to_fit(seed)
         if loss is None:
             raise self._out_of_memory()
@@ -160,7 +166,7 @@ class Site:
         what had filled it.
         """
         try:
-            return fit(self.unet, self.scheduler, self.train, self.fits, accelerator(self.fits), seed)
+            return fit(self.net, self.objective, self.train, self.fits, accelerator(self.fits), seed)
         except torch.OutOfMemoryError:
             return None
 
@@ -179,7 +185,12 @@ class Site:
 
 
 def fit(
-    unet: Net, scheduler: Any, encoded: cache.Encoded, config: RunConfig, accelerator: Accelerator, seed: int
+    net: Net,
+    objective: diffusion.Objective,
+    encoded: cache.Encoded,
+    config: RunConfig,
+    accelerator: Accelerator,
+    seed: int,
 ) -> float:
     """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
 
@@ -188,25 +199,23 @@ def fit(
     arXiv:1812.06127, eq. 2.
     """
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
-    trained = [p for p in unet.parameters() if p.requires_grad]
+    trained = [p for p in net.parameters() if p.requires_grad]
     arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
     optimiser = torch.optim.AdamW(
         trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None
     )
-    # the UNet stays as it is: its precision is autocast's, and another round may come
+    # the net stays as it is: its precision is autocast's, and another round may come
     optimiser_ = accelerator.prepare(optimiser)
     batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
-    unet.train()
+    net.train()
     passes = config.local_steps * config.gradient_accumulation
     for _ in range(passes):
         pick = next(batches)
-        blank = torch.rand(len(pick), 1, 1, generator=generator) < config.caption_dropout
-        latents, text = encoded.batch(pick)
-        latents, text = (
-            diffusion.to_device(rows, device) for rows in (latents, torch.where(blank, encoded.blank_TD, text))
-        )
-        with accelerator.accumulate(unet), accelerator.autocast():
-            loss = diffusion.noise_loss(unet, scheduler, latents, text, generator, min_snr_gamma=config.min_snr_gamma)
+        blank = torch.rand(len(pick), generator=generator) < config.caption_dropout
+        rows, given = encoded.batch(pick, blank)
+        latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
+        with accelerator.accumulate(net), accelerator.autocast():
+            loss = diffusion.noise_loss(net, objective, latents, given, generator, min_snr_gamma=config.min_snr_gamma)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter, anchor in zip(trained, arrived, strict=False):

@@ -28,7 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from app import model
 from app.config import RunConfig
-from app.site import train
+from app.families import sd
+from app.families.noise import Betas
+from app.site import diffusion, train
 from app.site.cache import Encoded
 from app.site.gpu import Meter
 from app.site.photos import images
@@ -61,6 +63,11 @@ def schedule() -> DDPMScheduler:
     )
 
 
+def objective() -> diffusion.Objective:
+    """What the app learns with it."""
+    return diffusion.Objective(sd.FAMILY, Betas(schedule()))
+
+
 def new_unet(shape: Shape, device: str) -> torch.nn.Module:
     depth = len(shape.unet)
     with torch.device(device):
@@ -77,7 +84,7 @@ def build_unet(shape: Shape, config: RunConfig, device: str) -> torch.nn.Module:
     """Frozen, in bf16 on a GPU as the app keeps it, with a fresh float32 adapter."""
     net = new_unet(shape, device)
     net = (net.to(torch.bfloat16) if device == "cuda" else net).requires_grad_(False)
-    model.add_adapter(net, config)
+    model.add_adapter(net, sd.FAMILY, config)
     return net.to(device)
 
 
@@ -248,7 +255,7 @@ def compare(device: str, shape: Shape, steps: int, repeats: int, most: int) -> t
 
     def ours(size: int, steps: int) -> Callable[[], object]:
         return lambda: train.fit(
-            unet, scheduler, photos, replace(config, batch_size=size, local_steps=steps), accelerator, 1
+            unet, objective(), photos, replace(config, batch_size=size, local_steps=steps), accelerator, 1
         )
 
     def theirs(steps: int) -> Callable[[], object]:

@@ -22,7 +22,17 @@ import torch.nn.functional as F
 
 from app.config import RunConfig
 from app.site import train
-from benchmarks.gpu.gpu import TINY, Shape, build_unet, flops_an_image, matmul_rate, no_gpu, random_photos, schedule
+from benchmarks.gpu.gpu import (
+    TINY,
+    Shape,
+    build_unet,
+    flops_an_image,
+    matmul_rate,
+    no_gpu,
+    objective,
+    random_photos,
+    schedule,
+)
 
 WARM = 2  # steps before the clock runs
 
@@ -185,11 +195,11 @@ def measure(variant: Variant, size: int, shape: Shape, config: RunConfig, device
 def apps_loop(size: int, shape: Shape, config: RunConfig, device: str, steps: int) -> dict[str, float]:
     """The app's own `fit`, as it is."""
     config, photos, unet = replace(config, batch_size=size), random_photos(shape, 64), build_unet(shape, config, device)
-    train.fit(unet, schedule(), photos, replace(config, local_steps=WARM), train.accelerator(config), 1)
+    train.fit(unet, objective(), photos, replace(config, local_steps=WARM), train.accelerator(config), 1)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
-    train.fit(unet, schedule(), photos, replace(config, local_steps=steps), train.accelerator(config), 1)
+    train.fit(unet, objective(), photos, replace(config, local_steps=steps), train.accelerator(config), 1)
     wait(device)
     return {
         "seconds": (time.monotonic() - start) / steps,
@@ -221,7 +231,7 @@ HEAD = (
 def flops_of_the_app(shape: Shape, config: RunConfig, device: str) -> float:
     """FLOPs of one image in the app's loop; the UNet that they are counted with is gone afterwards."""
     net, photos = build_unet(shape, config, device), random_photos(shape, 8)
-    return flops_an_image(lambda: train.fit(net, schedule(), photos, config, train.accelerator(config), 1), 8)
+    return flops_an_image(lambda: train.fit(net, objective(), photos, config, train.accelerator(config), 1), 8)
 
 
 def main(args: argparse.Namespace) -> int:

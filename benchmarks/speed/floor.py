@@ -22,12 +22,13 @@ from app.site.cache import Encoded
 from benchmarks.speed.watch import memory_mb
 
 
-def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float:
+def fit(unet, objective: diffusion.Objective, photos: Encoded, config: RunConfig, seed: int) -> float:
     """`local-steps` steps in float32; the mean loss. Draws in the order in which app.site.train.fit draws."""
     generator, total = torch.Generator().manual_seed(seed), 0.0
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     unet.train()
+    scheduler = objective.schedule.scheduler
     order, rows = torch.empty(0, dtype=torch.long), photos.text_NTD
     for _ in range(config.local_steps):
         while len(order) < config.batch_size:
@@ -47,11 +48,11 @@ def fit(unet, scheduler, photos: Encoded, config: RunConfig, seed: int) -> float
     return total / config.local_steps
 
 
-def evaluate(unet, scheduler, photos: Encoded, config: RunConfig) -> float:
+def evaluate(unet, objective: diffusion.Objective, photos: Encoded, config: RunConfig) -> float:
     unet.eval()
     size = train.WIDER * config.batch_size
     return diffusion.validation_loss(
-        unet, scheduler, photos, torch.device("cpu"), timesteps=config.validation_timesteps, batch_size=size
+        unet, objective, photos, torch.device("cpu"), timesteps=config.validation_timesteps, batch_size=size
     )
 
 
@@ -62,9 +63,9 @@ def main() -> None:
     rounds = []
     for number in range(asked["rounds"]):
         start = time.monotonic()
-        evaluate(site.unet, site.scheduler, site.held_out, config)
+        evaluate(site.net, site.objective, site.held_out, config)
         middle = time.monotonic()
-        fit(site.unet, site.scheduler, site.train, config, number)
+        fit(site.net, site.objective, site.train, config, number)
         rounds.append({"evaluate": middle - start, "train": time.monotonic() - middle})
     print(json.dumps({"rounds": rounds, "peak-mb": memory_mb("VmHWM")}))
 

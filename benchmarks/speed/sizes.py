@@ -63,7 +63,7 @@ def cost(home: Path, config: RunConfig, partition: data.Partition) -> Row:
         site = train.Site(config, home / "models", home / f"data-{len(partition.photos)}" / "site-1", Path(cached), "")
     seconds, adapter = (
         take_turns({"evaluate": site.evaluate, "train": lambda: site.fit(1)}, 3),
-        wire.pack(model.adapter_of(site.unet)),
+        wire.pack(model.adapter_of(site.net)),
     )
     each = {"evaluate": seconds["evaluate"], "step-ms": 1000 * seconds["train"] / config.local_steps}
     return {

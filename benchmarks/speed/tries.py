@@ -24,6 +24,7 @@ import torch
 
 from app import model, wire
 from app.config import RunConfig
+from app.families import sd
 from app.site import diffusion, train
 from app.site.cache import Encoded
 from benchmarks.speed import base, floor
@@ -58,11 +59,11 @@ def take_turns(variants: dict[str, Work], turns: int) -> dict[str, float]:
 
 def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work]:
     """name -> `local-steps` steps; the first is the app's."""
-    accelerator, scheduler = train.accelerator(config), model.load_scheduler(folder)
+    accelerator, scheduler = train.accelerator(config), diffusion.Objective.of(folder)
 
     def unet(**layout) -> torch.nn.Module:
-        net = model.load_unet(folder)
-        model.add_adapter(net, config)
+        net = model.load_net(folder)
+        model.add_adapter(net, sd.FAMILY, config)
         return net.to(**layout) if layout else net
 
     plain, last = unet(), unet(memory_format=torch.channels_last)
@@ -98,8 +99,8 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
 
 
 def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work]:
-    scheduler, net = model.load_scheduler(folder), model.load_unet(folder)
-    model.add_adapter(net, config)
+    scheduler, net = diffusion.Objective.of(folder), model.load_net(folder)
+    model.add_adapter(net, sd.FAMILY, config)
     merged = copy.deepcopy(net.eval())
     for part in merged.modules():
         if hasattr(part, "merge") and hasattr(part, "lora_A"):
@@ -124,8 +125,8 @@ def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Wo
 
 def compiled(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, float]:
     """torch.compile: seconds until the first two steps were taken, and seconds a step afterwards."""
-    net, scheduler, accelerator = model.load_unet(folder), model.load_scheduler(folder), train.accelerator(config)
-    model.add_adapter(net, config)
+    net, scheduler, accelerator = model.load_net(folder), diffusion.Objective.of(folder), train.accelerator(config)
+    model.add_adapter(net, sd.FAMILY, config)
     net.forward = torch.compile(net.forward)
     start = time.monotonic()
     train.fit(net, scheduler, photos, replace(config, local_steps=2), accelerator, 1)

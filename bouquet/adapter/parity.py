@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from app import model
+from app import families, model
 from app.adapter import formats, sample, store
 from app.adapter.lora_files import LoraFile
 from app.adapter.sample import Pipeline
@@ -50,8 +50,9 @@ def stock(folder: Path) -> Pipeline:
     """A pipeline as anybody loads it, in float32 on the CPU."""
     import diffusers
 
-    kind: Pipeline = diffusers.StableDiffusionPipeline
-    known = {"safety_checker": None, "requires_safety_checker": False, "local_files_only": True}
+    family = families.of(folder)
+    kind: Pipeline = getattr(diffusers, family.pipeline)
+    known = family.absent | {"local_files_only": True}
     pipe = kind.from_pretrained(folder, dtype=torch.float32, **known)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -60,7 +61,8 @@ def stock(folder: Path) -> Pipeline:
 def with_peft(pipe: Pipeline, folder: Path) -> None:
     from peft import PeftModel
 
-    pipe.unet = PeftModel.from_pretrained(pipe.unet, folder).base_model.model
+    net = PeftModel.from_pretrained(sample.net_of(pipe), folder).base_model.model
+    setattr(pipe, sample.family_of(pipe).net, net)
 
 
 def with_diffusers(pipe: Pipeline, folder: Path) -> None:
@@ -106,6 +108,8 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
         raise AdapterError("EXPORT-05", found=found, fix="train it first")
     for precision, folder in (("fp32", final), ("fp16", final / "fp16")):
         for path, load in PATHS.items():
+            if load is with_kohya and not families.of(base).kohya:
+                continue
             pipe = stock(base)
             load(pipe, folder)
             yield Drawn(path, precision, float(np.abs(drawn(pipe, config) - expected).mean() / effect))
@@ -120,10 +124,10 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
 def reference(base: Path, adapter: model.Adapter, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """(the base model's picture, the picture under the adapter as training applies it)."""
     pipe = sample.pipeline(base, config, torch.device("cpu"))
-    pipe.unet.disable_adapters()
+    sample.net_of(pipe).disable_adapters()
     plain = drawn(pipe, config)
-    pipe.unet.enable_adapters()
-    model.apply_adapter(pipe.unet, adapter)
+    sample.net_of(pipe).enable_adapters()
+    model.apply_adapter(sample.net_of(pipe), adapter)
     expected = drawn(pipe, config)
     del pipe
     gc.collect()
@@ -136,10 +140,10 @@ def drawn(pipe: Pipeline, config: RunConfig) -> np.ndarray:
     prompt = config.prompts[0] if config.prompts else ""
     side = {"height": config.resolution, "width": config.resolution}
     picture: np.ndarray = pipe(
-        prompt,
+        prompt=prompt,
         **side,
         num_inference_steps=config.sample_steps,
-        guidance_scale=config.sample_guidance,
+        **sample.family_of(pipe).drawing(config),
         generator=seed,
         output_type="np",
     ).images[0]

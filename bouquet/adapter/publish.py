@@ -46,7 +46,7 @@ def publish(args: SimpleNamespace) -> None:
     alike(parity.check(final, base, config))
     pictures = draw(final, adapter, base, config)
     public = provenance_for(provenance, args.name_sites)
-    base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
+    base_id = args.base_id or model.origin(config.base_model)
     (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id), encoding="utf-8")
     if not base_id:
         print(
@@ -92,7 +92,7 @@ def write_card(args: SimpleNamespace) -> None:
     _, config = formats.open_adapter(final, args.base)
     provenance = text.tidy(json.loads((final / PROVENANCE).read_text()))
     under = card.licence(config, args.licence)
-    base_id = args.base_id or model.HUGGING_FACE.get(config.base_model, ("",))[0]
+    base_id = args.base_id or model.origin(config.base_model)
     page = card.card(args.repo, config, provenance_for(provenance, named=False), [], under, base_id)
     if str(args.out) == "-":
         print(page, end="")

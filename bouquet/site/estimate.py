@@ -13,14 +13,13 @@ attention, 512 pixels, bf16): 8 images a pass 10.3 GiB counted, 10.4 measured; 6
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from app import model
+from app import families, model
 from app.config import RunConfig
+from app.families.base import Conditions, Family, stacked
 
 GIB = 2**30
 BLOCK = 512  # bytes to which torch's allocators round up
@@ -71,120 +71,136 @@ def estimate(
     base: Path,
     config: RunConfig,
     *,
-    tokens: int,
     half: bool,
     on_gpu: bool,
     evaluated: int = 1,
     encoded: int = 1,
     photos: int = 0,
 ) -> Estimate:
-    """tokens: of a caption (cache.tokens). half: the base in bf16 under autocast (train.halved); bf16 on a CPU is
+    """half: the base in bf16 under autocast (train.halved); bf16 on a CPU is
     counted as float32. evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder;
     photos: those kept encoded, in RAM.
 
-    own   = UNet·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
+    own   = net·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
           proximal-mu
-            + photos·(4·C·h·w + 2·T·D) on a CPU, where the site's memory is the device's
+            + photos·(4·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
     floor = own + what a forward pass leaves alive
-    peak  = max(own + a step's most, UNet + the most of an evaluation, UNet + autoencoder + the most of an encoding)
+    peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding)
     need  = 1.05·peak + 1 GiB on a GPU, 2·peak + 1 GiB on a CPU
     """
-    unet = _unet(base, config, half)
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    channels, width, side = (
-        unet.config.in_channels,
-        unet.config.cross_attention_dim,
-        config.resolution >> _halvings(base),
+    family = families.check(base)
+    net = _net(base, family, config, half)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    one = inputs(base, family, config.resolution, 1)
+    stored = (
+        0
+        if on_gpu
+        else photos
+        * (4 * one.latents.numel() + sum(2 * x.numel() for x in one.given.values() if x.is_floating_point()))
     )
-    stored = 0 if on_gpu else photos * (4 * channels * side**2 + 2 * tokens * width)
-    weights, adapter = _bytes(unet.parameters()) + stored, _bytes(trained)
+    weights, adapter = _bytes(net.parameters()) + stored, _bytes(trained)
     own = weights + adapter * (4 if config.proximal_mu else 3)
-    kept, step = step_of(unet, *_inputs(config.batch_size, channels, side, tokens, width), half=half)
-    evaluation = forward_of(unet.eval(), *_inputs(evaluated, channels, side, tokens, width), half=half)
+    kept, step = step_of(net, family, inputs(base, family, config.resolution, config.batch_size), half=half)
+    evaluation = forward_of(net.eval(), family, inputs(base, family, config.resolution, evaluated), half=half)
     peak = max(own + step, weights + evaluation, weights + encoding_of(base, config.resolution, encoded))
     return Estimate(own + kept, peak, int((ON_GPU if on_gpu else ON_CPU) * peak + ROOM))
 
 
-def _unet(base: Path, config: RunConfig, half: bool) -> model.Net:
+def _net(base: Path, family: Family, config: RunConfig, half: bool) -> Any:
     """As train.load makes it, without contents."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    kind: model.Net = UNet2DConditionModel
-    settings = kind.load_config(base, subfolder="unet", local_files_only=True)
+    kind = getattr(diffusers, family.classes[family.net][0])
+    settings = kind.load_config(str(base), subfolder=family.net, local_files_only=True)
     with torch.device("meta"):
-        unet = kind.from_config(settings).requires_grad_(False)
-        for parameter in unet.parameters() if half else ():
+        net = kind.from_config(settings).requires_grad_(False)
+        for parameter in net.parameters() if half else ():
             parameter.data = parameter.data.bfloat16()
-        model.add_adapter(unet, config)
+        model.add_adapter(net, family, config)
     if config.gradient_checkpointing:  # in diffusers' own way, but that the second time has OnGpu's types again
         types = lambda: (nullcontext(), OnGpu(half))  # noqa: E731
-        unet.enable_gradient_checkpointing(
+        net.enable_gradient_checkpointing(
             lambda block, *args: checkpoint(
                 block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=types
             )
         )
-    for parameter in unet.parameters():
+    for parameter in net.parameters():
         # as in every pass but a step's first
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    return unet.train()
+    return net.train()
 
 
-def _halvings(base: Path) -> int:
-    """Of a picture's side on its way to latents."""
-    return len(json.loads((base / "vae" / "config.json").read_text())["block_out_channels"]) - 1
+class Inputs(NamedTuple):
+    """Of a net, on the meta device: latents [B, C, h, w], noise levels as it is told them [B], conditions."""
+
+    latents: torch.Tensor
+    told: torch.Tensor
+    given: Conditions
 
 
-def _inputs(batch: int, channels: int, side: int, tokens: int, width: int) -> list[torch.Tensor]:
-    """Of the UNet: noisy latents [B, C, h, w], timesteps [B], text [B, T, D]."""
-    return [
-        torch.empty(shape, device="meta") for shape in ((batch, channels, side, side), (batch,), (batch, tokens, width))
-    ]
+def inputs(base: Path, family: Family, resolution: int, count: int) -> Inputs:
+    """Those of `count` photos, by the settings of the net, the autoencoder and the text encoders alone."""
+    own = family.settings(base)
+    with torch.device("meta"):
+        vae = _autoencoder(base, family)
+        z = family.latents(vae, torch.empty(1, 3, resolution, resolution))
+        given = {name: torch.empty(shape) for name, shape in family.shapes(own, family.tokens(base)).items()}
+        latents, told = torch.empty(count, *z.shape[1:]), torch.empty(count)
+    return Inputs(latents, told, stacked([given] * count))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def step_of(
-    unet: model.Net, latents_BChw: torch.Tensor, t_B: torch.Tensor, text_BTD: torch.Tensor, *, half: bool
-) -> tuple[int, int]:
+def step_of(net: Any, family: Family, of: Inputs, *, half: bool) -> tuple[int, int]:
     """(bytes alive when a step's forward pass ends, at most in the whole step), aside from parameters, their gradients
     and the inputs.
     """
-    alive = Alive(
-        [*unet.parameters(), *(p.grad for p in unet.parameters() if p.grad is not None), latents_BChw, text_BTD]
-    )
+    gradients = (p.grad for p in net.parameters() if p.grad is not None)
+    alive = Alive([*net.parameters(), *gradients, of.latents, *of.given.values()])
     with alive:
         with OnGpu(half):
-            predicted = unet(latents_BChw.to(unet.dtype), t_B, text_BTD.to(unet.dtype)).sample
-            loss = F.mse_loss(predicted.float(), torch.empty_like(latents_BChw))
+            predicted = _predicted(net, family, of)
+            loss = F.mse_loss(predicted.float(), torch.empty_like(of.latents))
         kept = alive.now
         loss.backward()  # type: ignore[no-untyped-call]  # gradient checkpointing computes its blocks again in here
     return kept, alive.most
 
 
+def _predicted(net: Any, family: Family, of: Inputs) -> torch.Tensor:
+    """In the net's own types, as diffusion.losses has them."""
+    given = {name: value.to(net.dtype) if value.is_floating_point() else value for name, value in of.given.items()}
+    return family.predict(net, of.latents.to(net.dtype), of.told, given)
+
+
 @torch.no_grad()
-def forward_of(net: model.Net, *inputs: torch.Tensor, half: bool) -> int:
+def forward_of(net: Any, family: Family, of: Inputs, *, half: bool) -> int:
     """Bytes alive at most in a forward pass without gradients, aside from parameters."""
     alive = Alive(net.parameters())
     with alive, OnGpu(half):
-        net(*(x.to(net.dtype) if x.dim() > 1 else x for x in inputs))
+        _predicted(net, family, of)
     return alive.most
 
 
 @torch.no_grad()
 def encoding_of(base: Path, resolution: int, count: int) -> int:
     """Bytes of the autoencoder (float32, as cache.py loads it) and of its encoding `count` photos."""
-    from diffusers import AutoencoderKL
-
-    kind: model.Net = AutoencoderKL
+    family = families.of(base)
     with torch.device("meta"):
-        vae = kind.from_config(kind.load_config(base, subfolder="vae", local_files_only=True))
+        vae = _autoencoder(base, family)
     photos = torch.empty(count, 3, resolution, resolution, device="meta")
     alive = Alive(vae.parameters())
     with alive, OnGpu(half=False):
-        vae.encode(photos)
+        family.latents(vae, photos)
     return _bytes(vae.parameters()) + _bytes([photos]) + alive.most
+
+
+def _autoencoder(base: Path, family: Family) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, family.classes["vae"][0])
+    return kind.from_config(kind.load_config(str(base), subfolder="vae", local_files_only=True))
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]

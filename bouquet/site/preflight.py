@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app import family
+from app import families
 from app.config import RunConfig
 from app.errors import BouquetError
 from app.site import gpu, limits, privacy
@@ -272,11 +272,11 @@ class Preflight:
     # --------------------------------------------------------------------------------------------------
 
     def check_model(self) -> str:
-        from app import family, model
+        from app import model
         from app.site import train
 
         self.base = base = model.locate(self.own.config.base_model, self.own.models)
-        family.check(base)
+        families.check(base).check_run(self.own.config)
         name, memory = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
         sums = model.fingerprint(base, memory)["base"]
         if not self.own.fingerprint:
@@ -379,7 +379,6 @@ class Preflight:
         return estimate.estimate(
             base,
             config,
-            tokens=family.tokens(base),
             half=train.halved(train.accelerator(config)),
             on_gpu=self.device is not None,
             evaluated=min(train.WIDER * config.batch_size, self.photos * config.validation_timesteps),
@@ -408,10 +407,10 @@ class Preflight:
                 sums = model.fingerprint(base, self.own.cache)
                 some, rows = cache.encode(some, base, sums, config.resolution, Path(folder), accelerator.device)
                 encoded = rows(some.photos)
-            scheduler, unet = train.load(base, config, accelerator)
-            seconds = self._seconds(unet, scheduler, encoded, accelerator, 1)
+            objective, net = train.load(base, config, accelerator)
+            seconds = self._seconds(net, objective, encoded, accelerator, 1)
             if seconds * TIMED < PATIENCE:  # the first step has things to set up
-                seconds = self._seconds(unet, scheduler, encoded, accelerator, TIMED)
+                seconds = self._seconds(net, objective, encoded, accelerator, TIMED)
         except torch.OutOfMemoryError as error:
             found = str(error).splitlines()[0]
             raise gpu.GpuError("GPU-05", found=found, fix=self._take_less()) from None
@@ -421,12 +420,12 @@ class Preflight:
             f" {peak / GIB:.2f} GiB"
         )
 
-    def _seconds(self, unet: Any, scheduler: Any, encoded: Any, accelerator: Any, steps: int) -> float:
+    def _seconds(self, net: Any, objective: Any, encoded: Any, accelerator: Any, steps: int) -> float:
         """Seconds a step."""
         from app.site import train
 
         start = time.monotonic()
-        train.fit(unet, scheduler, encoded, replace(self.own.config, local_steps=steps), accelerator, steps)
+        train.fit(net, objective, encoded, replace(self.own.config, local_steps=steps), accelerator, steps)
         return (time.monotonic() - start) / steps
 
 

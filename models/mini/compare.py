@@ -39,11 +39,11 @@ PICTURED += ("a pink lotus, sky background", "a purple thistle, sand background"
 def alone(folder: Path, config: RunConfig, rounds: int, cached: Path) -> model.Adapter:
     """`rounds` rounds of local steps on one folder of photos, from the run's first adapter, without a hub."""
     site = train.Site(config, HERE.parent, folder, cached, "")
-    model.apply_adapter(site.unet, model.new_adapter(HERE, config))
+    model.apply_adapter(site.net, model.new_adapter(HERE, config))
     for number in range(1, rounds + 1):
         loss = site.fit(train.seed_of(config.seed, folder.name, number))
         print(f"{folder.name}  round {number}/{rounds}  train {loss:.4f}", flush=True)
-    return model.adapter_of(site.unet)
+    return model.adapter_of(site.net)
 
 
 def pool(folders: list[Path], target: Path) -> Path:

@@ -74,14 +74,22 @@ class MemoryGrid(Grid):
 class Federation:
     """Two sites and a hub on one disk."""
 
-    def __init__(self, root: Path, public: bool = True, counts: Mapping[str, int] = COUNTS, **run_config) -> None:
+    def __init__(
+        self,
+        root: Path,
+        public: bool = True,
+        counts: Mapping[str, int] = COUNTS,
+        models: Path | None = None,
+        **run_config,
+    ) -> None:
+        self.models = models or tiny.models()
         self.root, self.run_config = root, tiny.RUN | {k.replace("_", "-"): v for k, v in run_config.items()}
         self.adapters = root / "adapters"
         self.adapters.mkdir(parents=True)
         self.own = {}
         for seed, (name, count) in enumerate(counts.items()):
             folder = tiny.site(root / "data" / name, count, seed, public)
-            paths = {"data-path": folder, "models-path": tiny.models(), "cache-path": root / "cache" / name}
+            paths = {"data-path": folder, "models-path": self.models, "cache-path": root / "cache" / name}
             self.own[name] = {"site-name": name} | {key: str(path) for key, path in paths.items()}
         self.grid = MemoryGrid(self.own, self.run_config)
 
@@ -89,7 +97,7 @@ class Federation:
         """The whole run; returns its folder."""
         tiny.be_the_hub(monkeypatch, run_id)
         monkeypatch.setenv("BOUQUET_ADAPTERS", str(self.adapters))
-        monkeypatch.setenv("BOUQUET_MODELS", str(models or tiny.models()))
+        monkeypatch.setenv("BOUQUET_MODELS", str(models or self.models))
         server_app.app(self.grid, Context(run_id, 1, {}, RecordDict(), self.run_config))
         return self.adapters / str(run_id)
 

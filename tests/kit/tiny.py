@@ -22,6 +22,7 @@ from PIL import Image
 
 from app import model
 from app.config import RunConfig
+from app.families import sd
 from app.site import privacy
 from app.site.photos import data
 from bouquet import ROOT
@@ -120,8 +121,8 @@ def build(folder: Path, seed: int = 0) -> None:
 
 def unet(config: RunConfig = CONFIG, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The tiny UNet, frozen, with a fresh adapter."""
-    net = model.load_unet(base(), dtype)
-    model.add_adapter(net, config)
+    net = model.load_net(base(), dtype)
+    model.add_adapter(net, sd.FAMILY, config)
     return net
 
 

@@ -157,6 +157,15 @@ def to_pixels(image: Image.Image, resolution: int) -> Tensor:
     return torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
+def frame(size: tuple[int, int], resolution: int) -> tuple[int, int, int, int, int, int]:
+    """What `to_pixels` makes of a picture of (width, height), as SDXL is told it: (height, width, top and left of the
+    crop once the picture is scaled, resolution, resolution).
+    """
+    width, height = size
+    top, left = (round((edge - min(size)) // 2 * resolution / min(size)) for edge in (height, width))
+    return height, width, top, left, resolution, resolution
+
+
 def _open(data: bytes) -> Image.Image:
     """The picture with its header read. Errors: BadImage."""
     if (found := kind(data[:16])) not in FORMATS:
