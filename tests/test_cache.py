@@ -213,7 +213,9 @@ def test_too_few_decodable_photos_are_refused_without_their_names(folder, kept):
 def test_a_cache_file_that_was_cut_off_is_made_again(folder, kept, size):
     _, first = encode(folder, kept)
     for path in kept.iterdir():
-        path.write_bytes(path.read_bytes()[:size])
+        data = path.read_bytes()[:size]
+        path.unlink()  # `first` has the whole one mapped, and a file that shrinks under its reader ends the process
+        path.write_bytes(data)
     _, again = encode(folder, kept)
     assert torch.equal(first.latents_NChw, again.latents_NChw) and torch.equal(first.text_NTD, again.text_NTD)
 

@@ -374,7 +374,7 @@ def test_captions_are_encoded_the_same_where_the_tokenizers_length_is_unset(unse
     assert cut == too == {cache._digest(captions[-1]): "cut"}
     assert as_set.keys() == as_unset.keys() and len(as_set) == 5
     for key, row in as_set.items():
-        assert row.shape == (24, 16) and torch.equal(row, as_unset[key])
+        assert row["text"].shape == (24, 16) and torch.equal(row["text"], as_unset[key]["text"])
 
 
 def test_the_estimate_is_the_same_where_the_tokenizers_length_is_unset(unset: Path) -> None:
