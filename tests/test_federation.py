@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -27,6 +28,7 @@ from benchmarks.speed.watch import MESSAGE, Watch, processes
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port, is_alive
 from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
+from tests.kit import families
 from tests.kit.wait import PATIENT, until
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
@@ -42,7 +44,9 @@ def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     home = tmp_path_factory.mktemp("home")
     sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
-    running = Processes(home, project / "certs", free_port(), sites)
+    (models := home / "models").mkdir()
+    (models / "mini").symlink_to(ROOT / "models" / "mini")
+    running = Processes(home, project / "certs", free_port(), sites, models=models)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(home / "operator"))
         connect(running.address, project / "certs/ca.crt")
@@ -148,6 +152,31 @@ def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_
     # a run's process never serves another run
     assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen
     until(lambda: not [process for _, process in processes(sessions(federation)) if process.name == MESSAGE])
+
+
+@pytest.mark.parametrize("name", ["sdxl", "zimage"])
+def test_another_family_of_base_models_is_trained_by_the_same_deployment(federation: Processes, name: str) -> None:
+    """SDXL and one that matches flows, tiny: a SuperLink, two SuperNodes, two rounds; the loss falls, and what a run
+    leaves is what that family's tools load.
+    """
+    shutil.copytree(families.base(name), federation.models / f"tiny-{name}", dirs_exist_ok=True)
+    lines: list[str] = []
+    small = SMALL.replace("local-steps=2", "local-steps=6")
+    run = start_run(
+        f"{small} base-model='tiny-{name}' resolution=32 lora-targets='attention' learning-rate=0.05"
+        " wire-precision='fp16'"
+    )
+    state, details = follow(run, lines.append)
+    assert state == "finished:completed", (details, lines)
+    folder = federation.fetch(run)
+    told = history(folder)
+    assert [set(entry["sites"]) for entry in told["rounds"]] == [{"site-1", "site-2"}] * 2
+    first, *_, last = (entry["weighted"] for entry in told["validation"])
+    assert last < first
+    files = {file.name for file in (folder / "final").iterdir() if file.suffix == ".safetensors"}
+    assert files == {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"} | (
+        {"kohya.safetensors"} if name == "sdxl" else set()
+    )
 
 
 def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Processes) -> None:
