@@ -139,6 +139,7 @@ import json, os, signal, sys
 from pathlib import Path
 from app import files
 from app.adapter import store
+from app.families import sd
 from app.hub import volume
 from app.config import RunConfig
 from safetensors.torch import load_file
