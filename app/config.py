@@ -19,6 +19,7 @@ from typing import Any
 from app.errors import ConfigError
 
 LORA_TARGETS = ("attention", "attention+resnet", "attention+mlp")  # the second UNets', the third transformers'
+SCHEDULES = ("constant", "linear", "cosine", "tail")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
@@ -59,7 +60,17 @@ class RunConfig:
         "compute activations again on the way back instead of keeping them: a third more time, a fraction of the"
         " memory",
     )
-    learning_rate: float = _key(3e-3, "", "AdamW's learning rate, constant", low=1e-8, high=1.0)
+    learning_rate: float = _key(3e-3, "", "AdamW's learning rate", low=1e-8, high=1.0)
+    learning_rate_schedule: str = _key(
+        "constant",
+        "",
+        "how it changes over the steps of the whole run: linear and cosine fall to 0 from the start, tail over the last"
+        " quarter",
+        choices=SCHEDULES,
+    )
+    warmup_steps: int = _key(
+        0, "steps", "of the whole run, in which the learning rate rises from 0", low=0, high=1_000_000
+    )
     lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
     lora_targets: str = _key(
         "attention+resnet",

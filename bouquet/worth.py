@@ -150,7 +150,7 @@ def alone(site: Site, start: Adapter, name: str, rounds: int) -> Adapter:
 
     model.apply_adapter(site.net, start)
     for number in range(1, rounds + 1):
-        site.fit(site.privacy.seed(site.config.seed, name, number))
+        site.fit(site.privacy.seed(site.config.seed, name, number), number)
     return model.adapter_of(site.net)
 
 

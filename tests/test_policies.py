@@ -39,8 +39,8 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"sd", "flux", "flux2", "zimage"},
     {"sdxl", "sd3", "qwen"},
     {"families"},
-    {"model", "diffusion"},
-    {"cache", "wire", "journal", "privacy", "lora_files", "store"},
+    {"model", "diffusion", "lora_names"},
+    {"cache", "wire", "journal", "privacy", "rate", "lora_files", "store"},
     {"train", "guard", "volume", "sample"},
     {"formats", "spool", "gallery", "tracking"},
     {"strategy"},
@@ -161,6 +161,28 @@ def test_what_a_run_is_started_from_has_no_app_of_its_own_which_would_run_instea
         text=True,
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def tree() -> dict[str, set[str]]:
+    """CONTRIBUTING's tree: by folder, the words that are said of it; deeper lines belong to the folder above them."""
+    [block] = re.findall(r"^```\n(app/.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    open_folders: list[tuple[int, str]] = []
+    told: dict[str, set[str]] = {}
+    for line in block.splitlines():
+        depth, first = len(line) - len(line.lstrip()), line.split()[0]
+        while open_folders and open_folders[-1][0] >= depth:
+            open_folders.pop()
+        if first.endswith("/"):
+            open_folders.append((depth, first.rstrip("/")))
+        folder = "/".join(name for _, name in open_folders)
+        told.setdefault(folder, set()).update(re.findall(r"\w+", line))
+    return told
+
+
+def test_the_tree_in_contributing_names_every_module_of_the_app_and_the_product_beside_its_folder():
+    modules = [path.relative_to(ROOT) for path in APP + PRODUCT if not path.stem.startswith("__")]
+    told = tree()
+    assert [str(path) for path in modules if path.stem not in told.get(str(path.parent), ())] == []
 
 
 # --- the bundle -------------------------------------------------------------------------------------------------------

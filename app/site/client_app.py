@@ -107,7 +107,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
             "validation-loss": site.evaluate(),
         }
         if training:
-            metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number))
+            metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number), number)
             sent = wire.rounded(model.adapter_of(site.net), config.wire_precision)
             reply["arrays"] = wire.pack(sent, config.wire_precision)
     metrics |= meter.numbers()

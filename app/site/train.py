@@ -18,7 +18,7 @@ from app import families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
-from app.site import cache, diffusion, privacy
+from app.site import cache, diffusion, privacy, rate
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data
 
@@ -137,14 +137,15 @@ class Site:
         self.clock.lap("evaluate")
         return loss
 
-    def fit(self, seed: int) -> float:
-        """`local-steps` optimiser steps; returns their mean loss. Same seed, same steps, bit for bit on one CPU set-up.
+    def fit(self, seed: int, number: int = 1) -> float:
+        """`local-steps` optimiser steps of round `number`; returns their mean loss. Same seed, same steps, bit for bit
+        on one CPU set-up.
 
         Out of GPU memory: once more from the same adapter, with half the images a pass and twice the passes; then
         SITE-13.
         """
         start = model.adapter_of(self.net)
-        loss = self._try_to_fit(seed)
+        loss = self._try_to_fit(seed, number)
         if loss is None and self.fits is self.config and self.config.batch_size > 1:
             self.fits = replace(
                 self.config,
@@ -155,18 +156,18 @@ class Site:
             self.net.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             model.apply_adapter(self.net, start)
-            loss = self._try_to_fit(seed)
+            loss = self._try_to_fit(seed, number)
         if loss is None:
             raise self._out_of_memory()
         self.clock.lap("train")
         return loss
 
-    def _try_to_fit(self, seed: int) -> float | None:
+    def _try_to_fit(self, seed: int, number: int) -> float | None:
         """The mean loss, or None when the GPU's memory is too small: by then its error is gone, whose traceback held
         what had filled it.
         """
         try:
-            return fit(self.net, self.objective, self.train, self.fits, accelerator(self.fits), seed)
+            return fit(self.net, self.objective, self.train, self.fits, accelerator(self.fits), seed, number)
         except torch.OutOfMemoryError:
             return None
 
@@ -191,8 +192,10 @@ def fit(
     config: RunConfig,
     accelerator: Accelerator,
     seed: int,
+    number: int = 1,
 ) -> float:
-    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter).
+    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter), and
+    its rate is where the run is in round `number` (rate.py).
 
     Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is
     read at the end. proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020,
@@ -208,6 +211,7 @@ def fit(
     optimiser_ = accelerator.prepare(optimiser)
     batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
     net.train()
+    factor, step = rate.factors(config), (number - 1) * config.local_steps
     passes = config.local_steps * config.gradient_accumulation
     for _ in range(passes):
         pick = next(batches)
@@ -221,6 +225,8 @@ def fit(
                 for parameter, anchor in zip(trained, arrived, strict=False):
                     parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
                 accelerator.clip_grad_norm_(trained, 1.0)
+                optimiser.param_groups[0]["lr"] = config.learning_rate * factor(step)
+                step += 1
             optimiser_.step()
             optimiser_.zero_grad()
         total += loss.detach()

@@ -41,7 +41,7 @@ def alone(folder: Path, config: RunConfig, rounds: int, cached: Path) -> model.A
     site = train.Site(config, HERE.parent, folder, cached, "")
     model.apply_adapter(site.net, model.new_adapter(HERE, config))
     for number in range(1, rounds + 1):
-        loss = site.fit(train.seed_of(config.seed, folder.name, number))
+        loss = site.fit(site.privacy.seed(config.seed, folder.name, number), number)
         print(f"{folder.name}  round {number}/{rounds}  train {loss:.4f}", flush=True)
     return model.adapter_of(site.net)
 
