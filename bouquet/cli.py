@@ -335,6 +335,7 @@ def card(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="what the adapter is called on Hugging Face")],
     adapter: Lora = None,
     base: Base = "",
+    models: Models = MODELS,
     licence: Licence = None,
     base_id: BaseId = "",
     out: Annotated[Path, typer.Option(metavar="FILE", help="where the card goes; default: standard output")] = Path(

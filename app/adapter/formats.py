@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from app import families
 from app.adapter import lora_files, sample
 from app.adapter.lora_files import PEFT, SETTINGS, LoraFile, json_object
 from app.adapter.store import write_folder, write_peft
@@ -118,51 +119,70 @@ def merge(base: Path, file: LoraFile, target: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: Path) -> Lora:
-    """A LoRA file as an adapter that a run can train: the UNet's alone, in layers of `lora-targets`.
+def family_of(name: str, models: Path | None) -> tuple[Family, Path | None]:
+    """A base model's family by its name, and its folder where that is here. Nothing is fetched; an unknown name is
+    taken for Stable Diffusion's.
+
+    Errors: MODEL-03, MODEL-05.
+    """
+    if models and Path(name).name == name and (models / name / "model_index.json").exists():
+        return families.of(models / name), models / name
+    return next((family for family in families.FAMILIES.values() if name in family.repositories), sd.FAMILY), None
+
+
+def read_lora(path: Path, family: Family = sd.FAMILY, base: Path | None = None) -> Lora:
+    """A LoRA file as an adapter that a run can train: the net's alone, in layers of `lora-targets`.
 
     Errors: EXPORT-03.
     """
-    file = lora_files.read(path)
+    file = lora_files.read(path, family, base)
     layers = sorted({key.rsplit(".lora_", 1)[0] for key in file.net})
-    everywhere = tuple(f".{layer}" for layer in sd.FAMILY.targets["attention+resnet"])
-    strange = [layer for layer in layers if not layer.endswith(everywhere)]
+    ends = {targets: tuple(f".{layer}" for layer in chosen) for targets, chosen in family.targets.items()}
+    widest = list(ends)[-1]
+    strange = [layer for layer in layers if not f".{layer}".endswith(ends[widest])]
     beyond = [f"{len(strange)} that lora-targets does not have, like {strange[0]}"] if strange else []
     if file.text:
         beyond.append(f"{len(file.text) // 2} of the text encoder, which no run trains")
     if beyond:
+        net = "UNet" if family.net == "unet" else family.net
         raise AdapterError(
             "EXPORT-03",
-            found=f"{path}: beside the UNet's layers that a run can train it has {' and '.join(beyond)}"[:500],
+            found=f"{path}: beside the {net}'s layers that a run can train it has {' and '.join(beyond)}"[:500],
             fix=(
                 "start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample"
                 " draws it"
             ),
         )
-    few = tuple(f".{layer}" for layer in sd.FAMILY.targets["attention"])
-    targets = "attention" if all(layer.endswith(few) for layer in layers) else "attention+resnet"
+    targets = next(targets for targets in ends if all(f".{layer}".endswith(ends[targets]) for layer in layers))
     return Lora(file.net, next(iter(file.net.values())).shape[0], targets)
 
 
-def open_adapter(path: Path, base_model: str = "") -> tuple[Adapter, RunConfig]:
+def open_adapter(path: Path, base_model: str = "", models: Path | None = None) -> tuple[Adapter, RunConfig]:
     """The adapter of a run's folder, of a round's, or of a LoRA file that a run could train, and its run's
     configuration.
 
     A file knows its rank and its layers; what it does not know (the base model, picture size) is `base_model` and the
-    defaults.
-    Errors: EXPORT-02, EXPORT-03.
+    defaults. Whose family it is of, the base model says (`family_of`), among `models`.
+    Errors: EXPORT-02, EXPORT-03, MODEL-03, MODEL-05.
     """
     file = adapter_file(path)
-    lora, known = read_lora(file), _run_config(file.parent)
-    ours = {"lora-rank": lora.rank, "lora-targets": lora.targets} | ({"base-model": base_model} if base_model else {})
-    return lora.adapter, RunConfig.read(known | ours)
+    known, of_base = _known(file, base_model, models)
+    lora = read_lora(file, *of_base)
+    return lora.adapter, RunConfig.read(known | {"lora-rank": lora.rank, "lora-targets": lora.targets})
 
 
-def open_file(path: Path, base_model: str = "") -> tuple[LoraFile, RunConfig]:
+def open_file(path: Path, base_model: str = "", models: Path | None = None) -> tuple[LoraFile, RunConfig]:
     """As `open_adapter`, of any LoRA file that can be read, trainable here or not: for pictures."""
     file = adapter_file(path)
+    known, of_base = _known(file, base_model, models)
+    return lora_files.read(file, *of_base), RunConfig.read(known)
+
+
+def _known(file: Path, base_model: str, models: Path | None) -> tuple[dict[str, Any], tuple[Family, Path | None]]:
+    """(the run's configuration, its base model's family and folder)."""
     known = _run_config(file.parent) | ({"base-model": base_model} if base_model else {})
-    return lora_files.read(file), RunConfig.read(known)
+    name = RunConfig.read({key: value for key, value in known.items() if key == "base-model"}).base_model
+    return known, family_of(name, models)
 
 
 def adapter_file(path: Path) -> Path:

@@ -1,9 +1,10 @@
 """A LoRA file of anybody's, read exactly or refused by name.
 
 Enters: a safetensors file whose tensors are named as PEFT, diffusers (today's and older ones) or kohya's trainer name
-them. Leaves: `LoraFile`: float32 tensors under PEFT's keys, of the UNet and of the text encoder, with alpha = rank.
-Every tensor of the file is used or the file is refused, before a tensor is read where its header says why. Errors:
-EXPORT-03.
+them, of a base model of a family. Leaves: `LoraFile`: float32 tensors under PEFT's keys, of the net and, for Stable
+Diffusion 1.x and 2.x, of the text encoder, with alpha = rank. Every tensor of the file is used or the file is refused,
+before a tensor is read where its header says why. The other families' foreign names (kohya's, BFL's, ai-toolkit's) are
+diffusers' to translate (lora_names.py), which is given tensors, never a file. Errors: EXPORT-03.
 
 How strong it is, is taken from where the file says it (`_scale`): from its own alpha tensors; else from diffusers'
 metadata in it, or PEFT's adapter_config.json beside it, whatever the file is called; else from kohya's metadata in
@@ -21,58 +22,21 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
+from app.adapter import lora_names
+from app.adapter.lora_names import ALPHA, A, B, Layers, refused
 from app.errors import AdapterError
+from app.families import sd
+from app.families.base import Family
 from app.model import Adapter
 
 PEFT, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
-DOWN = (
-    ".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight",
-    ".lora_linear_layer.down.weight",
-)  # fmt: skip
-ENDS = dict.fromkeys(DOWN, A) | {end.replace("lora_A", "lora_B").replace("down", "up"): B for end in DOWN}
-ENDS |= dict.fromkeys((".alpha", "_lora.alpha", ".lora.alpha"), ALPHA)
-END = f"({'|'.join(map(re.escape, ENDS))})"
-UNET = r"(?:(?:down_blocks|up_blocks|mid_block|time_embedding)\..+?|conv_in|conv_out)"
-TEXT = r"(?:text_model\.)?(?:encoder|embeddings)\..+?"
-NET = r"(?P<root>base_model\.model\.)?(?P<net>unet\.|diffusion_model\.|text_encoder\.)?"
-KEY = re.compile(rf"{NET}(?:(?P<unet>{UNET})|(?P<text>{TEXT})){END}")
-KOHYA = re.compile(rf"lora_(?P<net>unet|te)_(?P<flat>\w+){END}")
-SDXL, SDXL_NAMES, FLUX = (
-    "a LoRA for two text encoders, as SDXL has",
-    "in SDXL's names",
-    "a transformer's, as SD3 and Flux have",
-)
-OTHERS = {  # what else is found in such files, by a part of a tensor's name; with a dot before it, by the end
-    "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA",
-    "hada_w": "a LoHa",
-    "lokr_w": "a LoKr",
-    "lora_mid": "a LoCon of three factors",
-    "oft_": "an OFT",
-    "on_input": "an IA3",
-    "bundle_emb": "an embedding in a LoRA",
-    ".diff": "whole weights in a LoRA",
-    ".diff_b": "whole weights in a LoRA",
-    ".bias": "a LoRA with biases",
-    **dict.fromkeys(("lora_te1_", "lora_te2_", "text_encoder_2."), SDXL),
-    **dict.fromkeys(("input_blocks", "middle_block", "output_blocks"), SDXL_NAMES),
-    **dict.fromkeys(("transformer.", "single_blocks", "double_blocks"), FLUX),
-    "lycoris_": "in LyCORIS' own names",
-}
 TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors names them
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be one of these as well
 MOST_BYTES, MOST_NUMBERS, MOST_TENSORS = 2**31, 2**29, 10_000  # of a file; as float32 it is 2 GiB too
 MOST_RANK = 512  # config.lora_rank's
 MOST_NOTES = 2**26  # bytes of a JSON file beside it; the longest is a run's history
-JOINED = (  # names with an underscore of their own
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "conv_shortcut", "time_emb_proj", "proj_in",
-    "proj_out", "conv_in", "conv_out", "time_embedding", "linear_1", "linear_2", "text_model", "self_attn",
-    "q_proj", "k_proj", "v_proj", "out_proj",
-)  # fmt: skip
 # settings of PEFT's with which it is no plain LoRA
 UNLIKE = ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save")
-Layers = dict[tuple[str, str], dict[str, Any]]  # (net, module): its A, B and alpha, as keys or tensors
 
 
 class LoraFile(NamedTuple):
@@ -82,17 +46,24 @@ class LoraFile(NamedTuple):
     text: Adapter
 
 
-def read(path: Path) -> LoraFile:
-    """What the file holds. That it fits a base model is model.apply_adapter's to say. Errors: EXPORT-03."""
+def read(path: Path, family: Family = sd.FAMILY, base: Path | None = None) -> LoraFile:
+    """What the file holds, for a base model of that family. That it fits is model.apply_adapter's to say.
+
+    base: the base model's folder, where it is known: how SDXL's numbered blocks are grouped is in its settings.
+    Errors: EXPORT-03.
+    """
     try:
         if not path.is_file() or path.stat().st_size > MOST_BYTES:
             raise refused(path, f"it is not there, no file, or larger than {MOST_BYTES >> 20} MiB")
         with safe_open(path, "pt") as file:
-            notes, layers, bare = file.metadata() or {}, *_header(path, file)
+            notes, layers, bare = file.metadata() or {}, *_header(path, file, family)
             found = {
                 place: {part: file.get_tensor(key) for part, key in parts.items()} for place, parts in layers.items()
             }
-        scale = _scale(path, notes, found, bare)
+        scale = _scale(path, notes, found, bare, family.net)
+        if family is not sd.FAMILY:
+            found = lora_names.translated(path, layers, found, scale, family, base)
+            scale = dict.fromkeys(found, 1.0)
         nets: dict[str, Adapter] = {"unet": {}, "text": {}}
         widest = _widest({place: parts[A].shape for place, parts in found.items()})
         for (net, module), parts in found.items():
@@ -109,8 +80,16 @@ def begun(adapter: Adapter, fresh: Adapter) -> Adapter:
     """The adapter in the shape of a run's fresh one, with the same effect.
 
     A layer it lacks is the fresh one's (B = 0); a rank beyond its own gets the fresh one's A and a B of 0, so that it
-    can learn. What does not fit that way is left as it is, for model.check_adapter to refuse.
+    can learn. What does not fit that way is left as it is, for model.check_adapter to refuse. Errors: EXPORT-03 where
+    no layer of it is one of the run's: it is another family's, or of other layers.
     """
+    if not adapter.keys() & fresh.keys():
+        found = f"none of its {len(adapter) // 2} layers is one that this run trains; first: {min(adapter)[:200]}"
+        raise AdapterError(
+            "EXPORT-03",
+            found=found,
+            fix="start from a LoRA of this base model's own kind, or give lora-targets with its layers",
+        )
     out = dict(fresh) | shaped(adapter, fresh)
     for key in [key for key in adapter if key.endswith(A) and key in fresh]:
         other = key.removesuffix(A) + B
@@ -146,13 +125,14 @@ def _padded(factor: torch.Tensor, rank: int, at: int) -> torch.Tensor:
 # --- its tensors ------------------------------------------------------------------------------------------------------
 
 
-def _header(path: Path, file: Any) -> tuple[Layers, bool]:
+def _header(path: Path, file: Any, family: Family) -> tuple[Layers, bool]:
     """Each layer's keys by part, and whether some are PEFT's without a net's name. Errors: EXPORT-03."""
     keys, numbers, bare = list(file.keys()), 0, False
     layers: Layers = {}
     if len(keys) > MOST_TENSORS:
         raise refused(path, f"it holds {len(keys)} tensors")
-    places = [_place(path, key) for key in keys]  # a name says best what a file is
+    # a name says best what a file is
+    places = [lora_names.place(path, key, family) for key in keys]
     for key, (net, module, part, alone) in zip(keys, places, strict=True):
         bare |= alone
         about = file.get_slice(key)
@@ -193,48 +173,14 @@ def _widest(shapes: dict[tuple[str, str], Any]) -> dict[str, int]:
     return {net: max(shape[0] for (owner, _), shape in shapes.items() if owner == net) for net in nets}
 
 
-def _place(path: Path, key: str) -> tuple[str, str, str, bool]:
-    """(net, module, part) of a tensor, and whether its name has no net's before the module's. Errors: EXPORT-03."""
-    if match := KOHYA.fullmatch(key):
-        name, net, end, alone = _dotted(match["flat"]), {"unet": "unet", "te": "text"}[match["net"]], match[3], False
-        if not re.fullmatch(UNET if net == "unet" else TEXT, name):
-            match = None
-    elif match := KEY.fullmatch(key):
-        net = "unet" if match["unet"] else "text"
-        name, end, alone = (
-            match[net],
-            match[match.re.groups],
-            not match["net"] and bool(re.search(r"\.lora_[AB]\.", key)),
-        )
-        if match["net"] and (match["net"] == "text_encoder.") != (net == "text"):
-            match = None
-    if not match:
-        known = [what for mark, what in OTHERS.items() if (key.endswith(mark) if mark.startswith(".") else mark in key)]
-        raise refused(
-            path, f"it is {known[0]} ({key})" if known else f"{key} is no LoRA tensor of the UNet or the text encoder"
-        )
-    if end.startswith("_lora."):  # an attention processor's, of older versions of diffusers
-        name = re.sub(r"\.processor\.", ".", name)
-        name = (
-            re.sub(r"\bto_out$", "to_out.0", name) if net == "unet" else re.sub(r"\bto_(q|k|v|out)$", r"\1_proj", name)
-        )
-    return net, name.removeprefix("text_model.") if net == "text" else name, ENDS[end], alone
-
-
-def _dotted(flat: str) -> str:
-    """Kohya's flat name back to the module's: only these words have an underscore of their own."""
-    name = re.sub(r"\bto\.(q|k|v|out)\b", r"to_\1", flat.replace("_", "."))
-    for word in JOINED:
-        name = re.sub(rf"\b{re.escape(word.replace('_', '.'))}\b", word, name)
-    return name
-
-
 # --- its strength -----------------------------------------------------------------------------------------------------
 
 
-def _scale(path: Path, notes: dict[str, str], layers: Layers, bare: bool) -> dict[tuple[str, str], float]:
+def _scale(
+    path: Path, notes: dict[str, str], layers: Layers, bare: bool, net_name: str
+) -> dict[tuple[str, str], float]:
     """What to multiply each layer's B by. Errors: EXPORT-03."""
-    own, settings = any(ALPHA in parts for parts in layers.values()), _settings(path, notes, bare)
+    own, settings = any(ALPHA in parts for parts in layers.values()), _settings(path, notes, bare, net_name)
     scales: dict[tuple[str, str], float] = {}
     ranks: dict[str, set[int]] = {}
     for (net, _), parts in layers.items():
@@ -255,11 +201,11 @@ def _scale(path: Path, notes: dict[str, str], layers: Layers, bare: bool) -> dic
     return scales
 
 
-def _settings(path: Path, notes: dict[str, str], bare: bool) -> dict[str, dict[str, Any]]:
+def _settings(path: Path, notes: dict[str, str], bare: bool, net_name: str) -> dict[str, dict[str, Any]]:
     """PEFT's settings by net: in the file, as diffusers has them, else beside it, as PEFT does. Errors: EXPORT-03."""
     if "lora_adapter_metadata" in notes:
         found = json_object(path, notes["lora_adapter_metadata"])
-        prefixes = {"unet": "unet.", "text": "text_encoder."}
+        prefixes = {"unet": f"{net_name}.", "text": "text_encoder."}
         if not any(key.startswith(tuple(prefixes.values())) for key in found):
             return dict.fromkeys(prefixes, found)
         return {net: {k.removeprefix(p): v for k, v in found.items() if k.startswith(p)} for net, p in prefixes.items()}
@@ -327,8 +273,3 @@ def json_object(path: Path, said: str | None = None) -> dict[str, Any]:
         raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise refused(path, f"its JSON cannot be read ({type(error).__name__} {error})") from None
-
-
-def refused(path: Path, why: str) -> AdapterError:
-    fix = "give a safetensors file with a plain LoRA of Stable Diffusion (docs/models.md lists what can be read)"
-    return AdapterError("EXPORT-03", found=f"{path}: {why[:500]}", fix=fix)

@@ -119,7 +119,7 @@ class Run:
         """
         fresh = model.new_adapter(self.base, self.config)
         if self.config.start_from:
-            lora = formats.read_lora(self.folder.parent / self.config.start_from)
+            lora = formats.read_lora(self.folder.parent / self.config.start_from, self.family, self.base)
             adapter, layers = lora_files.begun(lora.adapter, fresh), len(lora.adapter) // 2
             model.check_adapter(adapter, fresh)
             taken = f"{layers} of {len(fresh) // 2} layers, up to rank {lora.rank}; the rest anew"

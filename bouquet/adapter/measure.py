@@ -42,7 +42,7 @@ def measure(asked: SimpleNamespace) -> list[str]:
         pictures.need_kid(asked.kid)
     if asked.clip:
         pictures.need_clip(asked.clip)
-    adapter, config = formats.open_adapter(asked.run)
+    adapter, config = formats.open_adapter(asked.run, models=asked.models)
     base = model.locate(config.base_model, asked.models)
     pipe = sample.pipeline(base, config)
     drawn = {

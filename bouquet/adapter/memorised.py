@@ -40,10 +40,10 @@ def latents(pipe: Pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """float32 [N, D]: each picture as the cache encodes photos, flattened."""
     import numpy as np
 
+    from app.adapter import sample
+
     pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
-    rows = [
-        pipe.vae.encode(one[None].to(pipe.device)).latent_dist.mean * pipe.vae.config.scaling_factor for one in pixels
-    ]
+    rows = [sample.family_of(pipe).latents(pipe.vae, one[None].to(pipe.device)) for one in pixels]
     return torch.cat(rows).flatten(1)
 
 
@@ -53,7 +53,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     from app.adapter import formats, sample
     from app.site import train
 
-    adapter, config = formats.open_adapter(run)
+    adapter, config = formats.open_adapter(run, models=models)
     site = train.Site(config, models, folder, cached, "", limits=Limits.read(os.environ.get("SITE_LIMITS", "")))
     photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))

@@ -36,7 +36,7 @@ def publish(args: SimpleNamespace) -> None:
     from bouquet.adapter import card, parity
 
     final = whole(chosen(args))
-    adapter, config = formats.open_adapter(final, args.base)
+    adapter, config = formats.open_adapter(final, args.base, args.models)
     base, provenance = (
         model.locate(config.base_model, args.models),
         text.tidy(json.loads((final / PROVENANCE).read_text())),
@@ -68,7 +68,7 @@ def compare(args: SimpleNamespace) -> None:
     from bouquet.adapter import parity
 
     final = whole(chosen(args))
-    _, config = formats.open_adapter(final, args.base)
+    _, config = formats.open_adapter(final, args.base, args.models)
     alike(parity.check(final, model.locate(config.base_model, args.models), config))
 
 

@@ -25,6 +25,7 @@ from bouquet import ROOT
 if TYPE_CHECKING:
     from app.adapter.lora_files import LoraFile
     from app.config import RunConfig
+    from app.families.base import Family
 
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDERS = [ROOT / ".bouquet" / "adapters", ROOT / "adapters"]  # of runs, after scripts/demo; after docker compose cp
@@ -43,7 +44,7 @@ def opened(args: SimpleNamespace) -> tuple[LoraFile, RunConfig, Path]:
     from app import model
     from app.adapter import formats
 
-    file, config = formats.open_file(chosen(args), args.base)
+    file, config = formats.open_file(chosen(args), args.base, args.models)
     return file, config, model.locate(config.base_model, args.models)
 
 
@@ -94,9 +95,16 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
 
 
 def merge(args: SimpleNamespace) -> None:
+    from app import families
     from app.adapter import formats, sample
 
     file, _, base = opened(args)
     with writing(args.merge):
         formats.merge(base, type(file)(*(sample.scaled(adapter, args.strength) for adapter in file)), args.merge)
-    print(f'merged   {args.merge}   StableDiffusionPipeline.from_pretrained("{args.merge}", safety_checker=None)')
+    print(f"merged   {args.merge}   {loading(families.of(base), str(args.merge))}")
+
+
+def loading(family: Family, place: str) -> str:
+    """What a person types to load a pipeline of that family."""
+    bare = ", safety_checker=None" * ("safety_checker" in family.absent)
+    return f'{family.pipeline}.from_pretrained("{place}"{bare})'
