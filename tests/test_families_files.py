@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from app import families, model
-from app.adapter import formats
+from app.adapter import formats, lora_files, sample
 from app.config import RunConfig
+from app.errors import AdapterError
 from bouquet import cli
 from bouquet.adapter import parity
 from tests.kit import families as kit
 from tests.kit import tiny
+from tests.kit.memory import Federation
 
+# diffusers' Euler under numpy 2.4
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NAMES = [name for name in kit.ALL if name not in ("sd", "sd-v")]
 
 
@@ -73,3 +78,235 @@ def test_pictures_and_the_merged_model_are_made_of_a_transformers_run(tmp_path, 
     steps = replace(run, sample_steps=2)
     by_us = parity.reference(kit.base("zimage"), adapter, steps)[1]
     assert np.abs(parity.drawn(parity.stock(tmp_path / "merged"), steps) - by_us).max() < 1e-3
+
+
+# --- anybody's --------------------------------------------------------------------------------------------------------
+
+ALPHA, RANK = 3.0, 2  # alpha / rank = 1.5, which float16's and float32's numbers are multiplied by exactly
+
+
+def layers_of(name: str, *layers: str) -> model.Adapter:
+    """A and B of these layers of the base model, random."""
+    draw, shapes = torch.Generator().manual_seed(5), dict(model.shell(kit.base(name)).named_parameters())
+    out = {}
+    for layer in layers:
+        rows, columns = shapes[f"{layer}.weight"].shape
+        out[f"{layer}.lora_A.weight"] = torch.randn(RANK, columns, generator=draw)
+        out[f"{layer}.lora_B.weight"] = torch.randn(rows, RANK, generator=draw)
+    return out
+
+
+def by_hand(adapter: model.Adapter) -> model.Adapter:
+    """B times alpha / rank."""
+    return {key: value * (ALPHA / RANK) if "lora_B" in key else value for key, value in adapter.items()}
+
+
+def named(adapter: model.Adapter, name, down: str, up: str, alpha: str = ".alpha") -> model.Adapter:
+    """The file's tensors: `name` makes the file's name of a layer's; with alpha where that has an end."""
+    out = {}
+    for key, value in adapter.items():
+        layer, half = key.rsplit(".lora_", 1)
+        out[name(layer) + (down if half.startswith("A") else up)] = value
+        if alpha:
+            out[name(layer) + alpha] = torch.tensor(ALPHA)
+    return out
+
+
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+PEFT = (".lora_A.weight", ".lora_B.weight")
+ATTN = "down_blocks.1.attentions.0.transformer_blocks.0"
+SDXL = (f"{ATTN}.attn1.to_q", f"{ATTN}.attn2.to_v", f"{ATTN}.attn1.to_out.0", "mid_block.attentions.0.proj_in",
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k")  # fmt: skip
+FLUX = ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.attn.to_add_out", "transformer_blocks.0.ff.net.2")
+ZIMAGE = ("layers.0.attention.to_q", "layers.1.attention.to_out.0", "noise_refiner.0.feed_forward.w2",
+          "context_refiner.0.attention.to_v")  # fmt: skip
+SGM = {  # one resnet and attention a block, as the tiny SDXL has: block 3 is the second's first
+    "down_blocks.1.attentions.0": "input_blocks_3_1",
+    "mid_block.attentions.0": "middle_block_1",
+    "up_blocks.0.attentions.1": "output_blocks_1_1",
+}
+BFL = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.net.2": "img_mlp.2"}
+
+
+def sgm(layer: str) -> str:
+    there = next(place for place in SGM if layer.startswith(place))
+    return f"lora_unet_{SGM[there]}{layer.removeprefix(there).replace('.', '_')}"
+
+
+def bfl(layer: str) -> str:
+    return f"double_blocks.0.{BFL[layer.removeprefix('transformer_blocks.0.')]}"
+
+
+def flat(prefix: str):
+    return lambda layer: prefix + layer.replace(".", "_")
+
+
+def dotted(prefix: str):
+    return lambda layer: prefix + layer
+
+
+FILES = {  # (base model, its layers, the name of a layer, ends)
+    "SDXL, kohya's over diffusers'": ("sdxl", SDXL, flat("lora_unet_"), *KOHYA),
+    "SDXL, kohya's over Stability's": ("sdxl", SDXL, sgm, *KOHYA),
+    "SDXL, diffusers'": ("sdxl", SDXL, dotted("unet."), *PEFT),
+    "SDXL, diffusers 0.20's": ("sdxl", SDXL, dotted("unet."), ".lora.down.weight", ".lora.up.weight"),
+    "SDXL, PEFT's": ("sdxl", SDXL, dotted("base_model.model."), *PEFT),
+    "Flux.1, kohya's": ("flux", FLUX, lambda layer: "lora_unet_" + bfl(layer).replace(".", "_"), *KOHYA),
+    "Flux.1, ai-toolkit's": ("flux", FLUX, dotted("transformer."), *PEFT),
+    "Flux.1, OneTrainer's": ("flux", FLUX[:2], flat("lora_transformer_"), *KOHYA),
+    "Flux.1, BFL's in ComfyUI": ("flux", FLUX, lambda layer: f"diffusion_model.{bfl(layer)}", *PEFT),
+    "Flux.1, BFL's": ("flux", FLUX, bfl, *PEFT),
+    "Flux.1, BFL's by PEFT": ("flux", FLUX, lambda layer: f"base_model.model.{bfl(layer)}", *PEFT),
+    "Z-Image, kohya's": ("zimage", ZIMAGE, flat("lora_unet_"), *KOHYA),
+    "Z-Image, ai-toolkit's": ("zimage", ZIMAGE, dotted("diffusion_model."), *PEFT),
+    "Z-Image, diffusers'": ("zimage", ZIMAGE, dotted("transformer."), *PEFT),
+    "Z-Image, with the adapter's name": (
+        "zimage", ZIMAGE, dotted("diffusion_model."), ".lora_A.default.weight", ".lora_B.default.weight"
+    ),
+}  # fmt: skip
+
+
+def read(folder: Path, name: str, tensors: model.Adapter, notes: dict[str, str] | None = None) -> lora_files.LoraFile:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "x.safetensors", metadata=notes)
+    return lora_files.read(folder / "x.safetensors", families.of(kit.base(name)), kit.base(name))
+
+
+def drawn(pipe, run: RunConfig) -> np.ndarray:
+    return parity.drawn(pipe, replace(run, sample_steps=2))
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_each_tools_names_are_read_as_the_same_layers_with_alpha_taken_into_b(tmp_path, what):
+    name, layers, naming, *ends = FILES[what]
+    adapter = layers_of(name, *layers)
+    assert tiny.equal(read(tmp_path, name, named(adapter, naming, *ends)).net, by_hand(adapter))
+    half = {key: value.half() for key, value in named(adapter, naming, *ends, alpha="").items()}
+    found = read(tmp_path, name, half, {"ss_network_alpha": "3", "ss_network_dim": "2"}).net
+    assert tiny.equal(found, by_hand({key: value.half().float() for key, value in adapter.items()}))
+
+
+# what loads a file is diffusers' own where it reads these names; PEFT's keys with alphas and bare BFL's it does not
+LOADED = [
+    "SDXL, kohya's over diffusers'", "SDXL, kohya's over Stability's", "Flux.1, kohya's", "Z-Image, kohya's",
+    "Z-Image, ai-toolkit's",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOADED)
+def test_our_picture_of_a_file_is_that_of_the_familys_own_load_lora_weights(tmp_path, what):
+    name, layers, naming, *ends = FILES[what]
+    run, adapter = config(name), layers_of(name, *layers)
+    file = read(tmp_path, name, named(adapter, naming, *ends))
+    theirs = parity.stock(kit.base(name))
+    before = drawn(theirs, run)
+    theirs.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    expected = drawn(theirs, run)
+    ours = drawn(sample.dressed(kit.base(name), file, torch.device("cpu")), run)
+    assert np.abs(expected - before).max() > 0.01
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_one_matrix_for_query_key_and_value_becomes_three_by_its_rows(tmp_path):
+    draw = torch.Generator().manual_seed(1)
+    a, b = torch.randn(4, 32, generator=draw), torch.randn(96, 4, generator=draw)
+    at = "lora_unet_double_blocks_0_img_attn_qkv"
+    found = read(tmp_path, "flux", {f"{at}{KOHYA[0]}": a, f"{at}{KOHYA[1]}": b, f"{at}.alpha": torch.tensor(2.0)}).net
+    expected = {}
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        expected[f"transformer_blocks.0.attn.{part}.lora_A.weight"] = a
+        expected[f"transformer_blocks.0.attn.{part}.lora_B.weight"] = b[32 * number : 32 * number + 32] * 0.5
+    assert tiny.equal(found, expected)
+
+
+def plain(name: str) -> model.Adapter:
+    what = {"sdxl": "SDXL, kohya's over Stability's", "flux": "Flux.1, kohya's", "zimage": "Z-Image, kohya's"}[name]
+    return named(layers_of(name, *FILES[what][1]), FILES[what][2], *FILES[what][3:])
+
+
+TE = "text_model_encoder_layers_0_self_attn_q_proj"
+REFUSED = {  # (base model, a tensor beside a plain file's, what the refusal says)
+    "DoRA": ("flux", "lora_unet_double_blocks_0_img_mlp_2.dora_scale", "a DoRA"),
+    "LoHa": ("sdxl", "lora_unet_input_blocks_3_1_proj_in.hada_w1_a", "a LoHa"),
+    "LoKr": ("zimage", "diffusion_model.layers.0.attention.to_q.lokr_w1", "a LoKr"),
+    "LyCORIS": ("flux", "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight", "LyCORIS"),
+    "whole weights": ("flux", "diffusion_model.double_blocks.0.img_mod.lin.diff", "whole weights"),
+    "the first text encoder": ("sdxl", f"lora_te1_{TE}.lora_down.weight", "text encoder"),
+    "the second text encoder": ("sdxl", f"lora_te2_{TE}.lora_down.weight", "text encoder"),
+    "a text encoder of Flux": ("flux", f"lora_te1_{TE}.lora_down.weight", "text encoder"),
+    "T5": ("flux", "text_encoders.t5xxl.transformer.encoder.block.0.lora_down.weight", "text encoder"),
+    "a text encoder by diffusers": ("sdxl", "text_encoder_2.text_model.encoder.x.lora_A.weight", "text encoder"),
+    "Flux in SDXL": ("sdxl", "lora_unet_double_blocks_0_img_mlp_2.lora_down.weight", "transformer"),
+    "a UNet in Z-Image": ("zimage", "lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "UNet"),
+    "a bias": ("zimage", "diffusion_model.layers.0.attention.to_q.lora_B.bias", "biases"),
+    "no LoRA tensor": ("zimage", "layers.0.attention.to_q.weight", "no LoRA tensor"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_run_could_not_train_from_is_refused_by_its_kind(tmp_path, what):
+    name, key, said = REFUSED[what]
+    with pytest.raises(AdapterError, match="EXPORT-03") as refused:
+        read(tmp_path, name, plain(name) | {key: torch.ones(2, 2)})
+    assert said in refused.value.found and families.of(kit.base(name)).label in refused.value.fix
+
+
+def pair(name: str, down: str = KOHYA[0], up: str = KOHYA[1]) -> model.Adapter:
+    return {f"{name}{down}": torch.ones(2, 8), f"{name}{up}": torch.ones(8, 2)}
+
+
+DROPPED = {  # layers that diffusers leaves out, or leaves as they are, without an error
+    "both of SDXL's namings": ("sdxl", pair("lora_unet_down_blocks_1_attentions_0_proj_in")),
+    "a block that Flux.1 does not have": ("flux", pair("lora_unet_double_blocks_19_img_mlp_2")),
+    "Stability's names in a file of diffusers' form": ("sdxl", pair("unet.input_blocks.3.1.proj_in", *PEFT)),
+    "SD3's names in kohya's form": ("sd3", pair("lora_unet_joint_blocks_0_x_block_attn_qkv")),
+}
+
+
+@pytest.mark.parametrize("what", DROPPED)
+def test_a_layer_that_would_be_lost_on_the_way_refuses_the_file(tmp_path, what):
+    name, more = DROPPED[what]
+    with pytest.raises(AdapterError, match="EXPORT-03"):
+        read(tmp_path, name, (plain(name) if name in ("sdxl", "flux") else {}) | more)
+
+
+def test_the_file_itself_is_never_handed_to_diffusers(tmp_path, monkeypatch):
+    given = []
+
+    def told(cls, said, **how):
+        given.append(said)
+        return {}
+
+    monkeypatch.setattr("diffusers.ZImagePipeline.lora_state_dict", classmethod(told))
+    with pytest.raises(AdapterError, match="EXPORT-03"):
+        read(tmp_path, "zimage", plain("zimage"))
+    assert [type(said) for said in given] == [dict]
+
+
+# --- start-from -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_a_transformer_begins_with_somebodys_lora(tmp_path, monkeypatch):
+    settings = kit.SETTINGS | {"lora_targets": "attention+mlp", "sample_prompts": ""}
+    federation = Federation(
+        tmp_path,
+        models=kit.models(),
+        base_model=kit.base("zimage").name,
+        rounds=1,
+        start_from="x.safetensors",
+        **settings,
+    )
+    save_file(plain("zimage"), federation.adapters / "x.safetensors")
+    federation.go(monkeypatch)
+    sent = federation.grid.adapters("1", federation.grid.sent)["site-1"]
+    expected = by_hand(layers_of("zimage", *ZIMAGE))
+    assert len(sent) > len(expected) and all(torch.equal(sent[key], value) for key, value in expected.items())
+
+
+def test_another_familys_lora_is_refused_before_anybody_is_asked(tmp_path, monkeypatch):
+    federation = Federation(
+        tmp_path, models=kit.models(), base_model=kit.base("zimage").name, start_from="x.safetensors", **kit.SETTINGS
+    )
+    tensors = layers_of("flux", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k")
+    save_file({f"transformer.{key}": value for key, value in tensors.items()}, federation.adapters / "x.safetensors")
+    assert "none of its 2 layers" in federation.fails(monkeypatch, "EXPORT-03").found
+    assert federation.grid.sent == []
