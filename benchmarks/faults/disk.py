@@ -21,6 +21,7 @@ import torch
 from app import model
 from app.adapter import store
 from app.config import RunConfig
+from app.families import sd
 from app.hub import volume as volume_
 from benchmarks import check
 from benchmarks.faults.bench import Bench
@@ -119,14 +120,14 @@ def _tenths() -> Outcome:
     problems, cut = [], 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         run = Path(folder) / "volume" / "1"
-        volume_.write_round(run, 1, adapter, config, {}, {})
+        volume_.write_round(run, 1, adapter, config, sd.FAMILY, {}, {})
         start = time.monotonic()
-        volume_.write_round(run, 2, adapter, config, {}, {})
+        volume_.write_round(run, 2, adapter, config, sd.FAMILY, {}, {})
         whole = time.monotonic() - start
         for tenth in range(10):
             rewritten = {key: value + tenth + 1 for key, value in adapter.items()}
             if not (child := os.fork()):
-                volume_.write_round(run, 3, rewritten, config, {}, {})
+                volume_.write_round(run, 3, rewritten, config, sd.FAMILY, {}, {})
                 os._exit(0)
             time.sleep(whole * (tenth + 0.5) / 10)
             os.kill(child, signal.SIGKILL)
@@ -136,7 +137,7 @@ def _tenths() -> Outcome:
                 if model.adapter_hash(store.read_adapter(run / f"round-{number:04d}")) != model.adapter_hash(was):
                     problems.append(f"lost: round {number}")
             start = time.monotonic()
-            volume_.write_round(run, 3, rewritten, config, {}, {})
+            volume_.write_round(run, 3, rewritten, config, sd.FAMILY, {}, {})
             if model.adapter_hash(store.read_adapter(run / "round-0003")) != model.adapter_hash(rewritten):
                 problems.append("the next writing failed")
     problems += [f"only {cut} of 10 writings were cut off"] * (cut < 5)

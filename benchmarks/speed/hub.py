@@ -23,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from app import model, wire
 from app.config import RunConfig
+from app.families import sd
 from app.hub import guard, volume
 from app.hub.exchange import Exchange
 from app.hub.strategy import Strategy
@@ -101,7 +102,7 @@ def round_at_the_hub(sites: int, megabytes: float) -> dict[str, float]:
         seconds = time.monotonic() - start - grid.stub
         spooled = sum(file.stat().st_size for file in (folder / ".replies").iterdir()) / 1e6
         assert len(kept) == sites and not refused
-        volume.write_round(folder, 1, new, config, {}, {})
+        volume.write_round(folder, 1, new, config, sd.FAMILY, {}, {})
         return {
             "sites": sites,
             "adapter-mb": megabytes,
