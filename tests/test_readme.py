@@ -42,10 +42,13 @@ DOWN = f"{COMPOSE}::test_down_keeps_adapters_and_a_second_up_continues_with_the_
 BACK = f"{COMPOSE}::test_a_hub_goes_back_to_the_database_that_it_had_before_an_upgrade"
 SCRIPTS_TEST = f"{HERE}::test_scripts_test_runs_the_tests_it_is_asked_for"
 PRESET = f"{HERE}::test_the_preset_reaches_the_hub_and_flwr_ls_tells_the_runs_real_end"
+BEFORE_PYTHON = "tests/test_cli.py::test_the_doctor_and_the_demo_are_the_programs_that_work_before_python_is_there"
 SIMULATED = f"{SIMULATION}::test_the_app_runs_in_simulation_as_it_is"
 STOPPED = f"{SIMULATION}::test_nothing_runs_on_after_the_local_superlink_is_stopped_by_its_pid"
 
-COMMANDS = {  # what a person types: the test that executes it, and the words by which that test's file shows it
+# what a person types: the test that executes it, and the words by which that test's file shows it; of `bouquet` maybe
+# by the name that a command had before, which tests/test_cli.py holds to be the same
+COMMANDS = {
     "scripts/demo": (DEMO, "scripts/demo"),
     "scripts/demo --engine process": (DEMO, "scripts/demo --engine process"),
     "scripts/demo --clean": (
@@ -90,36 +93,41 @@ COMMANDS = {  # what a person types: the test that executes it, and the words by
     "scripts/certs renew": (
         f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
     "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
-    "scripts/hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
-    "scripts/hub sign --again": (
+    "bouquet hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
+    "bouquet hub sign --again": (
         f"{TRUST}::test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again", "scripts/hub sign --again"),
-    "scripts/hub sign --key FILE": (
+    "bouquet hub sign --key FILE": (
         f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
-    "scripts/hub admit NAME NAME.pub": (
+    "bouquet hub admit NAME NAME.pub": (
         f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
-    "scripts/hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
+    "bouquet hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
     "scripts/bench accept": (
         "tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind",
         '"scripts/bench", "accept"'),
     "scripts/access": (
         "tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart",
         "scripts/access"),
-    "scripts/hub status": (
+    "bouquet hub status": (
         "tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/hub status"),
-    "scripts/report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
-    "scripts/report --out FILE": (
+    "bouquet report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
+    "bouquet report --out FILE": (
         f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told",
         "scripts/report {folder} --out"),
-    "scripts/worth": (
+    "bouquet worth": (
         f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site",
         "scripts/worth measure"),
     "scripts/add-site 3 --data DIR": (
         f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
     ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (
         PRESET, "--run-config app/presets/sd15.toml --stream"),
-    "scripts/partition --dataset <name or folder> --sites 2 --out .bouquet/flowers": (
+    ".venv/bin/bouquet data partition --dataset <name or folder> --sites 2 --out .bouquet/flowers": (
         f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<name or folder>"),
-    "scripts/partition": (f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "scripts/partition"),
+    "bouquet data partition": (
+        f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "bouquet data partition"),
+    "bouquet doctor": (BEFORE_PYTHON, "scripts/bouquet doctor"),
+    "bouquet demo": (BEFORE_PYTHON, "scripts/bouquet demo"),
+    "bouquet --help": (
+        "tests/test_cli.py::test_nothing_asked_is_wrong_use_and_shows_what_there_is", "cli.main([])"),
     "docker/install .venv cpu simulation": (
         f"{HERE}::test_what_the_simulation_adds_is_locked", "docker/install .venv cpu simulation"),
     ". .venv/bin/activate": (SIMULATED, '"PATH": f"{BIN}'),
@@ -138,11 +146,13 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands() -> set[str]:
-    """Every line of the sh blocks without its comment, and what the texts name as a script or a Compose command."""
+    """Every line of the sh blocks without its comment, and what the texts name of scripts, `bouquet`, Compose."""
     lines = "\n".join(blocks("sh", README + PAGES)).replace("\\\n", " ").splitlines()
     typed = {" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines}
     text = re.sub(r"```.*?```", "", README + PAGES, flags=re.DOTALL)
-    named = {" ".join(command.split()) for command in re.findall(r"`((?:scripts/|docker compose )[^`]+)`", text)}
+    named = {
+        " ".join(command.split()) for command in re.findall(r"`((?:scripts/|bouquet |docker compose )[^`]+)`", text)
+    }
     return (typed | named) - {"", "scripts/*"}
 
 
@@ -178,7 +188,7 @@ def test_the_partition_command_divides_a_folder_of_parquet(copy: Path, tmp_path:
     flowers = data_set(
         tmp_path / "flowers", [jpeg_or_png(number) for number in range(12)], label=[number // 3 for number in range(12)]
     )
-    [command] = [line for line in commands() if line.startswith("scripts/partition --dataset")]
+    [command] = [line for line in commands() if "bouquet data partition --dataset" in line]
     sh(command.replace("<name or folder>", str(flowers)), copy)
     photos = [scan(copy / ".bouquet/flowers" / site).photos for site in ("site-1", "site-2")]
     assert [len(part) for part in photos] == [6, 6]
