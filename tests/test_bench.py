@@ -255,13 +255,17 @@ RUN = {  # what the page says: how it is run here, and the first words of a row 
         "scripts/bench gpu-tries --device cpu --tiny",
         "| one CUDA graph a step |",
     ),
+    "scripts/bench gpu-families --device cpu --tiny": (
+        "scripts/bench gpu-families --device cpu --tiny",
+        "| Z-Image, checkpointing |",
+    ),
     "scripts/bench gpu --device cpu --tiny": ("scripts/bench gpu --device cpu --tiny", "| ours, 8 images |"),
 }
 QUICK = "scripts/bench --quick --plot phases.png"
 # the first below, at the smallest sizes; the second is it at full size
 SLOW = {QUICK, "scripts/bench --plot docs/performance/phases.png"}
 # their dry runs on the CPU: above, and tests/test_accept.py
-ON_A_GPU = {"scripts/bench gpu", "scripts/bench gpu-tries", "scripts/bench accept"}
+ON_A_GPU = {"scripts/bench gpu", "scripts/bench gpu-tries", "scripts/bench gpu-families", "scripts/bench accept"}
 
 
 def test_every_command_of_the_page_is_executed_here():

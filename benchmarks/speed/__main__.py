@@ -29,7 +29,7 @@ from bouquet import ROOT
 
 CONTENDERS = ("naive", "ours", "floor")
 TINY = (12, 4, 2)  # images to train on and held out, steps: to see that it runs
-GPU = ("gpu", "gpu-tries", "accept")  # what benchmarks/gpu has
+GPU = ("gpu", "gpu-tries", "gpu-families", "accept")  # what benchmarks/gpu has
 MORE = {
     "sites": "a round with 2, 4 and 8 sites; the hub's time and memory with hundreds",
     "sizes": "what a site's round costs by images, rank and resolution",
@@ -37,6 +37,7 @@ MORE = {
     "tries": "what was tried to make the arithmetic cheaper",
     "gpu": "Stable Diffusion 1.5's UNet on a GPU",
     "gpu-tries": "what was tried to make the loop on a GPU cheaper",
+    "gpu-families": "what SDXL's and Z-Image's nets cost on a GPU, with and without gradient checkpointing",
     "accept": "does a deployment work on this machine's GPU, and is it as fast as it should be: six minutes",
 }
 
@@ -172,11 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=about)
         command.add_argument("--json", type=Path, default=ROOT / f".bouquet/bench-{name}.json")
         command.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
-        if name in ("gpu", "gpu-tries", "accept"):
+        if name in GPU:
             command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
         if name == "accept":
             command.add_argument("--only", default="", metavar="REGEX", help="only the checks whose names it finds")
-        if name in ("gpu-tries", "accept"):
+        if name in ("gpu-tries", "gpu-families", "accept"):
             command.add_argument(
                 "--limit",
                 type=float,

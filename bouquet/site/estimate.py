@@ -112,6 +112,11 @@ def _net(base: Path, family: Family, config: RunConfig, half: bool) -> Any:
 
     kind = getattr(diffusers, family.classes[family.net][0])
     settings = kind.load_config(str(base), subfolder=family.net, local_files_only=True)
+    return without_contents(kind, settings, family, config, half)
+
+
+def without_contents(kind: Any, settings: dict[str, Any], family: Family, config: RunConfig, half: bool) -> Any:
+    """A net of that class and these settings, with the run's adapter, trained as train.load would have it."""
     with torch.device("meta"):
         net = kind.from_config(settings).requires_grad_(False)
         for parameter in net.parameters() if half else ():
