@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from app import families, model
-from app.adapter import formats, lora_files, sample
+from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import AdapterError
-from bouquet import cli
-from bouquet.adapter import parity
+from app.families import sd
+from bouquet import ROOT, cli
+from bouquet.adapter import card, parity
 from tests.kit import families as kit
 from tests.kit import tiny
 from tests.kit.memory import Federation
@@ -310,3 +317,124 @@ def test_another_familys_lora_is_refused_before_anybody_is_asked(tmp_path, monke
     save_file({f"transformer.{key}": value for key, value in tensors.items()}, federation.adapters / "x.safetensors")
     assert "none of its 2 layers" in federation.fails(monkeypatch, "EXPORT-03").found
     assert federation.grid.sent == []
+
+
+# --- its way to people ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "part"), [("zimage", "transformer"), ("sdxl", "UNet")])
+def test_a_run_is_published_with_its_familys_files_and_a_card_whose_snippet_runs(
+    tmp_path, capsys, monkeypatch, name, part
+):
+    folder, _, run = finished(tmp_path / "run", name, sample_steps=2)
+    family = families.of(kit.base(name))
+    asked = ["--adapter", str(folder), "--models", str(kit.models()), "--licence", "mit"]
+    assert cli.main(["adapter", "publish", "garden/flowers", *asked, "--base-id", "garden/base"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("same     ") == (7 if family.kohya else 5)
+    listed = set(re.findall(r"^file +[\d,]+ +(\S+)$", shown, re.MULTILINE))
+    files = {f"{place}{file}" for place in ("", "fp16/") for file in formats.files(family)}
+    assert listed == files | {"README.md", "provenance.json", "images/1.png", "images/before-after.png"}
+    assert ("kohya.safetensors" in listed) == family.kohya
+    page = (folder / "final" / "README.md").read_text()
+    data = yaml.safe_load(page.split("---\n")[1])
+    assert (data["base_model"], data["base_model_relation"]) == ("garden/base", "adapter")
+    assert family.label.lower() in data["tags"] and "stable-diffusion" not in data["tags"]
+    assert f"attention of the {part} |" in page and ("kohya.safetensors" in page) == family.kohya
+    [snippet] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert f"{family.pipeline}.from_pretrained" in snippet
+    monkeypatch.chdir(tmp_path)
+    places = {"garden/base": str(kit.base(name)), "garden/flowers": str(folder / "final")}
+    for there, here in places.items():
+        snippet = snippet.replace(there, here)
+    exec(compile(snippet.replace("pipe(", "pipe(num_inference_steps=2, prompt="), "README.md", "exec"), {})
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (run.resolution, run.resolution)
+
+
+def test_every_base_model_that_is_fetched_has_a_licence_that_the_card_names():
+    named = {
+        name: repository for family in families.FAMILIES.values() for name, repository in family.repositories.items()
+    }
+    for name, repository in named.items():
+        under = card.licence(RunConfig.read({"base-model": name}), None)
+        assert (under == card.OTHER) == (name in card.LICENCE_NAMES) == repository.gated
+    told = card.card(
+        "a/b", RunConfig.read({"base-model": "flux.1-dev"}), {}, [], card.OTHER, "black-forest-labs/FLUX.1-dev"
+    )
+    data = yaml.safe_load(told.split("---\n")[1])
+    assert (data["license"], data["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
+    assert data["license_link"] == "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+
+
+# --- what a file says of itself ---------------------------------------------------------------------------------------
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def written(folder: Path, pipeline: str, key: str, width: int, base_model: str = "a") -> tuple[dict[str, str], ...]:
+    """The metadata of kohya's and diffusers' file with one layer, which hears a text of that width."""
+    adapter = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(4, 2)}
+    family, run = families.FAMILIES[pipeline], tiny.config(base_model=base_model, lora_targets="attention")
+    for write in (formats.write_diffusers, formats.write_kohya):
+        write(folder, adapter, run, family)
+    return metadata(folder / formats.KOHYA), metadata(folder / formats.DIFFUSERS)
+
+
+ARCHITECTURES = {  # (pipeline, a layer, its text's width, base-model), what both files say of the base model
+    "1.x": (("StableDiffusionPipeline", ATTN + ".attn2.to_k", 768), ("stable-diffusion-v1/lora", "sd_v1")),
+    "2.x": (("StableDiffusionPipeline", ATTN + ".attn2.to_k", 1024), (None, None)),
+    "neither": (("StableDiffusionPipeline", ATTN + ".attn2.to_k", 32), (None, None)),
+    "SDXL": (
+        ("StableDiffusionXLPipeline", ATTN + ".attn2.to_k", 2048),
+        ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+    ),
+    "Flux.1 dev": (
+        ("FluxPipeline", "transformer_blocks.0.attn.to_q", 8, "flux.1-dev"), ("flux-1-dev/lora", "flux1")
+    ),
+    "Flux.1, perhaps schnell": (("FluxPipeline", "transformer_blocks.0.attn.to_q", 8, "flux.1-mine"), (None, None)),
+    "Z-Image": (("ZImagePipeline", "layers.0.attention.to_q", 8, "z-image"), (None, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ARCHITECTURES)
+def test_files_say_what_base_model_they_are_for_where_modelspec_and_kohya_have_a_name_for_it(tmp_path, what):
+    given, (architecture, version) = ARCHITECTURES[what]
+    for notes in written(tmp_path, *given):
+        assert notes.get("modelspec.architecture") == architecture and notes.get("ss_base_model_version") == version
+        assert notes["modelspec.sai_model_spec"] == "1.0.0" and notes["modelspec.resolution"] == "16x16"
+        assert notes["modelspec.implementation"] == "diffusers" and notes["modelspec.title"].startswith("LoRA of ")
+    kohya, _ = written(tmp_path, *given)
+    assert kohya["ss_v2"] == str(what == "2.x")
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from app.adapter import formats
+from app.families import sd
+from tests.kit import tiny
+
+formats.write_formats(Path(sys.argv[1]), tiny.adapter(3), tiny.CONFIG, sd.FAMILY)
+"""
+
+
+def test_the_same_adapter_makes_the_same_bytes_in_every_process(tmp_path):
+    folders = [tmp_path / str(number) for number in range(3)]
+    for folder in folders:
+        folder.mkdir()
+        subprocess.run([sys.executable, "-c", WRITE, str(folder)], cwd=ROOT, check=True)
+    for name in formats.files(sd.FAMILY):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+    assert tiny.equal(store.read_adapter(folders[0]), tiny.adapter(3))
+
+
+def test_tensors_begin_at_a_multiple_of_eight_whatever_the_notes_say(tmp_path):
+    for length in range(8):
+        store.save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors", {"title": "ß" * length})
+        assert int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") % 8 == 0
+        assert metadata(tmp_path / "x.safetensors") == {"format": "pt", "title": "ß" * length}
+        assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(3))

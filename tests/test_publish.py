@@ -221,7 +221,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(publish):
         "license": "mit",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": list(card.TAGS),
+        "tags": card.tags(sd.FAMILY),
         "instance_prompt": first,
         "widget": [
             {"text": first, "output": {"url": "images/1.png"}},
@@ -315,7 +315,7 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
         "images/1.png",
         "images/2.png",
         "images/before-after.png",
-    } | {f"{folder}{name}" for folder in ("", "fp16/") for name in formats.FILES}
+    } | {f"{folder}{name}" for folder in ("", "fp16/") for name in formats.files(sd.FAMILY)}
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
     final/adapter_model.safetensors, adapter_config.json   PEFT       PeftModel.from_pretrained(net, folder)
     final/pytorch_lora_weights.safetensors                 diffusers  pipe.load_lora_weights(folder)
-    final/kohya.safetensors                                ComfyUI, A1111, whoever names a UNet's tensors as kohya does
+    final/kohya.safetensors                                of a UNet: ComfyUI, A1111, all that name layers as kohya does
     final/provenance.json                                  the run, its sites, images, base model and versions
     final/fp16/                                            the same adapter files in half precision, half the size
 
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from app import families
 from app.adapter import lora_files, sample
 from app.adapter.lora_files import PEFT, SETTINGS, LoraFile, json_object
-from app.adapter.store import write_folder, write_peft
+from app.adapter.store import save_file, write_folder, write_peft
 from app.config import LONGEST_PROMPT, MOST_PROMPTS, RunConfig
 from app.errors import AdapterError
 from app.families import sd
@@ -32,7 +31,6 @@ from app.model import Adapter
 
 PACKAGES = ("flwr", "torch", "diffusers", "peft", "accelerate", "transformers", "safetensors")
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
-FILES = (PEFT, SETTINGS, DIFFUSERS, KOHYA)
 
 
 class Lora(NamedTuple):
@@ -41,6 +39,16 @@ class Lora(NamedTuple):
     adapter: Adapter
     rank: int
     targets: str
+
+
+def files(family: Family) -> tuple[str, ...]:
+    """What a final folder has of an adapter, and `fp16/` in it."""
+    return (PEFT, SETTINGS, DIFFUSERS, *((KOHYA,) if family.kohya else ()))
+
+
+def net_of(family: Family) -> str:
+    """What the trained part is called in a sentence."""
+    return "UNet" if family.net == "unet" else family.net
 
 
 def versions() -> dict[str, str]:
@@ -57,11 +65,25 @@ def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig, family: F
         "lora_alpha": config.lora_rank,
         "target_modules": list(family.targets[config.lora_targets]),
     }
-    notes = {
-        "format": "pt",
+    own = {
         "lora_adapter_metadata": json.dumps({f"{family.net}.{k}": v for k, v in settings.items()}, sort_keys=True),
     }
-    save_file({f"{family.net}.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, metadata=notes)
+    notes = described(adapter, config, family) | own
+    save_file({f"{family.net}.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, notes)
+
+
+def described(adapter: Adapter, config: RunConfig, family: Family) -> dict[str, str]:
+    """What model sites and tools read to know what a file is for: Stability's ModelSpec, and the family's own notes.
+
+    Of a run only what is the same each time: no date.
+    """
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "title": f"LoRA of {config.base_model}",
+        "implementation": "diffusers",
+        "resolution": f"{config.resolution}x{config.resolution}",
+    }
+    return {f"modelspec.{key}": value for key, value in spec.items()} | family.notes(config, adapter)
 
 
 def kohya_name(module: str) -> str:
@@ -80,9 +102,10 @@ def write_kohya(folder: Path, adapter: Adapter, config: RunConfig, family: Famil
         tensors[f"{kohya_name(module)}.alpha"] = torch.tensor(float(config.lora_rank), dtype=value.dtype)
     rank = str(config.lora_rank)
     notes = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_v2": "False"}
+    notes |= described(adapter, config, family)
     if config.lora_targets == "attention+resnet":
         notes["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank})
-    save_file(tensors, folder / KOHYA, metadata={"format": "pt", "ss_sd_model_name": config.base_model} | notes)
+    save_file(tensors, folder / KOHYA, {"ss_sd_model_name": config.base_model} | notes)
 
 
 def write_formats(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
@@ -144,10 +167,11 @@ def read_lora(path: Path, family: Family = sd.FAMILY, base: Path | None = None) 
     if file.text:
         beyond.append(f"{len(file.text) // 2} of the text encoder, which no run trains")
     if beyond:
-        net = "UNet" if family.net == "unet" else family.net
         raise AdapterError(
             "EXPORT-03",
-            found=f"{path}: beside the {net}'s layers that a run can train it has {' and '.join(beyond)}"[:500],
+            found=f"{path}: beside the {net_of(family)}'s layers that a run can train it has {' and '.join(beyond)}"[
+                :500
+            ],
             fix=(
                 "start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample"
                 " draws it"

@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 
 from app import files
 from app.config import RunConfig
@@ -19,13 +20,24 @@ from app.model import Adapter, adapter_hash, check_adapter
 PREFIX = "base_model.model."  # PEFT's name for the model below the adapter
 
 
+def save_file(tensors: Adapter, path: Path, notes: dict[str, str]) -> None:
+    """A safetensors file with notes in its metadata: of the same ones the same bytes. safetensors itself leaves the
+    notes' order to chance.
+    """
+    whole = serialised(tensors, metadata={"format": "pt"})
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    header["__metadata__"] |= dict(sorted(notes.items()))
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        file.write(memoryview(whole)[start:])
+
+
 def write_peft(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them; alpha = rank."""
-    save_file(
-        {PREFIX + key: value for key, value in adapter.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file({PREFIX + key: value for key, value in adapter.items()}, folder / "adapter_model.safetensors", {})
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": config.base_model,

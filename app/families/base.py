@@ -198,6 +198,14 @@ class Family:
         """What the pipeline is called with beside prompt, size, steps and generator."""
         return {"guidance_scale": config.sample_guidance}
 
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def notes(self, config: RunConfig, adapter: Mapping[str, Tensor]) -> dict[str, str]:
+        """What an adapter's files say of the base model that it is for: the architecture by the name that Stability's
+        ModelSpec has for it, and the version by kohya's. Nothing where they have none, or it cannot be told.
+        """
+        return {}
+
 
 class FlowFamily(Family):
     """What all families of flow matching have in common."""

@@ -85,5 +85,10 @@ class Flux(FlowFamily):
     def drawing(self, config: RunConfig) -> dict[str, Any]:
         return {"guidance_scale": config.sample_guidance, "max_sequence_length": TOKENS}
 
+    def notes(self, config: RunConfig, adapter: Mapping[str, Tensor]) -> dict[str, str]:
+        """An adapter for [schnell] has the same shapes: of base models by other names nothing is said."""
+        dev = {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}
+        return dev if config.base_model in self.repositories else {}
+
 
 FAMILY = Flux()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from app import text
+from app.config import RunConfig
 from app.families.base import ATTENTION, Conditions, Family, Repository, Settings, betas, text_tokens, text_width
 from app.families.noise import Schedule
 
@@ -96,6 +97,14 @@ class StableDiffusion(Family):
 
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"text": (tokens, own["unet"].get("cross_attention_dim", 1280))}
+
+    def notes(self, config: RunConfig, adapter: Mapping[str, Tensor]) -> dict[str, str]:
+        """1.x listens to a text of width 768, 2.x of 1024: the same wherever there is attention to it."""
+        widths = {value.shape[1] for key, value in adapter.items() if key.endswith("attn2.to_k.lora_A.weight")}
+        if widths == {1024}:
+            return {"ss_v2": "True"}
+        one = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "sd_v1"}
+        return one if widths == {768} else {}
 
 
 def unlike(own: Settings, width: Any, added: tuple[str, ...]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from app import text
+from app.config import RunConfig
 from app.families.base import Conditions, Repository, Settings, text_tokens, text_width
 from app.families.sd import ADDED, StableDiffusion, unlike
 
@@ -68,6 +69,11 @@ class SDXL(StableDiffusion):
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         pooled = text_width(own["text_encoder_2"], "projection_dim")
         return super().shapes(own, tokens) | {"pooled": (pooled,), "size": (6,)}
+
+    def notes(self, config: RunConfig, adapter: Mapping[str, Tensor]) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_base_model_version": "sdxl_base_v1-0",
+        }  # fmt: skip
 
 
 FAMILY = SDXL()

@@ -6,25 +6,34 @@ Errors: EXPORT-06 when nobody says under which licence the adapter goes out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from app import text
+from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
+from app.families import sd
+from app.families.base import Family
+from bouquet.adapter.sample import loading
 
-# an adapter inherits its base model's
-LICENCES = {"mini": "apache-2.0", "stable-diffusion-v1-5": "creativeml-openrail-m"}
-TAGS = (
-    "text-to-image",
-    "diffusers",
-    "lora",
-    "template:sd-lora",
-    "stable-diffusion",
-    "federated-learning",
-    "flower",
-    "bouquet",
-)
+OTHER = "other"
+LICENCES = {  # as Hugging Face names them; an adapter inherits its base model's
+    "mini": "apache-2.0",
+    "stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-xl-base-1.0": "openrail++",
+    "stable-diffusion-3.5-medium": OTHER,
+    "flux.1-dev": OTHER,
+    "flux.2-klein-base-4b": "apache-2.0",
+    "z-image": "apache-2.0",
+    "qwen-image": "apache-2.0",
+}
+LICENCE_NAMES = {  # of those that it has no name of its own for
+    "stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "flux.1-dev": "flux-1-dev-non-commercial-license",
+}
+TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "federated-learning", "flower", "bouquet")
 
 
 def licence(config: RunConfig, asked: str | None) -> str:
@@ -34,6 +43,11 @@ def licence(config: RunConfig, asked: str | None) -> str:
     return known
 
 
+def tags(family: Family) -> list[str]:
+    own = "stable-diffusion" if family is sd.FAMILY else family.label.lower().replace(" ", "-")
+    return [*TAGS[:4], own, *TAGS[4:]]
+
+
 def card(
     repo: str,
     config: RunConfig,
@@ -41,18 +55,23 @@ def card(
     pictures: Sequence[tuple[str, str]],
     under: str,
     base_id: str,
+    family: Family = sd.FAMILY,
 ) -> str:
     """`pictures` are (prompt, path in the repository); the first prompt is the instance prompt. `base_id`: or ''."""
     from huggingface_hub import ModelCard, ModelCardData
 
     prompt = pictures[0][0] if pictures else ""
+    base = base_id or config.base_model
+    called = LICENCE_NAMES.get(config.base_model) if under == OTHER else None
     data = ModelCardData(
         base_model=base_id or None,
         base_model_relation="adapter" if base_id else None,
         license=under,
+        license_name=called,
+        license_link=f"https://huggingface.co/{base_id}/blob/main/LICENSE.md" if called and base_id else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(TAGS),
+        tags=tags(family),
         instance_prompt=prompt or None,
         widget=[{"text": words, "output": {"url": path}} for words, path in pictures] or None,
     )
@@ -62,18 +81,27 @@ def card(
             "![Without and with the adapter, same prompts and seeds](images/before-after.png)\n\n" if pictures else ""
         ),
         repo=repo,
-        base=base_id or config.base_model,
-        load=base_id or f"models/{config.base_model}",
-        prompt=prompt,
+        base=base,
+        pipeline=family.pipeline,
+        load=loading(family, base_id or f"models/{config.base_model}"),
+        call=call(prompt, config, family),
+        tools=(UNETS if family.kohya else TRANSFORMERS).format(base=base),
         side=config.resolution,
-        guidance=f"{config.sample_guidance:g}",
-        table=table(config, provenance, len(provenance.get("sites", {}))),
-        under=under,
+        table=table(config, provenance, len(provenance.get("sites", {})), family),
+        under=called or under,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def table(config: RunConfig, provenance: dict[str, Any], sites: int) -> str:
+def call(prompt: str, config: RunConfig, family: Family) -> str:
+    """What the pipeline is called with, as a person types it."""
+    given: dict[str, Any] = {"height": config.resolution, "width": config.resolution} | family.drawing(config)
+    typed = {name: f"{value:g}" if isinstance(value, float) else json.dumps(value) for name, value in given.items()}
+    return ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in typed.items())])
+
+
+def table(config: RunConfig, provenance: dict[str, Any], sites: int, family: Family) -> str:
+    part = formats.net_of(family)
     known = provenance.get("versions", {})
     rows = {
         "sites": sites or "not recorded",
@@ -81,7 +109,7 @@ def table(config: RunConfig, provenance: dict[str, Any], sites: int) -> str:
         "rounds × local steps × batch": (
             f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}"
         ),
-        "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the UNet",
+        "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the {part}",
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",
         "base model's SHA-256": f"`{provenance.get('base', {}).get('fingerprint', 'not recorded')}`",
@@ -106,6 +134,11 @@ def cell(value: Any) -> str:
     return text.line(value).replace("|", "\\|").replace("<", "&lt;")
 
 
+UNETS = """ComfyUI: put `kohya.safetensors` into `models/loras/` under a name of your choice and add a *Load LoRA* node.
+A1111: put it into `models/Lora/` and write `<lora:name:1>` into the prompt. In both, choose `{base}` as the
+checkpoint."""
+TRANSFORMERS = """ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras/` under a name of your choice and
+add a *Load LoRA* node, on `{base}`."""
 BODY = """# {name}
 
 A LoRA adapter of `{base}`, trained by several sites together with Bouquet (federated learning on Flower). Each site
@@ -114,15 +147,14 @@ trained on its own photos; the photos did not leave the sites, and a hub average
 {picture}## Load it
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("{load}", safety_checker=None)
+pipe = {load}
 pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
-pipe("{prompt}", height={side}, width={side}, guidance_scale={guidance}).images[0].save("picture.png")
+pipe({call}).images[0].save("picture.png")
 ```
 
-ComfyUI: put `kohya.safetensors` into `models/loras/` under a name of your choice and add a *Load LoRA* node. A1111: put
-it into `models/Lora/` and write `<lora:name:1>` into the prompt. In both, choose `{base}` as the checkpoint.
+{tools}
 `adapter_model.safetensors` is for PEFT; `fp16/` holds the same files at half the size. All of them draw the same
 picture, which was checked before they were uploaded.
 

@@ -23,6 +23,9 @@ from app.errors import AdapterError, ModelError
 from bouquet.adapter.sample import chosen
 
 if TYPE_CHECKING:
+    from app.config import RunConfig
+    from app.families.base import Family
+    from app.model import Adapter
     from bouquet.adapter.parity import Drawn
 
 CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
@@ -32,11 +35,9 @@ PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", 
 
 def publish(args: SimpleNamespace) -> None:
     from app import model
-    from app.adapter import formats
     from bouquet.adapter import card, parity
 
-    final = whole(chosen(args))
-    adapter, config = formats.open_adapter(final, args.base, args.models)
+    final, adapter, config, family = whole(args)
     base, provenance = (
         model.locate(config.base_model, args.models),
         text.tidy(json.loads((final / PROVENANCE).read_text())),
@@ -47,12 +48,12 @@ def publish(args: SimpleNamespace) -> None:
     pictures = draw(final, adapter, base, config)
     public = provenance_for(provenance, args.name_sites)
     base_id = args.base_id or model.origin(config.base_model)
-    (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id), encoding="utf-8")
+    (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id, family), encoding="utf-8")
     if not base_id:
         print(
             f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is"
         )
-    files = contents(final, public, [path for _, path in pictures])
+    files = contents(final, public, [path for _, path in pictures], family)
     for path, content in files.items():
         print(f"file     {len(content) if isinstance(content, bytes) else content.stat().st_size:>11,}   {path}")
     if args.upload:
@@ -64,11 +65,9 @@ def publish(args: SimpleNamespace) -> None:
 def compare(args: SimpleNamespace) -> None:
     """Whether every file of a final folder draws the same picture, and nothing else. Errors: EXPORT-01, -02, -05."""
     from app import model
-    from app.adapter import formats
     from bouquet.adapter import parity
 
-    final = whole(chosen(args))
-    _, config = formats.open_adapter(final, args.base, args.models)
+    final, _, config, _ = whole(args)
     alike(parity.check(final, model.locate(config.base_model, args.models), config))
 
 
@@ -85,15 +84,13 @@ def alike(rows: list[Drawn]) -> None:
 def write_card(args: SimpleNamespace) -> None:
     """The model card alone, without pictures. Errors: EXPORT-02, EXPORT-06."""
     from app import files, model
-    from app.adapter import formats
     from bouquet.adapter import card
 
-    final = whole(chosen(args))
-    _, config = formats.open_adapter(final, args.base)
+    final, _, config, family = whole(args)
     provenance = text.tidy(json.loads((final / PROVENANCE).read_text()))
     under = card.licence(config, args.licence)
     base_id = args.base_id or model.origin(config.base_model)
-    page = card.card(args.repo, config, provenance_for(provenance, named=False), [], under, base_id)
+    page = card.card(args.repo, config, provenance_for(provenance, named=False), [], under, base_id, family)
     if str(args.out) == "-":
         print(page, end="")
     else:
@@ -101,21 +98,32 @@ def write_card(args: SimpleNamespace) -> None:
         print(f"card     {args.out}")
 
 
-def whole(path: Path) -> Path:
-    """The final folder, with every file of it. Errors: EXPORT-02."""
-    from app.adapter.formats import FILES
+def whole(args: SimpleNamespace) -> tuple[Path, Adapter, RunConfig, Family]:
+    """(the final folder, with every file that one of its family has; its adapter, its run's configuration, its family).
 
+    Errors: EXPORT-02, EXPORT-03.
+    """
+    from app.adapter import formats
+
+    path = chosen(args)
     final = path / "final" if (path / "final").is_dir() else path
-    missing = [
-        name for name in (*FILES, *(f"fp16/{name}" for name in FILES), PROVENANCE) if not (final / name).is_file()
-    ]
+    adapter, config = formats.open_adapter(final, args.base, args.models)
+    family, _ = formats.family_of(config.base_model, args.models)
+    missing = [name for name in (*both(family), PROVENANCE) if not (final / name).is_file()]
     if missing:
         fix = (
             "name the folder of a run that has finished; docker compose cp serverapp:/adapters ./adapters brings the"
             " runs here"
         )
         raise AdapterError("EXPORT-02", found=f"{final} lacks {', '.join(missing)}", fix=fix)
-    return final
+    return final, adapter, config, family
+
+
+def both(family: Family) -> list[str]:
+    """An adapter's files in a final folder, in both precisions."""
+    from app.adapter import formats
+
+    return [f"{folder}{name}" for folder in ("", "fp16/") for name in formats.files(family)]
 
 
 def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, Any]) -> None:
@@ -160,11 +168,9 @@ def provenance_for(provenance: dict[str, Any], named: bool) -> dict[str, Any]:
     return public
 
 
-def contents(final: Path, public: dict[str, Any], pictures: list[str]) -> dict[str, Path | bytes]:
+def contents(final: Path, public: dict[str, Any], pictures: list[str], family: Family) -> dict[str, Path | bytes]:
     """Every file that goes up, by its path in the repository. Whatever else lies in the folder stays."""
-    from app.adapter.formats import FILES
-
-    names = [CARD, *FILES, *(f"fp16/{name}" for name in FILES), *pictures, *([SHEET] if pictures else [])]
+    names = [CARD, *both(family), *pictures, *([SHEET] if pictures else [])]
     return {name: final / name for name in names} | {PROVENANCE: (json.dumps(public, indent=1) + "\n").encode()}
 
 
