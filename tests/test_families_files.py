@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def test_a_runs_own_files_are_read_back_as_that_adapter_with_its_layers(tmp_path
         for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
             lora = formats.read_lora(folder / "final" / file, families.of(kit.base(name)), kit.base(name))
             assert tiny.equal(lora.adapter, adapter) and (lora.rank, lora.targets) == (2, targets)
+
+
+def test_a_rounds_folder_is_read_by_the_history_beside_it(tmp_path):
+    run = config("zimage", lora_targets="attention+mlp")
+    adapter = trained("zimage", run)
+    (tmp_path / "round-0001").mkdir()
+    store.write_peft(tmp_path / "round-0001", adapter, run, families.of(kit.base("zimage")))
+    (tmp_path / "history.json").write_text(json.dumps({"config": run.__dict__}))
+    found, known = formats.open_adapter(tmp_path / "round-0001", models=kit.models())
+    assert tiny.equal(found, adapter) and known == run
+    file, known = formats.open_file(tmp_path / "round-0001", models=kit.models())
+    assert tiny.equal(file.net, adapter) and file.text == {} and known == run
 
 
 def test_a_base_model_that_is_fetched_tells_its_family_by_its_name_and_nothing_is_fetched(tmp_path):
@@ -223,6 +236,33 @@ def test_one_matrix_for_query_key_and_value_becomes_three_by_its_rows(tmp_path):
         expected[f"transformer_blocks.0.attn.{part}.lora_A.weight"] = a
         expected[f"transformer_blocks.0.attn.{part}.lora_B.weight"] = b[32 * number : 32 * number + 32] * 0.5
     assert tiny.equal(found, expected)
+
+
+def test_the_real_flux_has_query_key_value_and_mlp_in_one_matrix_of_its_single_blocks(tmp_path):
+    b, at = torch.arange(21504.0)[:, None].repeat(1, 2), "lora_unet_single_blocks_37_linear1"
+    found = read(tmp_path, "flux", {f"{at}{KOHYA[0]}": torch.ones(2, 3072), f"{at}{KOHYA[1]}": b}).net
+    rows = {"attn.to_q": 0, "attn.to_k": 3072, "attn.to_v": 6144, "proj_mlp": 9216}
+    firsts = {key: value[0, 0].item() for key, value in found.items() if "lora_B" in key}
+    assert firsts == {f"single_transformer_blocks.37.{part}.lora_B.weight": row for part, row in rows.items()}
+
+
+def test_the_real_sdxls_numbered_blocks_are_known_without_its_folder(tmp_path):
+    save_file(pair("lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k"), tmp_path / "x.safetensors")
+    found = lora_files.read(tmp_path / "x.safetensors", families.FAMILIES["StableDiffusionXLPipeline"]).net
+    layer = "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k"
+    assert set(found) == {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
+
+
+def test_three_layers_that_share_one_half_are_counted_as_three(tmp_path, monkeypatch):
+    at = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = {f"{at}{KOHYA[0]}": torch.ones(4, 400), f"{at}{KOHYA[1]}": torch.ones(30, 4)}
+    monkeypatch.setattr(lora_files, "MOST_NUMBERS", 3 * 4 * 400 + 4 * 30)
+    found = read(tmp_path, "flux", file).net
+    assert len({value.data_ptr() for value in found.values()}) == 6  # safetensors writes no tensor that shares memory
+    monkeypatch.setattr(lora_files, "MOST_NUMBERS", 3 * 4 * 400 + 4 * 30 - 1)
+    with pytest.raises(AdapterError, match="EXPORT-03") as refused:
+        read(tmp_path, "flux", file)
+    assert "numbers" in refused.value.found
 
 
 def plain(name: str) -> model.Adapter:

@@ -63,6 +63,8 @@ def read(path: Path, family: Family = sd.FAMILY, base: Path | None = None) -> Lo
         scale = _scale(path, notes, found, bare, family.net)
         if family is not sd.FAMILY:
             found = lora_names.translated(path, layers, found, scale, family, base)
+            _check_room(path, {layer: (parts[A].shape, parts[B].shape) for layer, parts in found.items()})
+            found = {layer: {A: parts[A].clone(), B: parts[B]} for layer, parts in found.items()}  # one A was many's
             scale = dict.fromkeys(found, 1.0)
         nets: dict[str, Adapter] = {"unet": {}, "text": {}}
         widest = _widest({place: parts[A].shape for place, parts in found.items()})
@@ -161,6 +163,11 @@ def _ranks(path: Path, file: Any, layers: Layers) -> None:
     for (_, module), (a, b) in shapes.items():
         if a[0] != b[1] or a[0] > MOST_RANK:
             raise refused(path, f"ranks {a[0]} and {b[1]} in {module}, which may have one up to {MOST_RANK}")
+    _check_room(path, shapes)
+
+
+def _check_room(path: Path, shapes: dict[tuple[str, str], Any]) -> None:
+    """Errors: EXPORT-03 unless all layers have room with the largest rank among them; from the shapes of A and B."""
     widest = _widest({place: a for place, (a, _) in shapes.items()})
     numbers = sum(widest[net] * (math.prod(a) // a[0] + math.prod(b) // b[1]) for (net, _), (a, b) in shapes.items())
     if numbers > MOST_NUMBERS:

@@ -157,7 +157,7 @@ def translated(
         module = _of_processor(module) if match["end"].startswith("_lora.") else module
         if part in out.setdefault(("unet", module), {}):
             raise refused(path, f"{module} is there twice, by two names", family)
-        out["unet", module][part] = value.clone()
+        out["unet", module][part] = value
     out = {layer: parts for layer, parts in out.items() if parts.keys() != {ALPHA}}
     rows = [sum(parts[B].shape[0] for parts in those.values() if B in parts) for those in (found, out)]
     if rows[0] != rows[1] or not all({A, B} <= parts.keys() for parts in out.values()):
