@@ -81,6 +81,14 @@ class RunConfig:
     caption_dropout: float = _key(
         0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0
     )
+    noise_offset: float = _key(
+        0.0,
+        "",
+        "how much of the noise is one number a channel, so that whole pictures get darker and lighter; 0 is off, 0.05"
+        " to 0.1 is usual",
+        low=0.0,
+        high=1.0,
+    )
     min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
     precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
     wire_precision: str = _key(

@@ -117,6 +117,17 @@ def test_min_snr_weighs_each_image_by_its_own_timestep():
     assert loss.item() == pytest.approx(by_hand, rel=1e-3)
 
 
+def test_the_offset_adds_one_number_a_channel_to_the_noise_and_to_what_is_to_be_predicted():
+    latents, text = tiny.batch(3)
+    silent, draw = Silent(), generator()
+    loss = diffusion.noise_loss(silent, schedule(), latents, {"text": text}, generator(), noise_offset=0.5)
+    noise = torch.randn(latents.shape, generator=draw) + 0.5 * torch.randn(3, 4, 1, 1, generator=draw)
+    t = torch.randint(1000, (3,), generator=draw)
+    signal = torch.tensor(alpha_bar()[t] ** 0.5, dtype=torch.float32).view(3, 1, 1, 1)
+    torch.testing.assert_close(silent.noisy[0], signal * latents + (1 - signal**2) ** 0.5 * noise, rtol=1e-4, atol=1e-4)
+    assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-5)
+
+
 def test_a_bf16_unet_is_asked_in_bf16_and_answers_a_float32_loss():
     latents, text = tiny.batch(2)
     exact = diffusion.noise_loss(tiny.unet(), schedule(), latents, {"text": text}, generator())

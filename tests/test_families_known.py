@@ -70,6 +70,7 @@ WRONG = {  # what a run asks, of which family, and what it is told
     "resnets of a transformer": ("zimage", {"lora_targets": "attention+resnet"}, "attention+mlp"),
     "MLPs of a UNet": ("sdxl", {"lora_targets": "attention+mlp"}, "attention+resnet"),
     "a side that cannot be packed": ("flux", {"resolution": 40}, "48"),
+    "an offset for a flow": ("sd3", {"noise_offset": 0.1}, "leave it at 0"),
     "weights of betas for a flow": ("sd3", {"min_snr_gamma": 5.0}, "leave it at 0"),
 }
 

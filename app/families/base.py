@@ -242,6 +242,11 @@ class FlowFamily(Family):
             f"min-snr-gamma = {config.min_snr_gamma:g}, which belongs to noise by betas; {self.label} matches flows",
             "leave it at 0",
         )
+        yield (
+            config.noise_offset > 0,
+            f"noise-offset = {config.noise_offset:g}; the flow of {self.label} ends in noise alone and needs none",
+            "leave it at 0",
+        )
 
 
 def differs(own: Settings, *, net: str, channels: str, factor: int, width: str, widths: object) -> Iterator[str]:

@@ -65,17 +65,21 @@ class Objective:
 
 def noise_loss(
     net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, generator: torch.Generator,
-    *, min_snr_gamma: float = 0.0,
+    *, min_snr_gamma: float = 0.0, noise_offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Mean squared error of the prediction, one random noise level an image.
 
     Returns: float32 scalar.
     Errors: ConfigError when the schedule's prediction_type is neither epsilon nor v_prediction.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 14; weights by Hang et al. 2023, arXiv:2303.09556, eq. 8; of flows
-    Lipman et al. 2022, arXiv:2210.02747, eq. 23.
+    Lipman et al. 2022, arXiv:2210.02747, eq. 23. The offset: Guttenberg 2023, "Diffusion with Offset Noise"; it is no
+    part of validation, which compares runs.
     """
     device, schedule = latents_BChw.device, objective.schedule
-    noise = to_device(torch.randn(latents_BChw.shape, generator=generator), device)
+    noise_ = torch.randn(latents_BChw.shape, generator=generator)
+    if noise_offset:
+        noise_ += noise_offset * torch.randn((*latents_BChw.shape[:2], 1, 1), generator=generator)
+    noise = to_device(noise_, device)
     t_B = to_device(schedule.draw(len(latents_BChw), generator), device)
     loss_B = losses(net, objective, latents_BChw, given, noise, t_B)
     if min_snr_gamma:

@@ -219,7 +219,10 @@ def fit(
         rows, given = encoded.batch(pick, blank)
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
         with accelerator.accumulate(net), accelerator.autocast():
-            loss = diffusion.noise_loss(net, objective, latents, given, generator, min_snr_gamma=config.min_snr_gamma)
+            loss = diffusion.noise_loss(
+                net, objective, latents, given, generator,
+                min_snr_gamma=config.min_snr_gamma, noise_offset=config.noise_offset,
+            )  # fmt: skip
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter, anchor in zip(trained, arrived, strict=False):
