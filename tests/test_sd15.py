@@ -19,6 +19,7 @@ from app import model
 from app.adapter import formats, store
 from app.config import RunConfig
 from app.families import sd
+from app.families.noise import Betas
 from app.site import cache, diffusion, train
 from tests.kit import tiny
 
@@ -50,9 +51,14 @@ def photos() -> cache.Encoded:
 
 
 @pytest.fixture(scope="module")
-def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+def objective() -> diffusion.Objective:
+    return diffusion.Objective(
+        sd.FAMILY,
+        Betas(
+            DDPMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+            )
+        ),
     )
 
 
@@ -78,10 +84,10 @@ def unet():
 
 
 @pytest.fixture(scope="module")
-def trained(unet, scheduler, photos) -> tuple[model.Adapter, model.Adapter, float]:
+def trained(unet, objective, photos) -> tuple[model.Adapter, model.Adapter, float]:
     """(adapter before, adapter after, loss) of one step."""
     before = model.adapter_of(unet)
-    loss = train.fit(unet, scheduler, photos, CONFIG, train.accelerator(CONFIG), seed=1)
+    loss = train.fit(unet, objective, photos, CONFIG, train.accelerator(CONFIG), seed=1)
     return before, model.adapter_of(unet), loss
 
 
@@ -104,13 +110,13 @@ def test_one_step_changes_every_b_and_keeps_the_rest_finite(trained):
     model.check_adapter(after, before)
 
 
-def test_the_steps_adapter_changes_the_validation(unet, scheduler, photos, trained):
+def test_the_steps_adapter_changes_the_validation(unet, objective, photos, trained):
     before, after, _ = trained
     loss = {}
     for name, adapter in (("before", before), ("after", after)):
         assert model.apply_adapter(unet, adapter) == model.adapter_hash(adapter)
         first = cache.Encoded.of(photos.latents_NChw[:1], photos.text_NTD[:1], photos.blank_TD, photos.keys[:1])
-        loss[name] = diffusion.validation_loss(unet, scheduler, first, torch.device("cpu"), timesteps=1, batch_size=1)
+        loss[name] = diffusion.validation_loss(unet, objective, first, torch.device("cpu"), timesteps=1, batch_size=1)
     assert loss["before"] != loss["after"] and all(map(math.isfinite, loss.values()))
 
 

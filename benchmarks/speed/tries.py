@@ -59,7 +59,7 @@ def take_turns(variants: dict[str, Work], turns: int) -> dict[str, float]:
 
 def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work]:
     """name -> `local-steps` steps; the first is the app's."""
-    accelerator, scheduler = train.accelerator(config), diffusion.Objective.of(folder)
+    accelerator, objective = train.accelerator(config), diffusion.Objective.of(folder)
 
     def unet(**layout) -> torch.nn.Module:
         net = model.load_net(folder)
@@ -69,7 +69,7 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
     plain, last = unet(), unet(memory_format=torch.channels_last)
 
     def app(net) -> Work:
-        return lambda: train.fit(net, scheduler, photos, config, accelerator, 1)
+        return lambda: train.fit(net, objective, photos, config, accelerator, 1)
 
     def swapped(**changes) -> Work:
         """The app's loop with another AdamW."""
@@ -78,7 +78,7 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
             stock = torch.optim.AdamW
             torch.optim.AdamW = lambda *args, **kwargs: stock(*args, **(kwargs | changes))
             try:
-                train.fit(plain, scheduler, photos, config, accelerator, 1)
+                train.fit(plain, objective, photos, config, accelerator, 1)
             finally:
                 torch.optim.AdamW = stock
 
@@ -86,11 +86,11 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
 
     def bf16() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            train.fit(plain, scheduler, photos, config, accelerator, 1)
+            train.fit(plain, objective, photos, config, accelerator, 1)
 
     return {
         "the app's loop": app(plain),
-        "plain loop without accelerate": lambda: floor.fit(plain, scheduler, photos, config, 1),
+        "plain loop without accelerate": lambda: floor.fit(plain, objective, photos, config, 1),
         "fused AdamW": swapped(fused=True),
         "foreach AdamW": swapped(foreach=True),
         "channels last": app(last),
@@ -99,7 +99,7 @@ def training(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work
 
 
 def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Work]:
-    scheduler, net = diffusion.Objective.of(folder), model.load_net(folder)
+    objective, net = diffusion.Objective.of(folder), model.load_net(folder)
     model.add_adapter(net, sd.FAMILY, config)
     merged = copy.deepcopy(net.eval())
     for part in merged.modules():
@@ -110,7 +110,7 @@ def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Wo
         def work() -> float:
             with mode():
                 return diffusion.validation_loss(
-                    unet.eval(), scheduler, photos, CPU, timesteps=config.validation_timesteps, batch_size=size
+                    unet.eval(), objective, photos, CPU, timesteps=config.validation_timesteps, batch_size=size
                 )
 
         return work
@@ -125,14 +125,14 @@ def evaluating(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, Wo
 
 def compiled(folder: Path, config: RunConfig, photos: Encoded) -> dict[str, float]:
     """torch.compile: seconds until the first two steps were taken, and seconds a step afterwards."""
-    net, scheduler, accelerator = model.load_net(folder), diffusion.Objective.of(folder), train.accelerator(config)
+    net, objective, accelerator = model.load_net(folder), diffusion.Objective.of(folder), train.accelerator(config)
     model.add_adapter(net, sd.FAMILY, config)
     net.forward = torch.compile(net.forward)
     start = time.monotonic()
-    train.fit(net, scheduler, photos, replace(config, local_steps=2), accelerator, 1)
+    train.fit(net, objective, photos, replace(config, local_steps=2), accelerator, 1)
     first = time.monotonic() - start
     start = time.monotonic()
-    train.fit(net, scheduler, photos, config, accelerator, 1)
+    train.fit(net, objective, photos, config, accelerator, 1)
     return {
         "seconds until two steps were taken": first,
         "seconds a step, then": (time.monotonic() - start) / config.local_steps,
