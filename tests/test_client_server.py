@@ -235,7 +235,7 @@ def test_sites_that_have_different_things_to_report_are_averaged_all_the_same(fe
 def test_an_unexpected_failure_leaves_as_its_type_alone_and_stays_whole_in_the_sites_log(
     federation, monkeypatch, capsys
 ):
-    def fail(self, seed):
+    def fail(self, seed, number):
         raise RuntimeError("/data/site-1/anna.png: a red poppy at Anna's")
 
     monkeypatch.setattr(train.Site, "fit", fail)

@@ -157,6 +157,12 @@ def _lasting(bad: Notes) -> Notes:
     return {key: reason for key, reason in bad.items() if reason not in PASSING}
 
 
+def pixels_of(photo: Photo, resolution: int) -> tuple[Tensor, Tensor]:
+    """(pixels [3, H, W] in [-1, 1], sizes and crop [6]), decoded once. Errors: BadImage."""
+    image = photo.read()
+    return to_pixels(image, resolution), torch.tensor(frame(image.size, resolution))
+
+
 @torch.no_grad()
 def _encode_photos(
     photos: list[Photo], base: Path, resolution: int, device: torch.device
@@ -168,9 +174,7 @@ def _encode_photos(
         pixels, sizes = dict[str, Tensor](), dict[str, Tensor]()
         for photo in photos[start : start + size]:
             try:
-                image = photo.read()
-                pixels[photo.key] = to_pixels(image, resolution)
-                sizes[photo.key] = torch.tensor(frame(image.size, resolution))
+                pixels[photo.key], sizes[photo.key] = pixels_of(photo, resolution)
             except BadImage as error:
                 bad[photo.key] = error.reason
         if pixels:
