@@ -26,6 +26,7 @@ from app.families.base import Conditions, stacked
 from app.families.noise import Flow
 from app.site import cache, diffusion, train
 from app.site.photos import data
+from benchmarks.gpu import gpu_families
 from bouquet.adapter import parity
 from bouquet.site import estimate
 from tests.kit import families as kit
@@ -316,20 +317,13 @@ def test_what_was_encoded_once_is_read_again_bit_for_bit_and_keeps_its_lengths(n
 
 # --- the real architectures, without weights --------------------------------------------------------------------------
 
-SDXL_UNET = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": (1, 2, 10),
-    "projection_class_embeddings_input_dim": 2816, "cross_attention_dim": 2048,
-}  # fmt: skip
 KLEIN = {
     "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }  # fmt: skip
 REAL = {  # the real net's class and settings, `lora-targets`, millions of parameters at rank 16, one of its layers
     "SDXL": (
-        "StableDiffusionXLPipeline", SDXL_UNET, "attention", 23.2,
+        "StableDiffusionXLPipeline", gpu_families.SDXL, "attention", 23.2,
         "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k",
     ),
     "Z-Image": ("ZImagePipeline", {}, "attention", 16.7, "layers.29.attention.to_q"),

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from app import model
 from app.config import RunConfig
 from app.families import sd
-from app.site import cache
+from app.site import cache, diffusion
 from benchmarks.gpu.gpu import Shape, new_unet
 from bouquet.site import estimate
 from tests.kit import tiny
@@ -154,7 +154,7 @@ def test_of_what_a_unet_calls_nothing_that_autocast_casts_is_left_out() -> None:
     run = config(batch_size=2)
     unet = estimate._net(MINI, sd.FAMILY, run, half=False)
     with Listen():
-        estimate._predicted(unet, sd.FAMILY, of(2, 4, 16, 24, 128))
+        diffusion.predict(unet, sd.FAMILY, *of(2, 4, 16, 24, 128))
     cast = header("AT_FORALL_LOWER_PRECISION_FP") | header("AT_FORALL_FP32") | header("AT_FORALL_FP32_SET_OPT_DTYPE")
     expected = {name for name in called if PYTHON.get(name, name) in cast}
     assert {"conv2d", "linear", "group_norm", "layer_norm", "scaled_dot_product_attention", "interpolate"} <= expected

@@ -210,6 +210,14 @@ class Family:
 class FlowFamily(Family):
     """What all families of flow matching have in common."""
 
+    longest: ClassVar[int]  # tokens of a caption: what lies beyond is not read, in training and in pictures alike
+
+    def tokens(self, folder: Path) -> int:
+        return self.longest
+
+    def drawing(self, config: RunConfig) -> dict[str, Any]:
+        return super().drawing(config) | {"max_sequence_length": self.longest}
+
     def schedule(self, folder: Path) -> Schedule:
         from diffusers import FlowMatchEulerDiscreteScheduler
 

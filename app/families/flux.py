@@ -5,7 +5,6 @@ or not (schnell).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from app.config import RunConfig
 from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
 
-TOKENS = 512  # of T5; CLIP reads its 77 beside it
 JOINT = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 OWN = tuple(f"attn.{layer}" for layer in ATTENTION)
@@ -24,6 +22,7 @@ GUIDANCE = 1.0  # what a net that is distilled for guidance is told while it lea
 class Flux(FlowFamily):
     pipeline = "FluxPipeline"
     label = "Flux.1"
+    longest = 512  # of T5; CLIP reads its 77 beside it
     classes: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("FluxTransformer2DModel",),
         "vae": ("AutoencoderKL",),
@@ -50,9 +49,6 @@ class Flux(FlowFamily):
         )
         if (heard := own["transformer"].get("pooled_projection_dim")) != (made := text_width(own["text_encoder"])):
             yield f"its transformer hears a pooled text of {str(heard)[:20]}, and CLIP's is {str(made)[:20]}"
-
-    def tokens(self, folder: Path) -> int:
-        return TOKENS
 
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """T5's hidden state, "text" [T, D] (512, 4096), and CLIP's pooled one, "pooled" [P] (768)."""
@@ -81,9 +77,6 @@ class Flux(FlowFamily):
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         net = own["transformer"]
         return {"text": (tokens, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
-
-    def drawing(self, config: RunConfig) -> dict[str, Any]:
-        return {"guidance_scale": config.sample_guidance, "max_sequence_length": TOKENS}
 
     def notes(self, config: RunConfig, adapter: Mapping[str, Tensor]) -> dict[str, str]:
         """An adapter for [schnell] has the same shapes: of base models by other names nothing is said."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from app import text
-from app.config import RunConfig
 from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
 
-TOKENS = 512
 LAYERS = (9, 18, 27)  # of the language model, beside each other
 # the single blocks have attention and feed-forward in one matrix, and so have community trainers' adapters
 TOGETHER = ("attn.to_qkv_mlp_proj",)
@@ -22,6 +19,7 @@ TOGETHER = ("attn.to_qkv_mlp_proj",)
 class Flux2Klein(FlowFamily):
     pipeline = "Flux2KleinPipeline"
     label = "Flux.2-klein"
+    longest = 512
     classes: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("Flux2Transformer2DModel",),
         "vae": ("AutoencoderKLFlux2",),
@@ -58,9 +56,6 @@ class Flux2Klein(FlowFamily):
         normalised: Tensor = (patches - mean) / spread
         return normalised
 
-    def tokens(self, folder: Path) -> int:
-        return TOKENS
-
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """Three of the language model's hidden states beside each other, all padded to T: "text" [T, 3 D]."""
         hidden, _ = self.encoder(parts).encode_prompt(
@@ -86,9 +81,6 @@ class Flux2Klein(FlowFamily):
 
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"text": (tokens, own["transformer"]["joint_attention_dim"])}
-
-    def drawing(self, config: RunConfig) -> dict[str, Any]:
-        return {"guidance_scale": config.sample_guidance, "max_sequence_length": TOKENS}
 
 
 FAMILY = Flux2Klein()

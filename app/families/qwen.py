@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,13 +12,13 @@ from app.config import RunConfig
 from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
 from app.families.flux import JOINT
 
-TOKENS = 1024
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
 class QwenImage(FlowFamily):
     pipeline = "QwenImagePipeline"
     label = "Qwen-Image"
+    longest = 1024
     classes: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("QwenImageTransformer2DModel",),
         "vae": ("AutoencoderKLQwenImage",),
@@ -51,9 +50,6 @@ class QwenImage(FlowFamily):
         mean, spread = (torch.tensor(vae.config[f"latents_{key}"]).view(1, -1, 1, 1).to(z) for key in ("mean", "std"))
         return (z - mean) / spread
 
-    def tokens(self, folder: Path) -> int:
-        return TOKENS
-
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """The language model's last hidden state after its template, a caption's own tokens alone: "text" [T, D]."""
         hidden, mask = self.encoder(parts).encode_prompt(
@@ -82,7 +78,7 @@ class QwenImage(FlowFamily):
 
     def drawing(self, config: RunConfig) -> dict[str, Any]:
         """Its guidance is the true one, which needs something to be led away from."""
-        return {"true_cfg_scale": config.sample_guidance, "negative_prompt": " ", "max_sequence_length": TOKENS}
+        return {"true_cfg_scale": config.sample_guidance, "negative_prompt": " ", "max_sequence_length": self.longest}
 
 
 FAMILY = QwenImage()

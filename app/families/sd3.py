@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from app import text
-from app.config import RunConfig
 from app.families.base import Conditions, FlowFamily, Repository, Settings, differs, text_width
 from app.families.flux import JOINT, MLP, OWN
-
-TOKENS = 256  # of T5; both CLIPs read their 77 before it
 
 
 class StableDiffusion3(FlowFamily):
     pipeline = "StableDiffusion3Pipeline"
     label = "Stable Diffusion 3.5"
+    longest = 256  # of T5; both CLIPs read their 77 before it
     classes: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("SD3Transformer2DModel",),
         "vae": ("AutoencoderKL",),
@@ -51,9 +48,6 @@ class StableDiffusion3(FlowFamily):
             heard, whole = text.line(heard, 20), text.line(whole, 20)
             yield f"its transformer hears a pooled text of {heard}, and both CLIPs' is {whole}"
 
-    def tokens(self, folder: Path) -> int:
-        return TOKENS
-
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """Both CLIPs' hidden states beside each other and T5's after them, "text" [77 + T, D] (333, 4096), and both
         CLIPs' projections, "pooled" [P] (2048).
@@ -76,9 +70,6 @@ class StableDiffusion3(FlowFamily):
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         net = own["transformer"]
         return {"text": (77 + tokens, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
-
-    def drawing(self, config: RunConfig) -> dict[str, Any]:
-        return {"guidance_scale": config.sample_guidance, "max_sequence_length": TOKENS}
 
 
 FAMILY = StableDiffusion3()

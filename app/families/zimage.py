@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from app.config import RunConfig
 from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
 
-TOKENS = 512  # of a caption within its template, as the pipeline reads it
 MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
 class ZImage(FlowFamily):
     pipeline = "ZImagePipeline"
     label = "Z-Image"
+    longest = 512  # of a caption within its template, as the pipeline reads it
     classes: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("ZImageTransformer2DModel",),
         "vae": ("AutoencoderKL",),
@@ -36,9 +34,6 @@ class ZImage(FlowFamily):
         if own["transformer"].get("siglip_feat_dim") is not None:
             yield "its transformer wants a picture beside the text (siglip_feat_dim)"
 
-    def tokens(self, folder: Path) -> int:
-        return TOKENS
-
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """The language model's last hidden state but one, its own tokens alone: "text" [T, D]."""
         device = parts["text_encoder"].device
@@ -55,9 +50,6 @@ class ZImage(FlowFamily):
 
     def shapes(self, own: Settings, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"text": (tokens, own["transformer"]["cap_feat_dim"])}
-
-    def drawing(self, config: RunConfig) -> dict[str, Any]:
-        return {"guidance_scale": config.sample_guidance, "max_sequence_length": TOKENS}
 
 
 FAMILY = ZImage()

@@ -87,16 +87,19 @@ def noise_loss(
     return loss_B.mean()
 
 
+def predict(net: Any, family: Family, noisy_BChw: Tensor, told_B: Tensor, given: Conditions) -> Tensor:
+    """The net is asked in its own type; whole numbers among the conditions stay whole."""
+    given = {name: value.to(net.dtype) if value.is_floating_point() else value for name, value in given.items()}
+    return family.predict(net, noisy_BChw.to(net.dtype), told_B, given)
+
+
 def losses(
     net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, noise_BChw: Tensor, t_B: Tensor
 ) -> Tensor:
-    """Squared error of the net's prediction at the given noise and levels: float32 [B]. The net computes in its own
-    type; whole numbers among the conditions stay whole.
-    """
-    schedule, dtype = objective.schedule, net.dtype
-    noisy = schedule.noisy(latents_BChw, noise_BChw, t_B).to(dtype)
-    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
-    predicted = objective.family.predict(net, noisy, schedule.told(t_B), given)
+    """Squared error of the net's prediction at the given noise and levels: float32 [B]."""
+    schedule = objective.schedule
+    noisy = schedule.noisy(latents_BChw, noise_BChw, t_B)
+    predicted = predict(net, objective.family, noisy, schedule.told(t_B), given)
     target = schedule.target(latents_BChw, noise_BChw, t_B)
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from app import families, model
 from app.config import RunConfig
 from app.families.base import Conditions, Family, stacked
+from app.site import diffusion
 
 GIB = 2**30
 BLOCK = 512  # bytes to which torch's allocators round up
@@ -166,17 +167,11 @@ def step_of(net: Any, family: Family, of: Inputs, *, half: bool) -> tuple[int, i
     alive = Alive([*net.parameters(), *gradients, of.latents, *of.given.values()])
     with alive:
         with OnGpu(half):
-            predicted = _predicted(net, family, of)
+            predicted = diffusion.predict(net, family, *of)
             loss = F.mse_loss(predicted.float(), torch.empty_like(of.latents))
         kept = alive.now
         loss.backward()  # type: ignore[no-untyped-call]  # gradient checkpointing computes its blocks again in here
     return kept, alive.most
-
-
-def _predicted(net: Any, family: Family, of: Inputs) -> torch.Tensor:
-    """In the net's own types, as diffusion.losses has them."""
-    given = {name: value.to(net.dtype) if value.is_floating_point() else value for name, value in of.given.items()}
-    return family.predict(net, of.latents.to(net.dtype), of.told, given)
 
 
 @torch.no_grad()
@@ -184,7 +179,7 @@ def forward_of(net: Any, family: Family, of: Inputs, *, half: bool) -> int:
     """Bytes alive at most in a forward pass without gradients, aside from parameters."""
     alive = Alive(net.parameters())
     with alive, OnGpu(half):
-        _predicted(net, family, of)
+        diffusion.predict(net, family, *of)
     return alive.most
 
 
