@@ -37,15 +37,10 @@ from tests.kit.wait import until
 @contextlib.contextmanager
 def everything(home: Path) -> Iterator[Bench]:
     """A small output volume and a hostile site, in one deployment."""
-    mounted = not disk.no_mount() and not disk.mount(home / "adapters", disk.SIZES["adapters"])
-    try:
-        with Bench(
-            home, site_3={"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}
-        ) as bench:
-            yield bench
-    finally:
-        if mounted:
-            disk.unmount(home / "adapters")
+    volume = contextlib.nullcontext() if disk.no_mount() else disk.small(home / "adapters", disk.SIZES["adapters"])
+    site_3 = {"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}
+    with volume, Bench(home, site_3=site_3) as bench:
+        yield bench
 
 
 @pytest.fixture(scope="module")

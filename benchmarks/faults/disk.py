@@ -34,27 +34,32 @@ FULL = 20  # seconds that the state volume is full
 TENTHS = "SIGKILL in each tenth of the adapter's write"
 
 
-def mount(folder: Path, size: str) -> str:
-    """Mount a tmpfs there; '' or why not."""
+@contextmanager
+def small(folder: Path, size: str) -> Iterator[None]:
+    """The folder as a tmpfs of that size, which goes with this process however that ends. Raises OSError: why it cannot be."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "bouquet-faults", folder], capture_output=True, text=True
-    )
-    return done.stderr.strip() if done.returncode else ""
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "bouquet-faults", folder]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+    unmount = ["sh", "-c", 'read -r _; exec umount --lazy "$0"', folder]  # reads until our end of the pipe is closed
+    keeper = subprocess.Popen(unmount, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        keeper.communicate()
+        assert keeper.returncode == 0, f"{folder} could not be unmounted"
 
 
 @cache
 def no_mount() -> str:
     """Why small volumes cannot be made here; '' where they can."""
     with tempfile.TemporaryDirectory() as folder:
-        if why := mount(Path(folder), "1m"):
-            return f"no tmpfs can be mounted here ({why})"
-        unmount(Path(folder))
-    return ""
+        try:
+            with small(Path(folder), "1m"):
+                return ""
+        except OSError as error:
+            return f"no tmpfs can be mounted here ({error})"
 
 
 def on_small(volume: str) -> World:
@@ -62,13 +67,8 @@ def on_small(volume: str) -> World:
 
     @contextmanager
     def world(home: Path) -> Iterator[Bench]:
-        if why := mount(home / volume, SIZES[volume]):
-            raise OSError(why)
-        try:
-            with Bench(home) as bench:
-                yield bench
-        finally:
-            unmount(home / volume)
+        with small(home / volume, SIZES[volume]), Bench(home) as bench:
+            yield bench
 
     return world
 
