@@ -64,6 +64,6 @@ def bounded(site: str, claimed: float, counted: float, bound: str) -> str:
     why = {ADMITTED: "it was admitted with no more", SHARE: "one site may weigh no more (largest-share)"}
     return (
         f"{site} says that it has {claimed:,.0f} images and counts for {counted:,.0f}, since"
-        f" {why.get(bound, 'the hub bounds it')}. If that is not what it has, bound it: scripts/hub admit NAME KEY.pub"
+        f" {why.get(bound, 'the hub bounds it')}. If that is not what it has, bound it: bouquet hub admit NAME KEY.pub"
         " --images N"
     )

@@ -142,7 +142,7 @@ def report(result: Path, args: argparse.Namespace) -> None:
     print(f"adapter  {here / 'final' / 'pytorch_lora_weights.safetensors'}")
     if (result / "samples.png").is_file():  # an empty sample-prompts draws nothing
         print(f"picture  {here / 'samples.png'}")
-    print(f"next     scripts/report {here}")
+    print(f"next     scripts/bouquet report {here}")
     again = "docker compose up -d --wait" if args.engine == "docker" else f"scripts/demo --engine {args.engine} --keep"
     print("again    " + ("" if args.keep else f"{again} && ") + ".venv/bin/flwr run . remote-deployment --stream")
 

@@ -1,4 +1,4 @@
-"""How a command ends when nobody reads its output any more: `scripts/hub status | head -1`.
+"""How a command ends when nobody reads its output any more: `bouquet hub status | head -1`.
 
 Enters: a command's main(). Leaves: its exit code; 141, as a shell says it of cat, and no traceback where the output's
 reader has gone. A connection that broke is another thing, and raised as it was: so SIGPIPE stays ignored, as Python

@@ -1,7 +1,8 @@
 """Was joining worth it? Each site measures its own column, at the site; the hub puts the columns together.
 
-  scripts/worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT]
-  [--pictures] [--out FILE] scripts/worth collect RUN COLUMN...
+  bouquet worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT]
+  [--pictures] [--out FILE]
+  bouquet worth collect RUN COLUMN...
 
 measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for
           their seed, and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in
@@ -10,7 +11,7 @@ measure   at the site NAME: trains alone on its photos, with the steps and seeds
           judge sees what was asked for. Photos that are private need the site's own cache folder, where its secret is,
           and its SITE_LIMITS. --pictures draws the first RUN's prompts under each contender, from the same seeds, into
           FILE's .png: look at it, and send it along if you agree to it being shown.
-collect   at the hub: worth.json in RUN's folder, for scripts/report; a picture that lies beside a COLUMN comes along.
+collect   at the hub: worth.json in RUN's folder, for bouquet report; a picture that lies beside a COLUMN comes along.
 
 Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other).
 """
@@ -194,7 +195,7 @@ def collect(run: Path, files: list[Path]) -> Path:
         raise BouquetError(
             "WORTH-02",
             found=", ".join(f"{c.site}: seeds {list(c.seeds)}, {c.steps} steps" for c in columns),
-            fix="let every site measure the same runs once: scripts/worth measure",
+            fix="let every site measure the same runs once: bouquet worth measure",
         )
     sites = {}
     for file, column in zip(files, columns, strict=True):

@@ -1,4 +1,4 @@
-"""`scripts/hub admit` and `revoke`, refused or cut off between two steps: what stood stands, nobody is half in."""
+"""`bouquet hub admit` and `revoke`, refused or cut off between two steps: what stood stands, nobody is half in."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
     assert sentence.startswith(
         "a says that it has 999,999,999 images and counts for 396, since one site may weigh no more"
     )
-    assert sentence.endswith("scripts/hub admit NAME KEY.pub --images N")
+    assert sentence.endswith("bouquet hub admit NAME KEY.pub --images N")
 
 
 def test_a_metric_is_weighted_by_images():

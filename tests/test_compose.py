@@ -40,7 +40,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FLWR_HOME", str(copy.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_"))]:
             patch.delenv(variable)
-        sh("scripts/partition --dataset mini --sites 2 --images-per-site 24", copy)
+        sh("scripts/bouquet data partition --dataset mini --sites 2 --images-per-site 24", copy)
         sh("chmod -R go= app docker models pyproject.toml scripts", copy)  # as a clone under umask 077 has them
         sh("umask 077; scripts/setup --engine docker", copy)
         yield copy
@@ -223,46 +223,50 @@ def operator(up: Path, command: str, options: str = "", check: bool = True) -> s
 def test_every_command_that_the_pages_name_for_the_operators_container_works_there_or_is_refused_with_a_code(
     up: Path, run: str, tmp_path: Path
 ) -> None:
-    assert "site-1" in operator(up, "scripts/hub sites").stdout
-    assert f"run       {run}  finished" in operator(up, f"scripts/hub status {run}").stdout
+    assert "site-1" in operator(up, "bouquet hub sites").stdout
+    assert f"run       {run}  finished" in operator(up, f"bouquet hub status {run}").stdout
 
-    told = operator(up, "scripts/hub invite garden", check=False)
+    told = operator(up, "bouquet hub invite garden", check=False)
     assert told.returncode == 1 and "JOIN-01" in told.stdout  # this hub has no HUB_HOST yet
     with (up / ".env").open("a") as settings:
         settings.write('HUB_HOST="hub.example.org 192.0.2.7" # DNS\n')
     sh("scripts/certs", up)
     archive = up / ".bouquet/kits/garden.tar.gz"
-    inside_ = operator(up, "scripts/hub invite garden").stdout
-    outside = sh("scripts/hub invite garden", up).stdout
+    inside_ = operator(up, "bouquet hub invite garden").stdout
+    outside = sh("scripts/bouquet hub invite garden", up).stdout
     assert inside_.replace("/bouquet/.bouquet", str(up / ".bouquet")) == outside  # the same kit, to the byte
-    assert operator(up, "scripts/hub invite garden").stdout == inside_  # also over one that was made outside
+    assert operator(up, "bouquet hub invite garden").stdout == inside_  # also over one that was made outside
     assert hashlib.sha256(archive.read_bytes()).hexdigest() in inside_
     with tarfile.open(archive) as kit:
         assert b"HUB='hub.example.org:" in kit.extractfile("garden/.env").read()
 
     sh(f"ssh-keygen -q -t ecdsa -b 384 -N '' -f {tmp_path}/key", up)
-    assert "admitted" in operator(up, f"scripts/hub admit garden /dev/stdin <{tmp_path}/key.pub").stdout
-    assert "revoked" in operator(up, "scripts/hub revoke garden").stdout
+    assert "admitted" in operator(up, f"bouquet hub admit garden /dev/stdin <{tmp_path}/key.pub").stdout
+    assert "revoked" in operator(up, "bouquet hub revoke garden").stdout
 
-    refused = operator(up, "scripts/hub sign", check=False)
+    refused = operator(up, "bouquet hub sign", check=False)
     assert refused.returncode == 1 and "TRUST-02" in refused.stdout and "Traceback" not in refused.stdout
     given = (
         '--user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures"'
     )
     [page] = [
-        line for line in (ROOT / "docs/hub.md").read_text().splitlines() if line.endswith("operator scripts/hub sign")
+        line for line in (ROOT / "docs/hub.md").read_text().splitlines() if line.endswith("operator bouquet hub sign")
     ]
     assert given in page and given in refused.stdout
     assert (
-        operator(up, "scripts/hub sign", given).stdout.splitlines()[:1]
-        == sh("scripts/hub sign", up).stdout.splitlines()[:1]
+        operator(up, "bouquet hub sign", given).stdout.splitlines()[:1]
+        == sh("scripts/bouquet hub sign", up).stdout.splitlines()[:1]
     )
 
-    sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
+    sh("docker compose run --rm -T operator bouquet report --out - >report.html", up)
     assert (up / "report.html").read_text().rstrip().endswith("</html>")
-    sh('docker compose run --rm -T operator scripts/sample --out - --steps 1 --prompt "a red poppy" >sample.png', up)
+    sh(
+        "docker compose run --rm -T operator bouquet adapter sample --out - --steps 1"
+        ' --prompt "a red poppy" >sample.png',
+        up,
+    )
     assert (up / "sample.png").read_bytes().startswith(b"\x89PNG")
-    for unwritable in ("scripts/sample --steps 1 --prompt poppy", "scripts/sample --merge merged"):
+    for unwritable in ("bouquet adapter sample --steps 1 --prompt poppy", "bouquet adapter sample --merge merged"):
         refused = operator(up, unwritable, check=False)
         assert refused.returncode == 1 and "EXPORT-08" in refused.stdout and "Traceback" not in refused.stdout, (
             refused.stdout
@@ -292,12 +296,12 @@ def test_a_site_that_is_given_no_gpu_on_a_host_with_some_asks_docker_for_none(ho
 
 
 def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, run: str) -> None:
-    for command in ("scripts/hub status", "docker compose run --rm -T operator scripts/hub status"):
+    for command in ("scripts/bouquet hub status", "docker compose run --rm -T operator bouquet hub status"):
         assert re.search(
             r"^run +\d+  finished\n.*^adapter +\d+/round-0001$", sh(command, up).stdout, re.MULTILINE | re.DOTALL
         )
-    assert f"run       {run}  finished" in sh(f"scripts/hub status {run}", up).stdout
-    sh("docker compose run --rm -T operator scripts/report --out - >report.html", up)
+    assert f"run       {run}  finished" in sh(f"scripts/bouquet hub status {run}", up).stdout
+    sh("docker compose run --rm -T operator bouquet report --out - >report.html", up)
     page = (up / "report.html").read_text()
     assert page.lower().startswith("<!doctype html>") and "site-1" in page and page.rstrip().endswith("</html>")
 

@@ -254,7 +254,7 @@ def test_a_run_of_two_sites_completes(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
 ) -> None:
     """SuperLink, ServerApp and two SuperNodes of this environment; their messages on the GPU where there is one."""
-    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
+    sh("scripts/certs && scripts/bouquet data partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     running, lines = Processes(tmp_path / "home", project / "certs", free_port(), sites), list[str]()
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "operator"))

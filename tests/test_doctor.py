@@ -315,7 +315,7 @@ def test_set_up_makes_files_that_the_containers_user_may_read_whatever_the_umask
 
 def test_a_kit_that_cannot_be_written_and_pictures_that_cannot_are_named(copy: Path, tmp_path: Path) -> None:
     sh("scripts/certs && mkdir -p .bouquet && touch .bouquet/kits", copy)  # a file in the folder's place
-    told = sh("scripts/hub invite garden --hub localhost:8443", copy, check=False)
+    told = sh("scripts/bouquet hub invite garden --hub localhost:8443", copy, check=False)
     assert told.returncode == 1 and told.stdout.startswith("JOIN-14  The kit cannot be written.\n"), told.stdout
     for place, kinds in ((copy / ".bouquet/kits/sheet.png", ()), (tmp_path / "sheet.xyz", (ValueError,))):
         with pytest.raises(BouquetError, match="EXPORT-08") as caught, sample.writing(place, *kinds):
@@ -330,17 +330,17 @@ def test_a_kit_is_never_written_through_a_link(copy: Path, tmp_path: Path) -> No
     for name in ("garden.tar.gz", "garden/README.md"):
         (copy / ".bouquet/kits" / name).symlink_to(tmp_path / "file")
     (copy / ".bouquet/kits/orchard").symlink_to(tmp_path / "folder")
-    sh("scripts/certs && scripts/hub invite garden --hub localhost:8443", copy)
+    sh("scripts/certs && scripts/bouquet hub invite garden --hub localhost:8443", copy)
     assert (tmp_path / "file").read_text() == "somebody's" and (
         copy / ".bouquet/kits/garden/README.md"
     ).read_text().startswith("# garden joins")
-    told = sh("scripts/hub invite orchard --hub localhost:8443", copy, check=False)
+    told = sh("scripts/bouquet hub invite orchard --hub localhost:8443", copy, check=False)
     assert told.returncode == 1 and "JOIN-14" in told.stdout and list((tmp_path / "folder").iterdir()) == []
 
 
 @pytest.mark.parametrize("hub", ["https://localhost:8443", "localhost", "localhost:http", "lo calhost:8443", ":8443"])
 def test_an_address_that_is_none_is_named_before_a_kit_is_made(copy: Path, hub: str) -> None:
-    told = sh(f"scripts/hub invite garden --hub '{hub}'", copy, check=False)
+    told = sh(f"scripts/bouquet hub invite garden --hub '{hub}'", copy, check=False)
     assert told.returncode == 1 and told.stdout.startswith(("CERT-05", "HOST-15")) and "--hub" in told.stdout, (
         told.stdout
     )
@@ -351,16 +351,16 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
     """Whether the publishers that sites pin are known there or not."""
     sh("mkdir -p certs && touch certs/trusted.yaml", copy)
     for _ in range(2):
-        told = sh("scripts/hub sign", copy, check=False, BOUQUET_OPERATOR="1")
+        told = sh("scripts/bouquet hub sign", copy, check=False, BOUQUET_OPERATOR="1")
         assert (
-            told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator scripts/hub sign" in told.stdout
+            told.returncode == 1 and told.stdout.startswith("TRUST-02") and "operator bouquet hub sign" in told.stdout
         )
         assert not (copy / "certs/publisher.key").exists()
         (copy / "certs/trusted.yaml").unlink(missing_ok=True)
 
 
 def test_who_reads_no_more_ends_a_command_without_a_traceback(copy: Path) -> None:
-    told = sh("scripts/certs; scripts/hub sign | head -1", copy)
+    told = sh("scripts/certs; scripts/bouquet hub sign | head -1", copy)
     assert "Traceback" not in told.stdout and "sign: bundle" in told.stdout
 
 
@@ -434,7 +434,7 @@ def test_an_invitation_after_one_that_was_cut_off_goes_on(tmp_path: Path, monkey
 def test_a_base_of_a_kind_that_cannot_be_trained_is_named_before_there_is_a_kit(copy: Path) -> None:
     index = copy / "models/mini/model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
-    told = sh("scripts/certs && scripts/hub invite garden --hub localhost:8443", copy, check=False)
+    told = sh("scripts/certs && scripts/bouquet hub invite garden --hub localhost:8443", copy, check=False)
     assert (
         told.returncode == 1
         and "MODEL-05" in told.stdout

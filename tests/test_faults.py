@@ -13,6 +13,8 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -200,6 +202,19 @@ def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_a
 
 # --- cases without a deployment
 # ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(disk.no_mount()), reason=disk.no_mount())
+def test_a_small_volume_goes_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    """Else it is in the way of whoever removes the folder: pytest ended with an error at each later run."""
+    killed = (
+        "import os, pathlib, sys; from benchmarks.faults import disk\n"
+        "with disk.small(pathlib.Path(sys.argv[1]), '1m'): print(os.path.ismount(sys.argv[1])); sys.stdout.flush();"
+        " os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n" and done.returncode == -9, done.stderr
+    until(lambda: not os.path.ismount(tmp_path), lambda: "still mounted")
 
 
 def test_an_adapter_whose_writing_is_killed_in_every_tenth_is_never_half_written() -> None:

@@ -42,7 +42,7 @@ SMALL = (
 def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """A hub and two sites with 24 drawn flowers each; FLWR_HOME is the test's own."""
     home = tmp_path_factory.mktemp("home")
-    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24", project)
+    sh("scripts/certs && scripts/bouquet data partition --dataset mini --sites 2 --images-per-site 24", project)
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     (models := home / "models").mkdir()
     (models / "mini").symlink_to(ROOT / "models" / "mini")
@@ -228,11 +228,11 @@ def test_a_run_that_misses_sites_fails_by_name_within_its_bound(federation: Proc
 
 def test_a_person_asks_the_hub_how_the_run_ended(federation: Processes, finished: tuple[Path, list[str]]) -> None:
     shown = sh(
-        f"scripts/hub status {finished[0].name}", ROOT, BOUQUET_ADAPTERS=str(federation.adapters)
+        f"scripts/bouquet hub status {finished[0].name}", ROOT, BOUQUET_ADAPTERS=str(federation.adapters)
     ).stdout.splitlines()
     assert (
         shown[:2] == [f"run       {finished[0].name}  finished", "rounds    2 of 2 done"]
-        and shown[-1] == "next      scripts/report"
+        and shown[-1] == "next      scripts/bouquet report"
     )
 
 

@@ -189,7 +189,7 @@ def status_facts(run: Told) -> dict:
 
 
 def sites_table(run: Told) -> str:
-    """`scripts/hub sites`, where the SuperLink knows a site by a hostile name too."""
+    """`bouquet hub sites`, where the SuperLink knows a site by a hostile name too."""
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     times = {"last_deactivated_at": "", "unregistered_at": 0, "last_activated_at": "", "registered_at": ""}
@@ -224,9 +224,9 @@ SURFACES: dict[str, Callable[[Told], str]] = {
     "the run's own output": lambda run: run.output,
     "history.json as read": lambda run: "\n".join(texts(records.told(read(run.folder).history))),
     "status.json as read": lambda run: "\n".join(texts(records.told(read(run.folder).status))),
-    "scripts/hub status": lambda run: status_.words(status_facts(run), 0.0),
-    "scripts/hub status --json": lambda run: "\n".join(texts(json.loads(json.dumps(status_facts(run))))),
-    "scripts/hub sites": sites_table,
+    "bouquet hub status": lambda run: status_.words(status_facts(run), 0.0),
+    "bouquet hub status --json": lambda run: "\n".join(texts(json.loads(json.dumps(status_facts(run))))),
+    "bouquet hub sites": sites_table,
     "the progress line": lambda run: progress.line(read(run.folder)),
     "what to look at": lambda run: "\n".join(findings.warnings(read(run.folder))),
     "the report": lambda run: page(read(run.folder)),

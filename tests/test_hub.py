@@ -472,6 +472,6 @@ def test_a_site_that_claims_a_billion_images_decides_no_more_than_its_share_and_
     sentence = (
         f"site-2 says that it has 999,999,999 images and counts for {4 * honest}, since one site may weigh no more"
     )
-    assert out.count(f"bouquet: bounded  {sentence}") == 1 and "scripts/hub admit NAME KEY.pub --images N" in out
+    assert out.count(f"bouquet: bounded  {sentence}") == 1 and "bouquet hub admit NAME KEY.pub --images N" in out
     provenance = json.loads((federation.adapters / "7/final/provenance.json").read_text())
     assert provenance["sites"]["site-2"] == {"images": 999_999_999, "counted": 4 * honest}

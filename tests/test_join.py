@@ -91,12 +91,12 @@ class SiteHost:
 
 
 def invited(root: Path, name: str, to: Path) -> SiteHost:
-    """`scripts/hub invite`, and the kit unpacked on the site's machine."""
-    sh(f"scripts/hub invite {name}", root)
+    """`bouquet hub invite`, and the kit unpacked on the site's machine."""
+    sh(f"scripts/bouquet hub invite {name}", root)
     to.mkdir(parents=True, exist_ok=True)
     sh(
-        f"scripts/partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn && mv {to}/drawn/site-1"
-        f" {to}/photos",
+        f"scripts/bouquet data partition --dataset mini --sites 1 --images-per-site 24 --out {to}/drawn"
+        f" && mv {to}/drawn/site-1 {to}/photos",
         root,
     )
     sh(f"tar -xzf {root}/.bouquet/kits/{name}.tar.gz", to)
@@ -108,7 +108,7 @@ def garden(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     """A site that has joined and is online."""
     site = invited(root, "garden", tmp_path_factory.mktemp("garden"))
     fingerprint = site.init()
-    sh(f"scripts/hub admit garden {site.kit}/garden.pub --fingerprint {fingerprint}", root)
+    sh(f"scripts/bouquet hub admit garden {site.kit}/garden.pub --fingerprint {fingerprint}", root)
     site.start()
     try:
         wait_for(root, site, "online")
@@ -118,7 +118,7 @@ def garden(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
 
 
 def sites(root: Path) -> dict[str, dict]:
-    shown = sh("scripts/hub sites --json", root).stdout
+    shown = sh("scripts/bouquet hub sites --json", root).stdout
     return {site["name"]: site for site in json.loads(shown)["sites"]}
 
 
@@ -189,17 +189,17 @@ def test_no_secret_is_in_the_kit(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_kit_has_the_same_sum_which_invite_says(root: Path) -> None:
-    first, second = (sh("scripts/hub invite studio", root).stdout for _ in range(2))
+    first, second = (sh("scripts/bouquet hub invite studio", root).stdout for _ in range(2))
     digest = hashlib.sha256((root / ".bouquet/kits/studio.tar.gz").read_bytes()).hexdigest()
     assert digest in first and first == second
 
 
 def test_a_new_kit_leaves_one_that_was_set_up_where_it_lies_as_it_is(root: Path) -> None:
     folder = root / ".bouquet/kits/studio"
-    sh("scripts/hub invite studio", root)
+    sh("scripts/bouquet hub invite studio", root)
     (folder / "site.key").write_text("the only copy")
     before = contents(folder)
-    sh("scripts/hub invite studio --hub localhost:1", root)
+    sh("scripts/bouquet hub invite studio --hub localhost:1", root)
     with tarfile.open(f"{folder}.tar.gz") as kit:
         assert "studio/site.key" not in kit.getnames()
     assert contents(folder) == before
@@ -209,15 +209,15 @@ def test_a_new_kit_leaves_one_that_was_set_up_where_it_lies_as_it_is(root: Path)
 def test_a_hub_without_an_address_is_named(root: Path, tmp_path: Path) -> None:
     copy = copy_project(tmp_path / "bouquet")
     sh("scripts/certs", copy)
-    wrong = sh("scripts/hub invite studio", copy, check=False)
+    wrong = sh("scripts/bouquet hub invite studio", copy, check=False)
     assert wrong.returncode == 1 and wrong.stdout.startswith(
         "JOIN-01  The hub has no address for sites.\n  found  no HUB_HOST\n"
     )
-    sh("scripts/hub invite studio --hub localhost:8443", copy)
+    sh("scripts/bouquet hub invite studio --hub localhost:8443", copy)
 
 
 def test_an_address_that_the_certificate_lacks_is_named(root: Path) -> None:
-    wrong = sh("scripts/hub invite studio --hub hub.example.org:8443", root, check=False)
+    wrong = sh("scripts/bouquet hub invite studio --hub hub.example.org:8443", root, check=False)
     assert wrong.returncode == 1 and "CERT-01" in wrong.stdout and "missing: hub.example.org" in wrong.stdout
 
 
@@ -261,7 +261,7 @@ def test_every_code_that_the_sites_command_says_is_explained_in_the_kit() -> Non
 
 
 def test_an_admitted_site_is_online_by_name(root: Path, garden: SiteHost) -> None:
-    shown = sh("scripts/hub sites", root).stdout.splitlines()
+    shown = sh("scripts/bouquet hub sites", root).stdout.splitlines()
     assert re.split(r"\s{2,}", shown[0]) == ["name", "state", "last seen", "images", "GPU", "rounds"]
     [row] = [line for line in shown if line.startswith("garden ")]
     assert re.fullmatch(r"garden +online +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC +- +- +0", row)
@@ -273,7 +273,7 @@ def test_an_admitted_site_is_online_by_name(root: Path, garden: SiteHost) -> Non
 
 def test_admitting_the_same_key_under_the_same_name_again_changes_nothing(root: Path, garden: SiteHost) -> None:
     before = sites(root)
-    sh(f"scripts/hub admit garden {garden.kit}/garden.pub", root)
+    sh(f"scripts/bouquet hub admit garden {garden.kit}/garden.pub", root)
     assert {name: site["state"] for name, site in sites(root).items()} == {
         name: site["state"] for name, site in before.items()
     }
@@ -283,21 +283,21 @@ def test_admit_refuses_another_key_under_a_name_that_is_taken_and_another_name_f
     root: Path, garden: SiteHost, tmp_path: Path
 ) -> None:
     for name, key in (("garden", new_public_key(tmp_path)), ("meadow", garden.kit / "garden.pub")):
-        refused = sh(f"scripts/hub admit {name} {key}", root, check=False)
-        assert refused.returncode == 1 and "JOIN-04" in refused.stdout and "scripts/hub revoke garden" in refused.stdout
+        refused = sh(f"scripts/bouquet hub admit {name} {key}", root, check=False)
+        assert refused.returncode == 1 and "JOIN-04" in refused.stdout and "bouquet hub revoke garden" in refused.stdout
     assert sites(root)["garden"]["state"] == "online" and "meadow" not in sites(root)
 
 
 def test_admit_refuses_what_is_no_public_key_of_a_site(root: Path, garden: SiteHost, tmp_path: Path) -> None:
     for key in (garden.kit / "site.key", new_public_key(tmp_path, "ed25519"), tmp_path / "missing.pub"):
-        refused = sh(f"scripts/hub admit meadow {key}", root, check=False)
+        refused = sh(f"scripts/bouquet hub admit meadow {key}", root, check=False)
         assert refused.returncode == 1 and refused.stdout.startswith("JOIN-02"), refused.stdout
 
 
 def test_admit_refuses_a_key_whose_fingerprint_is_not_the_one_read_out(root: Path, tmp_path: Path) -> None:
     key = new_public_key(tmp_path)
     other = "SHA256:" + base64.b64encode(bytes(32)).decode().rstrip("=")
-    refused = sh(f"scripts/hub admit meadow {key} --fingerprint {other}", root, check=False)
+    refused = sh(f"scripts/bouquet hub admit meadow {key} --fingerprint {other}", root, check=False)
     assert refused.returncode == 1 and "JOIN-03" in refused.stdout
     assert sh(f"ssh-keygen -lf {key}", root).stdout.split()[1] in refused.stdout
     assert "meadow" not in sites(root) and not (root / "certs/admitted/meadow.pub").exists()
@@ -305,7 +305,7 @@ def test_admit_refuses_a_key_whose_fingerprint_is_not_the_one_read_out(root: Pat
 
 @pytest.mark.parametrize("name", ["../x", "A", "a b", "-a", ""])
 def test_a_name_that_is_none_is_refused(root: Path, name: str) -> None:
-    refused = sh(f"scripts/hub invite -- '{name}'", root, check=False)
+    refused = sh(f"scripts/bouquet hub invite -- '{name}'", root, check=False)
     assert refused.returncode == 1 and refused.stdout.startswith("CERT-04")
 
 
@@ -322,9 +322,9 @@ def test_a_site_that_is_ready_passes_its_check_and_one_that_is_not_admitted_fail
 
 def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path, garden: SiteHost) -> None:
     before = sites(root)["garden"]["rounds"]
-    sh("scripts/hub sign", root)
+    sh("scripts/bouquet hub sign", root)
     # known already; from now on it weighs no more
-    sh(f"scripts/hub admit garden {garden.kit}/garden.pub --images 5", root)
+    sh(f"scripts/bouquet hub admit garden {garden.kit}/garden.pub --images 5", root)
     shown = sh(f'.venv/bin/flwr run . remote-deployment --run-config "{SMALL}" --format json', root).stdout
     state = follow(json.loads(shown[shown.index("{") :])["run-id"], lambda line: None)
     assert state[0] == "finished:completed", state
@@ -363,7 +363,7 @@ def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteH
 
 
 def test_sites_shows_who_was_invited_and_who_waits_for_the_next_up(root: Path, garden: SiteHost) -> None:
-    sh("scripts/hub invite studio", root)
+    sh("scripts/bouquet hub invite studio", root)
     assert sites(root)["studio"]["state"] == "invited"
     # its key lies in certs/admitted; this hub has not registered it yet
     assert sites(root)["site-1"]["state"] == "waiting"
@@ -379,7 +379,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
     other = invited(root, "orchard", tmp_path)
     before, superlink = contents(root / "certs"), hub.running["superlink"].pid
     other.init()
-    sh(f"scripts/hub admit orchard {other.kit}/orchard.pub", root)
+    sh(f"scripts/bouquet hub admit orchard {other.kit}/orchard.pub", root)
     assert contents(root / "certs").items() - before.items() == {
         ("admitted/orchard.pub", (root / "certs/admitted/orchard.pub").read_bytes())
     }
@@ -391,7 +391,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
 
         [node] = [site.node for site in registered() if site.name == "garden"]
         assert heartbeat(garden, hub, node) == 200
-        sh("scripts/hub revoke garden", root)
+        sh("scripts/bouquet hub revoke garden", root)
         assert heartbeat(garden, hub, node) == 401  # the very next request
         garden.process.wait(PATIENT)  # a SuperNode asks every 3 s; refused, it ends
         assert sites(root)["garden"]["state"] == "revoked"
@@ -401,7 +401,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         garden.start()  # again with the revoked key
         garden.process.wait(PATIENT)
         assert sites(root)["garden"]["state"] == "revoked"
-        refused = sh(f"scripts/hub admit garden {garden.kit}/garden.pub", root, check=False)
+        refused = sh(f"scripts/bouquet hub admit garden {garden.kit}/garden.pub", root, check=False)
         assert (
             refused.returncode == 1 and "JOIN-05" in refused.stdout and "rm site.key && ./site init" in refused.stdout
         )
@@ -410,7 +410,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         sh("rm site.key", garden.kit)
         new = garden.init()
         assert new != old
-        sh(f"scripts/hub admit garden {garden.kit}/garden.pub --fingerprint {new}", root)
+        sh(f"scripts/bouquet hub admit garden {garden.kit}/garden.pub --fingerprint {new}", root)
         garden.start()
         wait_for(root, garden, "online")
         assert (
@@ -425,12 +425,12 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
 
 
 def test_revoking_somebody_unknown_is_named(root: Path) -> None:
-    refused = sh("scripts/hub revoke nobody", root, check=False)
+    refused = sh("scripts/bouquet hub revoke nobody", root, check=False)
     assert refused.returncode == 1 and refused.stdout.startswith("JOIN-06")
 
 
 def test_a_site_that_only_waits_can_be_revoked_before_it_was_ever_registered(root: Path) -> None:
-    sh("scripts/hub revoke site-2", root)
+    sh("scripts/bouquet hub revoke site-2", root)
     assert not (root / "certs/admitted/site-2.pub").exists() and "site-2" not in sites(root)
 
 
@@ -440,7 +440,7 @@ def test_without_a_hub_the_operator_is_told_so(root: Path, tmp_path: Path) -> No
         f'[superlink.remote-deployment]\naddress = "127.0.0.1:{free_port()}"\nroot-certificates ='
         f' "{root}/certs/ca.crt"\n'
     )
-    told = sh("scripts/hub sites", root, check=False, **connect_home)
+    told = sh("scripts/bouquet hub sites", root, check=False, **connect_home)
     assert told.returncode == 1 and told.stdout.startswith("HOST-08  The hub does not answer."), told.stdout
 
 

@@ -73,7 +73,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
         patch.setenv("FLWR_HOME", str(folder.parent / "flwr"))
         for variable in [name for name in os.environ if name.startswith(("COMPOSE_", "SITE_", "HUB"))]:
             patch.delenv(variable)
-        sh("scripts/partition --dataset mini --sites 2 --images-per-site 24", folder)
+        sh("scripts/bouquet data partition --dataset mini --sites 2 --images-per-site 24", folder)
         try:
             operator.follow("Install")
             yield operator
@@ -108,7 +108,7 @@ def site(hub: Operator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Op
 
 def row(hub: Operator) -> dict:
     """What the hub says of the site; no state where it does not answer."""
-    shown = sh("scripts/hub sites --json", hub.folder, check=False)
+    shown = sh("scripts/bouquet hub sites --json", hub.folder, check=False)
     if shown.returncode:
         return {"state": None, "found": shown.stdout}
     [garden] = [site for site in json.loads(shown.stdout)["sites"] if site["name"] == "garden"]

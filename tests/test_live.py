@@ -290,9 +290,13 @@ def test_the_hub_is_asked_in_the_background_and_a_hub_that_is_gone_is_said(monke
 
 def command(*args: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        ["scripts/live", *args], cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True
-    )  # fmt: skip
+        ["scripts/bouquet", "hub", "page", *args],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_the_command_says_where_the_page_is_and_ends_with_ctrl_c(tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/measure: numbers about pictures worked out by hand, what is asked for before anything is drawn, and what
+"""bouquet measure: numbers about pictures worked out by hand, what is asked for before anything is drawn, and what
 leaves a site.
 """
 
@@ -37,7 +37,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run of the tiny base as scripts/report and scripts/measure find one."""
+    """A finished run of the tiny base as bouquet report and bouquet measure find one."""
     folder = run_of(tmp_path, 5)
     told = json.loads((folder / "history.json").read_text())
     (folder / "history.json").write_text(
@@ -128,7 +128,7 @@ def test_what_a_site_reads():
 @pytest.mark.slow
 def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_them(run, site, tmp_path):
     command = (
-        f"scripts/measure memory rose --data {site} {run} --models {tiny.models()} --count 4 --out"
+        f"scripts/bouquet measure memory rose --data {site} {run} --models {tiny.models()} --count 4 --out"
         f" {tmp_path}/rose.memory.json"
     )
     sh(command, tiny.ROOT)
@@ -140,7 +140,7 @@ def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_the
         and told["held_out"] == sorted(told["held_out"])
     )
     assert told["photos"] + len(told["held_out"]) == 16 and (told["run"], told["seed"]) == ("run-5", 5)
-    shown = sh(f"scripts/measure collect {run} {tmp_path}/rose.memory.json", tiny.ROOT).stdout
+    shown = sh(f"scripts/bouquet measure collect {run} {tmp_path}/rose.memory.json", tiny.ROOT).stdout
     assert shown.startswith("rose  ") and read(run).memory["sites"]["rose"]["samples"] == told["samples"]
     text = page(read(run))
     assert "Does it draw the sites" in text and "4 samples" in text and "How near to one training photo, site 1" in text
@@ -154,7 +154,7 @@ def test_the_report_warns_of_a_site_whose_photos_come_back(run):
     text = page(read(run))
     assert "Look</strong>" in text and warning in text
     (run / "memory.json").unlink()
-    assert "Not measured. <code>scripts/measure memory</code>" in page(read(run))
+    assert "Not measured. <code>bouquet measure memory</code>" in page(read(run))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_judge_counts_what_was_asked_for():
 
 @pytest.mark.slow
 def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
-    shown = sh(f"scripts/measure pictures {run} --models {tiny.models()} --count 2", tiny.ROOT).stdout
+    shown = sh(f"scripts/bouquet measure pictures {run} --models {tiny.models()} --count 2", tiny.ROOT).stdout
     told = json.loads((run / "measures.json").read_text())
     assert told["prompts"] == list(tiny.CONFIG.prompts) and (told["count"], told["seeds"]) == (2, [5, 6])
     assert set(told["diversity"]) == {"base", "adapter"} and min(told["diversity"].values()) > 0

@@ -1,4 +1,4 @@
-"""scripts/partition: what each site's folder gets, and that nothing is mixed, lost or fetched."""
+"""bouquet data partition: what each site's folder gets, and that nothing is mixed, lost or fetched."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_a_site_whose_way_leads_through_a_proxy_is_checked_and_joins_from_a_hub_
             hub.start_hub()
             site = invited(copy, "garden", tmp_path / "far")
             site.init()
-            sh(f"scripts/hub admit garden {site.kit}/garden.pub", copy)
+            sh(f"scripts/bouquet hub admit garden {site.kit}/garden.pub", copy)
             assert proxy.asked == []
             with (site.kit / ".env").open("a") as settings:
                 settings.write(f"HTTP_PROXY=http://{proxy.address}\nHTTPS_PROXY=http://{proxy.address}\n")

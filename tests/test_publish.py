@@ -4,6 +4,7 @@ loopback.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
 from bouquet import ROOT, cli
-from bouquet.adapter import card
+from bouquet.adapter import card, parity
 from tests.kit import tiny
 from tests.kit.hugging_face import TOKEN, Hub
 
@@ -73,7 +74,7 @@ def copy(tmp_path_factory) -> Path:
     }
     (folder / ".bouquet" / "adapters").mkdir(parents=True)
     run(folder / ".bouquet" / "adapters", CONFIG, MINI, adapter)
-    sh("scripts/partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
+    sh("scripts/bouquet data partition --dataset mini --sites 2 --out .bouquet/data --images-per-site 24", folder)
     for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
         (folder.parent / tool).mkdir(parents=True)
     return folder
@@ -85,11 +86,28 @@ def tiny_run(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("adapters"), tiny.CONFIG, tiny.base(), tiny.adapter(3))
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[frozenset[tuple[str, str]], list[parity.Drawn]]:
+    """What was found of which files: the same bytes draw the same, so that a module draws them once."""
+    return {}
+
+
 @pytest.fixture
-def publish(tiny_run, tmp_path, monkeypatch, capsys):
-    """`scripts/publish garden/flowers OPTION...` on a copy of the tiny run: (exit code, what it printed, the final
-    folder).
+def publish(tiny_run, drawn, tmp_path, monkeypatch, capsys):
+    """`bouquet adapter publish garden/flowers OPTION...` on a copy of the tiny run: (exit code, what it printed,
+    the final folder).
     """
+    check = parity.check
+
+    def once(final: Path, base: Path, config: RunConfig) -> list[parity.Drawn]:
+        files = frozenset(
+            (str(file.relative_to(final)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in final.rglob("*.*")
+        )
+        if files not in drawn:
+            drawn[files] = check(final, base, config)
+        return drawn[files]
+
+    monkeypatch.setattr(parity, "check", once)
     final = shutil.copytree(tiny_run / "final", tmp_path / "run" / "final")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -166,7 +184,7 @@ def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_the
         return _full(self, *args, num_inference_steps=2, generator=torch.Generator().manual_seed(3), **kwargs)
 
     if not (copy / "merged").is_dir():
-        sh("scripts/sample --merge merged", copy)
+        sh("scripts/bouquet adapter sample --merge merged", copy)
     monkeypatch.setattr(Pipeline, "__call__", call)
     monkeypatch.chdir(copy)
     session: dict = {}

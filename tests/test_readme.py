@@ -93,29 +93,37 @@ COMMANDS = {
     "scripts/certs renew": (
         f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
     "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
-    "bouquet hub sign": (f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run", "scripts/hub sign"),
+    "bouquet hub sign": (
+        f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run",
+        "scripts/bouquet hub sign"),
     "bouquet hub sign --again": (
-        f"{TRUST}::test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again", "scripts/hub sign --again"),
+        f"{TRUST}::test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again",
+        "scripts/bouquet hub sign --again"),
     "bouquet hub sign --key FILE": (
-        f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/hub sign --key"),
+        f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/bouquet hub sign --key"),
     "bouquet hub admit NAME NAME.pub": (
-        f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing", "scripts/hub admit garden"),
-    "bouquet hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/hub sites"),
+        f"{JOIN}::test_admitting_the_same_key_under_the_same_name_again_changes_nothing",
+        "scripts/bouquet hub admit garden"),
+    "bouquet hub sites": (f"{JOIN}::test_an_admitted_site_is_online_by_name", "scripts/bouquet hub sites"),
     "scripts/bench accept": (
         "tests/test_accept.py::test_the_dry_run_goes_through_every_check_and_leaves_nothing_behind",
         '"scripts/bench", "accept"'),
+    "scripts/faults --only PATTERN --list": (
+        "tests/test_faults.py::test_the_command_lists_the_cases_that_a_pattern_names", "scripts/faults --only"),
     "scripts/access": (
         "tests/test_access.py::test_nothing_gets_through_the_hub_and_as_much_as_the_page_says_through_flowers_quickstart",
         "scripts/access"),
     "bouquet hub status": (
-        "tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/hub status"),
-    "bouquet report": (f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder", 'sh("scripts/report"'),
+        "tests/test_status.py::test_a_running_run_ends_with_3_and_no_run_with_1", "scripts/bouquet hub status"),
+    "bouquet report": (
+        f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder",
+        'sh("scripts/bouquet report"'),
     "bouquet report --out FILE": (
         f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told",
-        "scripts/report {folder} --out"),
+        "scripts/bouquet report {folder} --out"),
     "bouquet worth": (
         f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site",
-        "scripts/worth measure"),
+        "scripts/bouquet worth measure"),
     "scripts/add-site 3 --data DIR": (
         f"{COMPOSE}::test_a_third_site_is_one_command_and_trains_with_the_others", "scripts/add-site 3 --data"),
     ".venv/bin/flwr run . remote-deployment --run-config app/presets/sd15.toml --stream": (

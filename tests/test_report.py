@@ -228,7 +228,7 @@ def test_a_real_runs_checkpoint_and_history_have_a_page(tmp_path, final):
 def test_the_command_writes_the_page_into_the_last_runs_folder(tmp_path):
     written(tmp_path / "adapters/7", history())
     os.symlink("7", tmp_path / "adapters/latest")
-    shown = sh("scripts/report", ROOT, BOUQUET_ADAPTERS=str(tmp_path / "adapters")).stdout
+    shown = sh("scripts/bouquet report", ROOT, BOUQUET_ADAPTERS=str(tmp_path / "adapters")).stdout
     assert shown == f"report  {tmp_path / 'adapters/7/report.html'}\n"
     assert (tmp_path / "adapters/7/report.html").read_text().startswith("<!doctype html>")
 
@@ -236,19 +236,19 @@ def test_the_command_writes_the_page_into_the_last_runs_folder(tmp_path):
 def test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told(tmp_path):
     folder = written(tmp_path / "adapters/7", history())
     adapters = {"BOUQUET_ADAPTERS": str(tmp_path / "adapters")}
-    by_id = sh("scripts/report 7 --out - 2>/dev/null", ROOT, **adapters).stdout
+    by_id = sh("scripts/bouquet report 7 --out - 2>/dev/null", ROOT, **adapters).stdout
     assert (
         by_id.startswith("<!doctype html>")
         and by_id.rstrip().endswith("</html>")
         and not (folder / "report.html").exists()
     )
-    sh(f"scripts/report {folder} --out {tmp_path}/page.html", ROOT)
+    sh(f"scripts/bouquet report {folder} --out {tmp_path}/page.html", ROOT)
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
 def test_following_a_run_that_has_failed_ends_with_1_and_leaves_its_page(tmp_path):
     folder = written(tmp_path / "7", history(2, 3, "failed") | {"error": "HUB-02  Too few valid replies."})
-    done = sh(f"scripts/report {folder} --follow", ROOT, check=False)
+    done = sh(f"scripts/bouquet report {folder} --follow", ROOT, check=False)
     assert done.returncode == 1 and "round 2/3" in done.stdout and "failed  HUB-02" in done.stdout
     assert (folder / "report.html").is_file()
 
@@ -259,12 +259,16 @@ def test_following_a_run_that_has_failed_ends_with_1_and_leaves_its_page(tmp_pat
 )
 def test_a_folder_without_a_run_is_named(tmp_path, code, make):
     make(tmp_path)
-    done = sh(f"scripts/report {tmp_path}", ROOT, check=False)
+    done = sh(f"scripts/bouquet report {tmp_path}", ROOT, check=False)
     assert done.returncode == 1 and done.stdout.startswith(code) and str(tmp_path) in done.stdout
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    done = sh(f"scripts/report {written(tmp_path / '7', history())} --out {tmp_path}/none/page.html", ROOT, check=False)
+    done = sh(
+        f"scripts/bouquet report {written(tmp_path / '7', history())} --out {tmp_path}/none/page.html",
+        ROOT,
+        check=False,
+    )
     assert done.returncode == 1 and done.stdout.startswith("REPORT-03")
 
 
@@ -298,18 +302,22 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
 @pytest.mark.parametrize(
     ("command", "file", "words"),
     [
-        ("scripts/report", "test_report.py", 'sh("scripts/report"'),
-        ("scripts/report 1956480815642397762 --out run.html", "test_report.py", "--out {tmp_path}/page.html"),
-        ("scripts/report --follow 1956480815642397762", "test_report.py", "scripts/report {folder} --follow"),
+        ("scripts/bouquet report", "test_report.py", 'sh("scripts/bouquet report"'),
+        ("scripts/bouquet report 1956480815642397762 --out run.html", "test_report.py", "--out {tmp_path}/page.html"),
         (
-            "docker compose run --rm -T operator scripts/report --out - >report.html",
-            "test_compose.py",
-            "scripts/report --out - >report.html",
+            "scripts/bouquet report --follow 1956480815642397762",
+            "test_report.py",
+            "scripts/bouquet report {folder} --follow",
         ),
         (
-            "scripts/worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44",
+            "docker compose run --rm -T operator bouquet report --out - >report.html",
+            "test_compose.py",
+            "operator bouquet report --out - >report.html",
+        ),
+        (
+            "scripts/bouquet worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44",
             "test_worth.py",
-            "scripts/worth measure rose --data",
+            "scripts/bouquet worth measure rose --data",
         ),
         (
             ".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream",
@@ -326,11 +334,11 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
             "test_compose.py",
             "--profile dashboard up -d --wait page",
         ),
-        ("scripts/live", "test_live.py", '["scripts/live", *args]'),
+        ("scripts/bouquet hub page", "test_live.py", '["scripts/bouquet", "hub", "page", *args]'),
         (
-            "scripts/worth collect RUN-42 site-1.worth.json site-2.worth.json",
+            "scripts/bouquet worth collect RUN-42 site-1.worth.json site-2.worth.json",
             "test_worth.py",
-            "scripts/worth collect {runs[0]}",
+            "scripts/bouquet worth collect {runs[0]}",
         ),
     ],
 )

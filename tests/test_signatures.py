@@ -300,17 +300,17 @@ def test_the_command_tells_how_long_a_signature_is_good_and_renews_an_old_one(hu
     file = here(hub, 60)
     before = file.read_bytes()
     until = time.strftime("%Y-%m-%d", time.gmtime(signed_at(file) + 180 * 86_400))
-    assert f"sites take it for 119 more days, until {until}" in sh("scripts/hub sign", hub).stdout
+    assert f"sites take it for 119 more days, until {until}" in sh("scripts/bouquet hub sign", hub).stdout
     assert file.read_bytes() == before
     here(hub, 100)
-    assert "sites take it for 180 more days" in sh("scripts/hub sign", hub).stdout
+    assert "sites take it for 180 more days" in sh("scripts/bouquet hub sign", hub).stdout
 
 
 def test_the_command_says_that_another_bundle_is_newer_and_again_mends_it(hub: Path) -> None:
     file = here(hub, 1)
     sign(b"another bundle", publisher_key(hub / "certs/publisher.key"), file.parent)
-    assert "sign: 1 signed later" in sh("scripts/hub sign", hub).stdout
-    assert "signed later" not in sh("scripts/hub sign --again", hub).stdout
+    assert "sign: 1 signed later" in sh("scripts/bouquet hub sign", hub).stdout
+    assert "signed later" not in sh("scripts/bouquet hub sign --again", hub).stdout
 
 
 def test_a_public_key_of_another_kind_is_no_publishers(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_public_key_of_another_kind_is_no_publishers(tmp_path: Path) -> None:
 def test_checkouts_of_one_command_have_one_time(hub: Path, tmp_path: Path) -> None:
     sh(f"cp -r app pyproject.toml {tmp_path} && echo >>{tmp_path}/app/__init__.py", hub)
     here(hub, 1)
-    sh(f"scripts/hub sign --again . {tmp_path}", hub)
+    sh(f"scripts/bouquet hub sign --again . {tmp_path}", hub)
     times = [signed_at(file) for file in (hub / ".bouquet/signatures").iterdir()]
     assert len(times) == 2 and times[0] == times[1]
 
@@ -335,9 +335,9 @@ def test_a_hub_without_the_key_hears_when_the_signature_ends_and_then_that_the_k
     file = here(hub, 0)
     (hub / "certs/publisher.key").unlink()
     file.write_bytes(files[100])
-    assert "sites take it for 79 more days" in sh("scripts/hub sign", hub).stdout
-    assert "TRUST-02" in sh("scripts/hub sign --again", hub, check=False).stdout
+    assert "sites take it for 79 more days" in sh("scripts/bouquet hub sign", hub).stdout
+    assert "TRUST-02" in sh("scripts/bouquet hub sign --again", hub, check=False).stdout
     assert file.read_bytes() == files[100]
     file.write_bytes(files[181])
-    done = sh("scripts/hub sign", hub, check=False)
+    done = sh("scripts/bouquet hub sign", hub, check=False)
     assert done.returncode == 1 and done.stdout.startswith("TRUST-02  The publisher's private key is not here.")

@@ -1,7 +1,7 @@
 """The same app in Flower's local simulation: a SuperLink that `flwr run` starts itself, and sites as Ray actors.
 
 Needs the extra `simulation` (`docker/install .venv cpu simulation`); without Ray the runs are skipped and say so.
-The base model is tests/kit/tiny.py's, the photos are drawn by scripts/partition as in the README.
+The base model is tests/kit/tiny.py's, the photos are drawn by `bouquet data partition` as in the README.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulation]
     (home / "adapters").mkdir()
     for number, count in enumerate(IMAGES, 1):
         drawn = home / f"drawn-{number}"
-        sh(f"scripts/partition --dataset mini --sites 2 --images-per-site {count} --out {drawn}", ROOT)
+        sh(f"scripts/bouquet data partition --dataset mini --sites 2 --images-per-site {count} --out {drawn}", ROOT)
         shutil.move(drawn / f"site-{number}", home / f"data/site-{number}")
     env = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}", "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",

@@ -1,4 +1,4 @@
-"""`scripts/hub status`: what it says of a run that works, has ended or was killed, and the exit code by which a script
+"""`bouquet hub status`: what it says of a run that works, has ended or was killed, and the exit code by which a script
 knows.
 """
 
@@ -127,7 +127,7 @@ def volume(tmp_path, monkeypatch) -> Path:
 
 
 def shown(monkeypatch, capsys, told: control.Told | None, number: str = "") -> tuple[int, list[str]]:
-    """`scripts/hub status` while the hub says that."""
+    """`bouquet hub status` while the hub says that."""
     monkeypatch.setattr(control, "run", lambda number="": told)
     monkeypatch.setattr(status_, "seen", dict)
     code = status_.show(number)
@@ -184,7 +184,7 @@ def test_the_exit_code_says_how_the_run_ended(tmp_path, state, code):
     a_run(tmp_path / "7", state, rounds=3)
     for follow in ("", " --follow"):
         done = sh(
-            f"scripts/hub status{follow} --json",
+            f"scripts/bouquet hub status{follow} --json",
             ROOT,
             check=False,
             BOUQUET_ADAPTERS=str(tmp_path),
@@ -196,11 +196,11 @@ def test_the_exit_code_says_how_the_run_ended(tmp_path, state, code):
 
 def test_a_running_run_ends_with_3_and_no_run_with_1(tmp_path):
     settings = {"BOUQUET_ADAPTERS": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}
-    nothing = sh("scripts/hub status", ROOT, check=False, **settings)
+    nothing = sh("scripts/bouquet hub status", ROOT, check=False, **settings)
     assert nothing.returncode == 1 and "REPORT-01" in nothing.stdout and str(tmp_path) not in nothing.stdout
     a_run(tmp_path / "7")
-    assert sh("scripts/hub status", ROOT, check=False, **settings).returncode == 3
-    assert sh("scripts/hub status ../7", ROOT, check=False, **settings).returncode == 2
+    assert sh("scripts/bouquet hub status", ROOT, check=False, **settings).returncode == 3
+    assert sh("scripts/bouquet hub status ../7", ROOT, check=False, **settings).returncode == 2
 
 
 def test_without_an_id_the_newest_run_is_meant(tmp_path, monkeypatch):

@@ -233,7 +233,7 @@ runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 
 
 def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) -> None:
-    shown = sh("scripts/hub sign --key .bouquet/publisher/publisher.key", project).stdout
+    shown = sh("scripts/bouquet hub sign --key .bouquet/publisher/publisher.key", project).stdout
     [digest] = [file.stem for file in (project / ".bouquet/signatures").iterdir()]
     assert digest == hashlib.sha256(bundle(project)).hexdigest() and f"bundle {digest[:12]}" in shown
     assert sh("ssh-keygen -lf .bouquet/publisher/publisher.pub", project).stdout.split()[1] in shown
@@ -281,7 +281,11 @@ class Trusting(Processes):
 @pytest.fixture(scope="module")
 def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
     home = tmp_path_factory.mktemp("home")
-    sh("scripts/certs && scripts/partition --dataset mini --sites 2 --images-per-site 24 && scripts/hub sign", project)
+    sh(
+        "scripts/certs && scripts/bouquet data partition --dataset mini --sites 2 --images-per-site 24"
+        " && scripts/bouquet hub sign",
+        project,
+    )
     sites = {name: project / ".bouquet/data" / name for name in ("site-1", "site-2")}
     running = Trusting(home, project / "certs", free_port(), sites, trusted=project / "certs/trusted.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -433,7 +437,7 @@ def test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again(fresh:
     assert_ran_at(fresh, ROOT, {"site-2"}, refused={"site-1": "TRUST-07"})
     assert f"1000 s before bundle {newer[:12]}, which has run here" in (fresh.logs / "site-1.log").read_text()
 
-    said = sh(f"scripts/hub sign --again --to {fresh.signatures}", fresh.certs.parent).stdout
+    said = sh(f"scripts/bouquet hub sign --again --to {fresh.signatures}", fresh.certs.parent).stdout
     assert f"sites take it for {DAYS} more days" in said and "signed later" not in said
     assert_ran_at(fresh, ROOT, {"site-1", "site-2"}, refused={})  # at site-2 the same bundle, signed anew
 

@@ -1,4 +1,4 @@
-"""scripts/worth: a site's own training at the run's steps and seeds, numbers alone in its column, and the hub's
+"""bouquet worth: a site's own training at the run's steps and seeds, numbers alone in its column, and the hub's
 worth.json.
 """
 
@@ -112,7 +112,7 @@ def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):
 @pytest.mark.slow
 def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_it(tmp_path, site, runs):
     done = sh(
-        f"scripts/worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out"
+        f"scripts/bouquet worth measure rose --data {site} {runs[0]} --pictures --models {tiny.models()} --out"
         f" {tmp_path}/rose.worth.json",
         ROOT,
     )
@@ -163,7 +163,7 @@ def test_a_picture_that_is_none_is_refused_when_the_hub_collects(tmp_path, colum
 @pytest.mark.slow
 def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site(tmp_path, site, runs):
     done = sh(
-        f"scripts/worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out"
+        f"scripts/bouquet worth measure rose --data {site} {runs[0]} {runs[1]} --models {tiny.models()} --out"
         f" {tmp_path}/rose.worth.json",
         ROOT,
     )
@@ -171,8 +171,8 @@ def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentenc
     (tmp_path / "lily.worth.json").write_text(
         json.dumps(json.loads((tmp_path / "rose.worth.json").read_text()) | {"site": "lily"})
     )
-    sh(f"scripts/worth collect {runs[0]} {tmp_path}/rose.worth.json {tmp_path}/lily.worth.json", ROOT)
+    sh(f"scripts/bouquet worth collect {runs[0]} {tmp_path}/rose.worth.json {tmp_path}/lily.worth.json", ROOT)
     told = read(runs[0]).worth
     assert set(told["sites"]) == {"rose", "lily"} and told["seeds"] == [1, 2]
-    sh(f"scripts/report {runs[0]} --out {tmp_path}/report.html", ROOT)
+    sh(f"scripts/bouquet report {runs[0]} --out {tmp_path}/report.html", ROOT)
     assert (tmp_path / "report.html").read_text().count("held-out photos the federated adapter") == 2

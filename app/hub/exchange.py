@@ -231,7 +231,7 @@ class Exchange:
                     who=f"Here: {here}." + (f" Missing: {_listed(missing)}." if missing else ""),
                     found=f"{len(nodes)} SuperNodes online: {here}",
                     fix=(
-                        "start the missing sites (scripts/hub sites shows which), raise wait-for-sites, or lower"
+                        "start the missing sites (bouquet hub sites shows which), raise wait-for-sites, or lower"
                         " min-sites"
                     ),
                 )

@@ -65,7 +65,7 @@ def accept(
             why=UNTRUSTED.get((message.error.reason or "")[:8], "no publisher that it pins has signed this bundle"),
             found="Flower's error 7, the bundle could not be verified",
             fix=(
-                "sign the checkout (scripts/hub sign, or --again) and run again; a site pins publishers in its"
+                "sign the checkout (bouquet hub sign, or --again) and run again; a site pins publishers in its"
                 " trusted.yaml"
             ),
         )

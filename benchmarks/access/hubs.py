@@ -112,7 +112,7 @@ def prepare(folder: Path, host: str) -> dict[str, str]:
         to = folder / part
         to.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, to)
-    sh("scripts/partition", "--sites=2", "--images-per-site=4", f"--out={folder / 'data'}")
+    sh("scripts/bouquet", "data", "partition", "--sites=2", "--images-per-site=4", f"--out={folder / 'data'}")
     open_up(folder)
     user = "10001:10001" if os.getuid() == 0 else f"{os.getuid()}:{os.getgid()}"
     sh("scripts/certs", "site-1", "site-2", "attacker", cwd=folder, HUB_HOST=host, BOUQUET_USER=user)

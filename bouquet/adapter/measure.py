@@ -1,8 +1,8 @@
 """Numbers about pictures, with seeds and counts. Nothing is ever downloaded.
 
-  scripts/measure pictures RUN [--count N] [--judge] [--photos DIR [--kid inception|judge]] [--clip DIR] [--models DIR]
-  scripts/measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
-  scripts/measure collect RUN COLUMN...
+  bouquet measure pictures RUN [--count N] [--judge] [--photos DIR [--kid inception|judge]] [--clip DIR] [--models DIR]
+  bouquet measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
+  bouquet measure collect RUN COLUMN...
 
 pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the
           pictures of one prompt are (diversity); --judge, for the demo's base model: how often the judge sees what was
@@ -11,7 +11,7 @@ pictures  of the base model and of RUN's adapter, N for each of the run's prompt
           RUN/measures.json.
 memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training
           photo. Only distances are in FILE (default: NAME.memory.json).
-collect   at the hub: memory.json in RUN's folder, for scripts/report.
+collect   at the hub: memory.json in RUN's folder, for bouquet report.
 
 Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that cannot be read or do not fit).
 """
@@ -113,7 +113,7 @@ def collect(run: Path, columns_at: list[Path]) -> list[str]:
         raise BouquetError(
             "MEASURE-02",
             found=", ".join(f"{c.get('site')}: adapter {str(c.get('adapter'))[:12]}" for c in columns),
-            fix="let every site measure the same run once: scripts/measure memory",
+            fix="let every site measure the same run once: bouquet measure memory",
         )
     told = {"run": run.resolve().name, "sites": {column.pop("site"): column for column in columns}}
     found = memorisation.all_found(told)

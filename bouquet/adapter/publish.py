@@ -59,7 +59,7 @@ def publish(args: SimpleNamespace) -> None:
     if args.upload:
         print(f"sent     {upload(args.repo, files, private=not args.public)}")
     else:
-        print(f"nothing was sent. Look at {final / CARD}, then: scripts/publish {args.repo} --upload")
+        print(f"nothing was sent. Look at {final / CARD}, then: bouquet adapter publish {args.repo} --upload")
 
 
 def compare(args: SimpleNamespace) -> None:

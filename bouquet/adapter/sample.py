@@ -1,4 +1,4 @@
-"""Pictures of an adapter: an adapter and prompts in; one labelled sheet out. `scripts/sample` says what a person types.
+"""Pictures of an adapter: an adapter and prompts in; one labelled sheet out.
 
 Rows are strengths of the adapter (0 is the base model alone), columns are prompts; picture i of every row starts from
 noise seeded by (seed + i). Runs on the GPU where there is one.

@@ -1,8 +1,8 @@
 """Divide a data set among sites: a name in; site-1 ... site-N out, each an imagefolder with metadata.jsonl.
 
-  scripts/partition --dataset mini --sites 2
-  scripts/partition --dataset path/to/flowers --out .bouquet/flowers --images-per-site 500
-  scripts/partition --dataset nkirschi/oxford-flowers --by dirichlet --caption-template "a photo of a {label}"
+  bouquet data partition --dataset mini --sites 2
+  bouquet data partition --dataset path/to/flowers --out .bouquet/flowers --images-per-site 500
+  bouquet data partition --dataset nkirschi/oxford-flowers --by dirichlet --caption-template "a photo of a {label}"
 
 Run it again with the same arguments and nothing happens; a folder with other content is refused, never mixed. Each
 site's folder appears whole or not at all, with partition.json saying what it was made from, and holds what a site reads

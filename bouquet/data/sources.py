@@ -1,4 +1,4 @@
-"""The hub's data sets, for scripts/partition: a name or folder in; each site's encoded pictures and captions out.
+"""The hub's data sets, for bouquet data partition: a name or folder in; each site's encoded pictures and captions out.
 
 Enters: a data set that `datasets` can load, with an image column and text, caption or label. Leaves: a function from
 site number (from 1) to (encoded picture, caption) pairs, with the captions that a site would give the same rows itself.

@@ -47,7 +47,7 @@ def signatures(bundle: str, folder: Path) -> dict[str, str]:
         signed = json.loads((folder / f"{bundle}.json").read_text())
     except (OSError, ValueError) as error:
         tell(
-            f"bouquet: bundle {bundle[:12]} has no signature here, sites refuse it; scripts/hub sign signs it"
+            f"bouquet: bundle {bundle[:12]} has no signature here, sites refuse it; bouquet hub sign signs it"
             f" ({type(error).__name__})"
         )
         signed = {}

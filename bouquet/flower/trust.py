@@ -24,7 +24,7 @@ DAYS = 180  # that a signature counts, where a site says nothing else
 MOST = 36_500  # days: a hundred years
 DAY = 86_400  # seconds; also how far a publisher's clock may be ahead of a site's
 MEMORY = "publishers.json"  # in the site's cache folder
-AGAIN = "the publisher signs it again: scripts/hub sign --again"
+AGAIN = "the publisher signs it again: bouquet hub sign --again"
 
 
 class Refusal(NamedTuple):
@@ -62,7 +62,7 @@ def refusals(bundle: str, signed: Mapping[str, int], memory: Path, now: float, l
     passes; that one is remembered before anything of the bundle runs."""
     if not signed:
         found = f"bundle {bundle[:12]} without a good signature of a publisher in trusted.yaml"
-        fix = "sign it at the hub: scripts/hub sign; or put the new publisher's trusted.yaml here"
+        fix = "sign it at the hub: bouquet hub sign; or put the new publisher's trusted.yaml here"
         why = "no publisher that it pins has signed this bundle"
         return [Refusal("TRUST-01", f"The site does not trust this code: {why}.", found, fix)]
     try:

@@ -1,4 +1,4 @@
-"""The sites of this hub: invite, admit, revoke, list; and its run. `scripts/hub` says what a person types.
+"""The sites of this hub: invite, admit, revoke, list; and its run. `bouquet hub` says what a person types.
 
 Enters: names, a site's public key. Leaves: a join kit below .bouquet/kits; a registration at the SuperLink under the
 site's name and its copy in certs/admitted (what `docker compose up` registers again in a new state); a table of sites.
@@ -40,7 +40,7 @@ def invite(name: str, hub: str | None = None) -> None:
             "note   the hub's port is open on this host alone; for others: HUB_BIND=0.0.0.0 in .env, then docker"
             " compose up -d"
         )
-    print(f"next   scripts/hub admit {name} {name}.pub   when the site has sent its public key")
+    print(f"next   scripts/bouquet hub admit {name} {name}.pub   when the site has sent its public key")
 
 
 def admit(name: str, file: Path, images: int | None = None, fingerprint: str | None = None) -> None:
@@ -62,7 +62,7 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
             fix = "the site makes a new one: rm site.key && ./site init"
             raise BouquetError("JOIN-05", found=f"as {site.name}, {key.fingerprint}", fix=fix)
         if site.state != "revoked" and (site.name == name) != (site.key == key):
-            fix = f"choose another name, or first: scripts/hub revoke {site.name}"
+            fix = f"choose another name, or first: bouquet hub revoke {site.name}"
             raise BouquetError(
                 "JOIN-04",
                 found=f"{site.name} has {site.key.fingerprint}",
@@ -92,7 +92,7 @@ def revoke(name: str) -> None:
         [s.node for s in roster.registered() if s.name == name and s.state != "revoked"],
     )
     if not nodes and not file.exists():
-        raise BouquetError("JOIN-06", found=name, fix="scripts/hub sites shows them all")
+        raise BouquetError("JOIN-06", found=name, fix="bouquet hub sites shows them all")
     file.unlink(missing_ok=True)
     file.with_suffix(".json").unlink(missing_ok=True)
     for node in nodes:

@@ -1,6 +1,6 @@
 """Sign the app, so that sites which pin this publisher run it, and refuse any other.
 
-  scripts/hub sign [APP ...] [--again] [--key FILE] [--to FOLDER]
+  bouquet hub sign [APP ...] [--again] [--key FILE] [--to FOLDER]
 
 APP is a checkout (default: this one); what is signed is the bundle that `flwr run APP` sends, byte for byte. The key is
 made when there is none, with publisher.pub and, for the sites, trusted.yaml beside it. Leaves: FOLDER/<SHA-256 of the
@@ -79,7 +79,7 @@ def outlook(file: Path, publisher: str, now: int) -> str:
     text = f"sites take it for {int(DAYS - (now - at) / DAY)} more days, until {until}, unless SITE_TRUST_DAYS is set"
     others = (read(other).get(publisher, {}) for other in file.parent.glob("*.json") if other != file)
     if later := sum(other.get("signed_at", 0) > at for other in others):
-        text += f"\nsign: {later} signed later; sites that ran such a one take this after scripts/hub sign --again"
+        text += f"\nsign: {later} signed later; sites that ran such a one take this after bouquet hub sign --again"
     return text
 
 
@@ -125,9 +125,9 @@ def closed(found: str) -> BouquetError:
     else.
     """
     fix = (
-        "on the host: scripts/hub sign; without Python there, in a container that is given the key for this once:"
+        "on the host: bouquet hub sign; without Python there, in a container that is given the key for this once:"
         ' docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v'
-        ' "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" operator scripts/hub sign'
+        ' "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" operator bouquet hub sign'
     )
     return BouquetError("TRUST-02", found=found, fix=fix)
 

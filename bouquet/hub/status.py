@@ -1,7 +1,7 @@
 """A run while it works: round, who has replied, who is missing and since when, the deadline, the last error by site,
 the last good adapter.
 
-  scripts/hub status [RUN] [--follow] [--json]
+  bouquet hub status [RUN] [--follow] [--json]
 
 Exit code: 0 the run ended well, 1 it failed, 3 it still works.
 Enters: the run's history.json and status.json, what the hub says of it (a killed ServerApp cannot write that it failed,
@@ -181,7 +181,7 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     if facts["state"] == "failed" and facts["adapter"]:
         lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
     if facts["state"] == "finished":
-        lines.append("next      scripts/report")
+        lines.append("next      scripts/bouquet report")
     return "\n".join(text.printable(line) for line in lines)
 
 

@@ -1,6 +1,6 @@
 """One HTML file about one run: did it work, what to look at, pictures by round, sites, time, GPU, files and hashes.
 
-  scripts/report [RUN] [--out FILE] [--follow]
+  bouquet report [RUN] [--out FILE] [--follow]
 
 RUN     a run's folder or its id; default: the last run that ended well (latest)
 --out   where the page goes; default: report.html in the run's folder; - writes it to standard output
@@ -58,6 +58,6 @@ def write(run: Run, out: str) -> str:
     try:
         files.write(file, text)
     except OSError as error:
-        found, fix = f"{file}: {error.strerror}", "name a place where you may write: scripts/report --out FILE"
+        found, fix = f"{file}: {error.strerror}", "name a place where you may write: bouquet report --out FILE"
         raise BouquetError("REPORT-03", found=found, fix=fix) from None
     return f"report  {file}"

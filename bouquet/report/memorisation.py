@@ -1,6 +1,6 @@
 """Does the adapter remember photos? Each site's distances in; a sentence a site, and what is suspicious, out.
 
-Enters: `memory.json` in a run's folder (made by scripts/measure), for each site the sorted numbers of `samples` and of
+Enters: `memory.json` in a run's folder (made by bouquet measure), for each site the sorted numbers of `samples` and of
 `held_out` photos: near 0 is a copy of one training photo, 1 is near to all alike. Leaves: `Found`s. Errors:
 MEASURE-02.
 
@@ -54,7 +54,7 @@ def check(memory: Any) -> None:
         raise BouquetError(
             "MEASURE-02",
             found="a site's numbers are missing or impossible",
-            fix="let the sites measure again: scripts/measure memory; or take memory.json out of the run's folder",
+            fix="let the sites measure again: bouquet measure memory; or take memory.json out of the run's folder",
         ) from None
 
 

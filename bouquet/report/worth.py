@@ -1,6 +1,6 @@
 """Was joining worth it? One sentence a site, from equal training steps and several seeds; "no" when the answer is no.
 
-Enters: the comparison in a run's folder (comparison.py, made by scripts/worth). `loss` is the fixed-noise loss on the
+Enters: the comparison in a run's folder (comparison.py, made by bouquet worth). `loss` is the fixed-noise loss on the
 site's own held-out photos, less is better; `judge`, where there is one, the share of pictures that show what was asked
 for; `pooled` is there only where data may be pooled.
 Leaves: `Verdict`s. The functions are pure.

@@ -224,7 +224,7 @@ def admitted(hub: str, ca: Path, key: Path) -> None:
             "CHECK-06",
             found=f"{hub} does not know {fingerprint(public)}, or has revoked it",
             fix=(
-                f"send {name}.pub to the hub's operator, who runs scripts/hub admit {name} {name}.pub and reads this"
+                f"send {name}.pub to the hub's operator, who runs bouquet hub admit {name} {name}.pub and reads this"
                 " fingerprint back to you"
             ),
         )

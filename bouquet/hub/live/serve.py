@@ -1,6 +1,6 @@
 """The hub's page: its sites, the run that works now, and every earlier one with its report and its files.
 
-  scripts/live [--port 8445]     http://127.0.0.1:8445, for this host alone, until Ctrl-C
+  bouquet hub page [--port 8445]     http://127.0.0.1:8445, for this host alone, until Ctrl-C
   docker compose --profile dashboard up -d --wait page     the same where the hub runs in containers
 
 It only shows: it has no form, and answers nothing but GET. Starting, stopping and admitting stay on the command line.
@@ -68,6 +68,6 @@ def listen(host: str, port: int) -> socket.socket:
         door.close()
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        fix = "scripts/live --port ANOTHER"
+        fix = "bouquet hub page --port ANOTHER"
         raise BouquetError("HOST-04", found=f"{host}:{port}: {error.strerror}", fix=fix) from None
     return door
