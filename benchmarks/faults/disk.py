@@ -36,7 +36,7 @@ TENTHS = "SIGKILL in each tenth of the adapter's write"
 
 @contextmanager
 def small(folder: Path, size: str) -> Iterator[None]:
-    """The folder as a tmpfs of that size, that goes when this process ends, killed or not. OSError: why it cannot be."""
+    """The folder as a tmpfs of that size, that goes when this process ends, killed too. OSError: why it cannot be."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "bouquet-faults", folder]
     done = subprocess.run(mount, capture_output=True, text=True)
