@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import check
 from benchmarks.faults import __main__ as faults
-from benchmarks.faults import containers, disk, network, outcome, photos, updates
+from benchmarks.faults import containers, disk, kills, network, outcome, photos, updates
 from benchmarks.faults.bench import HOSTILE, RUN, Bench
 from benchmarks.faults.case import Case, differs, judge, lost, play, recovered
 from benchmarks.faults.hub import Late
@@ -72,6 +72,15 @@ def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_h
         bench.signal("superlink", signal.SIGKILL)
 
     result = play(Case("kill", "both", fault), bench, reference)
+    assert result.survived and result.how == "" and result.recovery, result
+
+
+def test_a_client_app_that_ends_without_a_reply_is_answered_for_and_the_round_is_tried_again(
+    bench: Bench, reference: str
+) -> None:
+    """Flower's SuperNode waits for its reply for ever, and the site takes part in nothing any more."""
+    [case] = [case for case in kills.CASES if case.name == "SIGTERM to a ClientApp"]
+    result = play(case, bench, reference)
     assert result.survived and result.how == "" and result.recovery, result
 
 

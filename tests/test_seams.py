@@ -191,6 +191,7 @@ def test_only_what_a_local_name_leads_to_is_left_to_the_source_alone():
         "TASK_TYPES",
         "LAUNCH_TASK",
         "RECONCILE",
+        "FINISH_TASK",
     }
 
 

@@ -18,8 +18,8 @@ def ends(name: str, number: signal.Signals) -> Fault:
     return lambda bench, run: bench.signal(name, number)
 
 
-def ends_child(name: str, program: str) -> Fault:
-    return lambda bench, run: os.kill(bench.child(name, program), signal.SIGKILL)
+def ends_child(name: str, program: str, number: signal.Signals = signal.SIGKILL) -> Fault:
+    return lambda bench, run: os.kill(bench.child(name, program), number)
 
 
 def pauses(name: str, seconds: float) -> Fault:
@@ -56,6 +56,7 @@ CASES = [
     Case("kill", "SIGKILL of the SuperExec and its ServerApp", lambda bench, run: bench.signal_all("serverapp", KILL)),
     Case("kill", "SIGKILL of the SuperLink, started again with its database", ends("superlink", KILL)),
     Case("term", "SIGTERM to a SuperNode, instant restart", ends("site-3", TERM)),
+    Case("term", "SIGTERM to a ClientApp", ends_child("site-3", "flwr-clientapp", TERM)),
     Case("term", "SIGTERM to the SuperExec, instant restart", ends("serverapp", TERM)),
     Case("term", "SIGTERM to the SuperLink, instant restart", ends("superlink", TERM)),
     Case("pause", "a site paused for 20 s", pauses("site-3", 20)),

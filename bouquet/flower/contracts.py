@@ -200,7 +200,9 @@ def take(seam: Seam, make: Callable[[Any], Any]) -> Any:
         own = getattr(owner, name)
         if seam.takes is not None and (its := ", ".join(inspect.signature(own).parameters)) != seam.takes:
             raise Gone(f"takes {its}")
-        if seam.home and inspect.isclass(owner) and name not in vars(owner):
+        if inspect.isclass(owner) and name not in vars(owner):
+            if not seam.home:
+                raise Gone(f"has no {name} of its own")
             base, known = _owner(seam.home)
             if own is not vars(base).get(known):
                 raise Gone(f"is not {seam.home}")

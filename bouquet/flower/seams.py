@@ -167,6 +167,23 @@ SUPERNODES_PULL = Seam(
     home=f"{PULL}:pull_objects",
     seen=((f"{LOOP}:_pull_and_store_message", "pull_objects"),),
 )
+NODE_STATE, FINISH = "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState", "flwr.supernode.servicer.runtime"
+FINISH_TASK = Seam(
+    f"{NODE_STATE}.finish_task",
+    "a ClientApp that a signal ends without a reply is answered for: Flower's SuperNode waits for ever",
+    "an error reply for a failed ClientApp, as Flower has one for a failed AgentApp",
+    takes="self, task_id, sub_status, details",
+    seen=((f"{FINISH}.runtime_handlers:push_task_output", "state.finish_task"),),
+    facts=(
+        fact(
+            says, f"{NODE_STATE}.finish_task", "sub_status == SubStatus.FAILED", "tasks[0].type == TaskType.AGENT_APP"
+        ),
+        fact(says, f"{NODE_STATE}._store_error_replies", "entry.is_retrieved", "not in replied_ids"),
+        fact(says, f"{NODE_STATE}._on_task_tokens_expired", "self._store_error_replies(client_run_ids"),
+        fact(says, f"{NODE_STATE}.get_messages_legacy", "entry.is_retrieved = True"),
+        fact(says, f"{LOOP}:_push_messages", "while not (reply_messages := state.get_messages_legacy(is_reply=True))"),
+    ),
+)
 DEAD_THREAD = Seam(
     "threading:excepthook",
     "a SuperNode whose heartbeat has died is offline for ever: it ends",

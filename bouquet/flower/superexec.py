@@ -19,6 +19,7 @@ Enters: flower-superexec's own arguments, and SITE_KEEP (300; 0 is a process a m
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import io
@@ -264,6 +265,13 @@ def adopt(workers: Any) -> None:
     seams.take(seams.SUPEREXECS_CLOCK, lambda _: Clock)
 
 
+def parent_of(arguments: list[str]) -> int:
+    """The SuperNode's process, from Flower's --parent-pid; 0 where nobody has said it."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--parent-pid", type=int, default=0)
+    return int(options.parse_known_args(arguments)[0].parent_pid)
+
+
 def main() -> None:
     hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
@@ -271,6 +279,8 @@ def main() -> None:
     seams.begin(lambda: seams.hold(seams.CLIENTAPPS_EXIT, seams.CLIENTAPPS_PULL, seams.CLIENTAPPS_INSTALL))
     workers = Workers(server(), float(os.environ.get("SITE_KEEP") or KEEP))
     seams.begin(lambda: adopt(workers))
+    if (parent := parent_of(sys.argv[1:])) and os.getppid() != parent:
+        sys.exit(1)  # while the libraries were imported: else it took a message of the next SuperNode at this address
     flower_superexec()
 
 

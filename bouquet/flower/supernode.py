@@ -155,6 +155,37 @@ def hasten() -> None:
     seams.take(seams.SUPERNODES_PULL, lambda pull_objects: partial(pull_objects, **SOON))
 
 
+def answer_for_the_dead() -> None:
+    """A ClientApp that is over and left no reply gets an error for one, which the hub may answer with another try.
+
+    One that is killed at once is missed by its heartbeat and answered for by Flower. One that a signal ends politely
+    says that it failed, which Flower takes down, and for its reply the SuperNode then waits for ever. A run that has
+    another message here already has had its reply to this one.
+    """
+    from flwr.common.constant import Status
+    from flwr.supercore.constant import TaskType
+    from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
+
+    open_ = (Status.PENDING, Status.STARTING, Status.RUNNING)
+
+    def with_reply(finish: Callable[..., bool]) -> Callable[..., bool]:
+        @wraps(finish)
+        def finish_task(self: Any, task_id: int, sub_status: str, details: str) -> bool:
+            finished = finish(self, task_id, sub_status, details)
+            [task] = self.get_tasks(task_ids=[task_id]) or [None]
+            if not finished or task.type != TaskType.CLIENT_APP:
+                return finished
+            if not self.get_tasks(run_ids=[task.run_id], statuses=open_):
+                for message in self.get_messages_legacy(run_ids=[task.run_id], is_reply=False):  # it never looked at it
+                    self.record_message_processing_start(message.metadata.message_id)
+                self._store_error_replies({task.run_id}, CLIENT_APP_CRASHED_ERROR)
+            return finished
+
+        return finish_task
+
+    seams.take(seams.FINISH_TASK, with_reply)
+
+
 def end_with(superexec: subprocess.Popen[bytes]) -> None:
     """End here when the SuperExec has: Flower's SuperNode would stay online and work on no message ever again."""
     code = superexec.wait()
@@ -182,7 +213,7 @@ def main() -> None:
         heard = Path(os.environ["BOUQUET_HEARD"])
         seams.begin(lambda: note_answers(heard))
     sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-    seams.begin(hasten, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    seams.begin(hasten, answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
     code: int | str | None = 1
     try:
         flower_supernode()

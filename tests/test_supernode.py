@@ -1,0 +1,112 @@
+"""What a SuperNode of ours does that Flower's does not: it answers for a ClientApp that left no reply, and leaves no
+SuperExec behind that takes messages of the next one.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+from bouquet import ROOT
+from bouquet.flower import supernode
+from tests.kit.wait import PATIENT
+
+RUN = 7
+
+
+@pytest.fixture
+def node(monkeypatch) -> InMemoryNodeState:
+    """The state of a SuperNode of ours: a run's message has come, and its ClientApp is at work on it."""
+    monkeypatch.setattr(InMemoryNodeState, "finish_task", InMemoryNodeState.finish_task)  # back afterwards
+    supernode.answer_for_the_dead()
+    state = InMemoryNodeState(ObjectStoreFactory().store())
+    state.set_node_id(1)
+    return state
+
+
+def comes(state: InMemoryNodeState, name: str) -> tuple[int, Message]:
+    """A message of the run reaches the site: (its task, the message)."""
+    metadata = Metadata(RUN, name, SUPERLINK_NODE_ID, 1, "", "1", 1e9, 1e9, "train")
+    message = make_message(metadata=metadata, content=RecordDict())
+    task = state.create_task(TaskType.CLIENT_APP, RUN)
+    state.store_message(message)
+    return task, message
+
+
+def begins(state: InMemoryNodeState, task: int) -> None:
+    assert state.claim_task(task) and state.activate_task(task)
+
+
+def read(state: InMemoryNodeState) -> None:
+    [message] = state.get_messages_legacy(run_ids=[RUN], is_reply=False)
+    state.record_message_processing_start(message.metadata.message_id)
+
+
+def replies(state: InMemoryNodeState) -> list[tuple[str, int]]:
+    return [
+        (reply.metadata.reply_to_message_id, reply.error.code) for reply in state.get_messages_legacy(is_reply=True)
+    ]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+@pytest.mark.parametrize("said", [SubStatus.FAILED, SubStatus.COMPLETED])
+def test_a_client_app_that_is_over_without_a_reply_gets_one_whatever_it_says_of_itself(node, looked, said):
+    task, _ = comes(node, "a")
+    begins(node, task)
+    if looked:
+        read(node)
+    assert node.finish_task(task, said, "")
+    assert replies(node) == [("a", ErrorCode.CLIENT_APP_CRASHED)]
+    assert not node.get_messages_legacy(is_reply=False)  # the next ClientApp would take it for its own
+
+
+def test_a_reply_that_is_there_stays_the_only_one(node):
+    task, message = comes(node, "a")
+    begins(node, task)
+    read(node)
+    reply = Message(RecordDict(), reply_to=message)
+    reply.metadata.__dict__["_message_id"] = "b"
+    node.store_message(reply)
+    assert node.finish_task(task, SubStatus.COMPLETED, "")
+    assert [each.metadata.message_id for each in node.get_messages_legacy(is_reply=True)] == ["b"]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_the_next_message_of_a_run_is_not_answered_for_the_last_ones_client_app(node, looked):
+    """Its reply has gone, and its process says that it is over only after that."""
+    task, _ = comes(node, "a")
+    begins(node, task)
+    read(node)
+    node.delete_messages(message_ids=["a"])
+    later, _ = comes(node, "b")
+    if looked:
+        begins(node, later)
+        read(node)
+    assert node.finish_task(task, SubStatus.COMPLETED, "")
+    assert replies(node) == []
+    assert len(node.get_messages_legacy(is_reply=False)) == (not looked)
+
+
+def test_a_superexec_whose_supernode_ended_while_it_started_asks_nobody_for_work():
+    """The next SuperNode may have the same address, and would wait for the reply to what this one took along."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        asked = threading.Thread(target=door.accept, daemon=True)
+        asked.start()
+        address = f"127.0.0.1:{door.getsockname()[1]}"
+        told = ["--insecure", "--runtime-api-address", address, "--parent-pid"]
+        command = [sys.executable, "-m", "bouquet.flower.superexec", *told]
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        done = subprocess.run([*command, str(ended.pid)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENT)
+        assert done.returncode == 1 and asked.is_alive(), done.stdout + done.stderr
