@@ -81,6 +81,31 @@ class RunConfig:
     caption_dropout: float = _key(
         0.1, "share", "captions left out while training, for classifier-free guidance", low=0.0, high=1.0
     )
+    trigger_word: str = _key(
+        "",
+        "",
+        "put in front of each caption that does not have it, with a comma; sample prompts are drawn as they are"
+        " written",
+        high=100,
+    )
+    caption_shuffle: bool = _key(
+        False, "", "put a caption's tags, which commas part, into another order each time the photo is drawn"
+    )
+    keep_tokens: int = _key(0, "tags", "of a shuffled caption: its first ones, which stay", low=0, high=100)
+    caption_variants: int = _key(
+        8,
+        "orders",
+        "of a shuffled caption: so many are encoded, once, and one of them is drawn each time",
+        low=2,
+        high=64,
+    )
+    prior_loss_weight: float = _key(
+        0.0,
+        "",
+        "of the sites' class images, of which each pass takes a batch too, twice the work; 0 is off, 1 is usual",
+        low=0.0,
+        high=100.0,
+    )
     noise_offset: float = _key(
         0.0,
         "",
@@ -174,6 +199,8 @@ class RunConfig:
             raise _wrong("resume", config.resume, "latest or a run's id")
         if config.start_from and not re.fullmatch(r"[\w-][\w.-]*\.safetensors", config.start_from):
             raise _wrong("start-from", config.start_from, "a file's name that ends in .safetensors, without a folder")
+        if config.keep_tokens and not config.caption_shuffle:
+            raise _wrong("keep-tokens", config.keep_tokens, "caption-shuffle=true with it, or 0")
         if config.start_from and config.resume:
             raise _wrong("start-from", config.start_from, "either start-from or resume")
         if len(config.prompts) > MOST_PROMPTS or any(len(prompt) > LONGEST_PROMPT for prompt in config.prompts):

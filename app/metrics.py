@@ -31,7 +31,7 @@ REASONS = {  # why a file is set aside (quarantined), and what it means to a per
     ),
     "undecodable": "the header or the pixels are damaged or cut off",
     "unreadable": "not a file, or this process may not read it",
-    "unused-caption": "a caption without its picture, after another one, or in a caption file's second line",
+    "unused-caption": "a caption without its picture, of a farther list, beyond the 16th, or in a file's second line",
 }
 NEEDED = ("num-examples", "train-loss", "validation-loss")
 PHASES = ("start", "encode", "load", "evaluate", "train")  # of a message's work, in their order (train.Clock)
@@ -43,7 +43,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu-peak-mib": (0, 1e8),
     "gpu-utilisation": (0, 100),
     "gpu-joules": (0, 1e12),
-    "captions-cut": (0, 10**9),  # photos with a caption of which the base model reads only the beginning
+    "captions-cut": (0, 10**9),  # captions of which the base model reads only the beginning
     **{f"photos-{reason}": (0, 10**9) for reason in REASONS},
 }
 ADMITTED, SHARE = "admitted number", "largest-share"  # what may bound the images that a site counts for

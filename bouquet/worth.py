@@ -173,7 +173,7 @@ def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> 
                 continue
             file = f"{number}-{photo.key}{Path(photo.name).suffix or '.png'}"
             (target / file).write_bytes(photo.load())
-            lines.append(json.dumps({"file_name": file, "text": photo.caption}))
+            lines.append(json.dumps({"file_name": file, "text": photo.captions}))
     (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     privacy.declare_public(target, data.scan(target).photos)
     return target

@@ -46,6 +46,10 @@ def captions(folder: Path) -> dict[str, str]:
     return {photo.name: photo.caption for photo in scan(folder).photos}
 
 
+def every(folder: Path) -> dict[str, tuple[str, ...]]:
+    return {photo.name: photo.captions for photo in scan(folder).photos}
+
+
 def lines(*rows: dict, end: str = "\n") -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
 
@@ -174,15 +178,47 @@ def test_half_an_emoji_loses_neither_the_site_nor_the_caption(tmp_path):
     assert captions(tmp_path) == {"1.jpg": LILY, "0.jpg": "so pretty ?"}
 
 
-def test_a_number_and_the_first_of_several_captions_count_and_the_others_are_counted(tmp_path):
+def test_a_number_is_a_caption_and_a_list_and_further_lines_of_it_are_several(tmp_path):
     rows = [
         {"file_name": "0.jpg", "text": 2023},
-        {"file_name": "1.jpg", "text": ["", LILY, "a lily"]},
+        {"file_name": "1.jpg", "text": ["", LILY, "a  lily", None, LILY, ["deeper"]]},
         {"file_name": "1.jpg", "text": "third"},
+        {"file_name": "1.jpg", "text": "a lily"},
     ]
     put(two(tmp_path), {"metadata.jsonl": lines(*rows)})
     assert captions(tmp_path) == {"0.jpg": "2023", "1.jpg": LILY}
-    assert scan(tmp_path).counts == {"images": 2, "unused-caption": 2}
+    assert every(tmp_path) == {"0.jpg": ("2023",), "1.jpg": (LILY, "a lily", "third")}
+    assert scan(tmp_path).counts == {"images": 2}
+
+
+def test_five_lines_a_photo_as_flickrs_lists_have_them_are_five_captions(tmp_path):
+    said = [f"{number}.jpg#{nth}\tcaption {number} {nth}\n" for number in (0, 1) for nth in range(5)]
+    put(two(tmp_path), {"captions.token.txt": "".join(said)})
+    assert every(tmp_path) == {f"{n}.jpg": tuple(f"caption {n} {nth}" for nth in range(5)) for n in (0, 1)}
+    assert scan(tmp_path).counts == {"images": 2}
+
+
+def test_a_photo_has_at_most_sixteen_captions_and_that_it_had_more_is_counted(tmp_path):
+    rows = [{"file_name": "0.jpg", "text": [f"c{n}" for n in range(16)]}, *({"file_name": "1.jpg", "text": f"c{n}"}
+            for n in range(50))]  # fmt: skip
+    put(two(tmp_path), {"metadata.jsonl": lines(*rows)})
+    assert set(every(tmp_path).values()) == {tuple(f"c{n}" for n in range(16))}
+    assert scan(tmp_path).quarantined == (("1.jpg", "unused-caption"),)
+
+
+def test_the_lines_of_the_nearer_list_alone_are_a_photos_captions(tmp_path):
+    two(tmp_path, "a")
+    put(tmp_path, {"metadata.jsonl": lines({"file_name": "a/0.jpg", "text": ["far", "further"]})})
+    put(tmp_path, {"a/metadata.jsonl": lines(*ROWS, {"file_name": "0.jpg", "text": "a rose"})})
+    assert every(tmp_path) == {"a/0.jpg": (ROSE, "a rose"), "a/1.jpg": (LILY,)}
+
+
+def test_a_photo_of_several_captions_is_public_only_with_all_of_them(tmp_path):
+    put(two(tmp_path), {"metadata.jsonl": lines({"file_name": "0.jpg", "text": [ROSE, "a rose"]}, ROWS[1])})
+    privacy.declare_public(tmp_path, scan(tmp_path).photos)
+    assert privacy.is_public(tmp_path, scan(tmp_path).photos)
+    put(tmp_path, {"metadata.jsonl": lines({"file_name": "0.jpg", "text": [ROSE, "mine"]}, ROWS[1])})
+    assert not privacy.is_public(tmp_path, scan(tmp_path).photos)
 
 
 def test_of_two_lists_the_one_nearer_to_the_photo_counts(tmp_path):
@@ -380,13 +416,18 @@ def test_a_path_out_of_the_folder_is_outside(tmp_path):
     assert scan(tmp_path / "site").counts == {"images": 2, "outside": 1}
 
 
-def test_the_first_of_a_rows_captions_counts_and_a_row_without_is_not_given_the_template(tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_tables_list_is_several_captions_and_a_row_without_is_not_given_the_template(tmp_path, kind):
     pictures = [{"bytes": picture(number), "path": None} for number in range(4)]
     table = pa.table({"image": pictures, "text": [["one", "two"], ["three"], [], None]})
-    pq.write_table(table, tmp_path / "t.parquet")
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "t.parquet")
+    else:
+        with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
     put(tmp_path, {"caption.txt": "a flower"})
-    assert sorted(captions(tmp_path).values()) == ["one", "three"]
-    assert scan(tmp_path).counts == {"images": 2, "no-caption": 2, "unused-caption": 1}
+    assert sorted(every(tmp_path).values()) == [("one", "two"), ("three",)]
+    assert scan(tmp_path).counts == {"images": 2, "no-caption": 2}
 
 
 def test_a_pointer_in_place_of_a_file_is_called_one(tmp_path):

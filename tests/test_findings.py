@@ -163,7 +163,7 @@ def test_captions_that_were_cut_are_counted():
     [sentence] = findings.warnings(a_run(told))
     assert (
         sentence
-        == "rose has 12 photos with captions longer than the base model reads: it learned from their beginnings."
+        == "rose has 12 captions longer than the base model reads: it learned from their beginnings."
     )
 
 

@@ -416,7 +416,8 @@ def test_captions_that_the_base_model_does_not_read_to_their_end_are_counted(
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     privacy.declare_public(photos, data.scan(photos).photos)
     line = lines(site, "model", "decode")["decode"]
-    assert line.state == "warn" and "1 captions are longer" in line.text
+    assert line.state == "warn" and "captions are longer than the 24 tokens" in line.text
+    assert f"1 of {len(rows)} captions" in line.text
 
 
 def test_limits_with_a_slip_are_named_before_a_site_joins(site: dict[str, str]) -> None:

@@ -83,6 +83,7 @@ def described(adapter: Adapter, config: RunConfig, family: Family) -> dict[str, 
         "implementation": "diffusers",
         "resolution": f"{config.resolution}x{config.resolution}",
     }
+    spec |= {"trigger_phrase": word} if (word := config.trigger_word.strip()) else {}
     return {f"modelspec.{key}": value for key, value in spec.items()} | family.notes(config, adapter)
 
 

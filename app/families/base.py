@@ -167,6 +167,10 @@ class Family:
         """The tokenizer that reads furthest: a caption that is cut for it is cut."""
         return [part for part in self.words if part.startswith("tokenizer")][-1]
 
+    def room(self, tokenizer: Any, tokens: int) -> int:
+        """Of these tokens, those that a caption itself can have: a template may stand before it."""
+        return tokens
+
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """Each caption's conditions, by the loaded `words`; most by the pipeline's own `encode_prompt`."""
         raise NotImplementedError
@@ -255,6 +259,14 @@ class FlowFamily(Family):
             f"noise-offset = {config.noise_offset:g}; the flow of {self.label} ends in noise alone and needs none",
             "leave it at 0",
         )
+
+
+def before(tokenizer: Any) -> int:
+    """Tokens of a chat's template that stand before the caption."""
+    told = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True
+    )
+    return len(tokenizer(told.partition("\0")[0]).input_ids)
 
 
 def differs(own: Settings, *, net: str, channels: str, factor: int, width: str, widths: object) -> Iterator[str]:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from app import text
-from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
+from app.families.base import (
+    ATTENTION,
+    Conditions,
+    FlowFamily,
+    Repository,
+    Settings,
+    before,
+    differs,
+    text_width,
+)
 
 LAYERS = (9, 18, 27)  # of the language model, beside each other
 # the single blocks have attention and feed-forward in one matrix, and so have community trainers' adapters
@@ -55,6 +64,9 @@ class Flux2Klein(FlowFamily):
         spread = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(z)
         normalised: Tensor = (patches - mean) / spread
         return normalised
+
+    def room(self, tokenizer: Any, tokens: int) -> int:
+        return tokens - before(tokenizer)
 
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """Three of the language model's hidden states beside each other, all padded to T: "text" [T, 3 D]."""

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from app.families.base import ATTENTION, Conditions, FlowFamily, Repository, Settings, differs, text_width
+from app.families.base import (
+    ATTENTION,
+    Conditions,
+    FlowFamily,
+    Repository,
+    Settings,
+    before,
+    differs,
+    text_width,
+)
 
 MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
@@ -33,6 +42,9 @@ class ZImage(FlowFamily):
         yield from differs(own, net=self.net, channels="in_channels", factor=1, width="cap_feat_dim", widths=width)
         if own["transformer"].get("siglip_feat_dim") is not None:
             yield "its transformer wants a picture beside the text (siglip_feat_dim)"
+
+    def room(self, tokenizer: Any, tokens: int) -> int:
+        return tokens - before(tokenizer)
 
     def text(self, parts: Mapping[str, Any], captions: list[str], tokens: int) -> list[Conditions]:
         """The language model's last hidden state but one, its own tokens alone: "text" [T, D]."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from app.families.base import Conditions, stacked
 from app.site.photos.captions import MAX_CAPTION
 from app.site.photos.data import Partition, Photo
 from app.site.photos.images import READING, BadImage, frame, to_pixels
+from app.site.photos.wording import AS_WRITTEN, Wording
 
 BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
@@ -44,11 +45,12 @@ Notes = dict[str, str]  # by such a key: why there is no row, or what is said ab
 
 @dataclass(frozen=True)
 class Encoded:
-    """N photos with M distinct captions, in the host's memory: on a GPU a row of text a photo would be gigabytes.
+    """N photos with M distinct texts, in the host's memory: on a GPU a row of text a photo would be gigabytes.
 
     latents_NChw: float32; texts: the captions' conditions, mapped from the cache's file, the empty caption's first;
-    text_N: which of them each photo has; sizes_N6: sizes and crop (families/base.py); keys: N hashes. `batch` gives
-    the rows of one pass.
+    text_N: which of them each photo has, of several the first; sizes_N6: sizes and crop (families/base.py); keys: N
+    hashes; choices: where any photo has several texts, those of each of its captions. `batch` gives the rows of one
+    pass.
     """
 
     latents_NChw: Tensor
@@ -56,6 +58,7 @@ class Encoded:
     text_N: Tensor
     sizes_N6: Tensor
     keys: list[str]
+    choices: list[list[list[int]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, latents_NChw: Tensor, text_NTD: Tensor, blank_TD: Tensor, keys: list[str]) -> Encoded:
@@ -73,15 +76,42 @@ class Encoded:
         """float32, the empty caption."""
         return self.texts[0]["text"].float()
 
-    def batch(self, pick_B: Tensor, blank_B: Tensor | None = None) -> tuple[Tensor, Conditions]:
-        """(latents_BChw, conditions) of these photos; without their captions where `blank_B` is true."""
-        which_B = self.text_N[pick_B] if blank_B is None else torch.where(blank_B, 0, self.text_N[pick_B])
+    def words(self, pick_B: Tensor, generator: torch.Generator) -> Tensor:
+        """Which text each of these photos is trained with this time [B]: one of its captions by lot, and of that one of
+        its orders. Nothing is drawn where no photo has a choice.
+        """
+        if not self.choices:
+            return self.text_N[pick_B]
+        lots = torch.rand(len(pick_B), generator=generator, dtype=torch.float64).tolist()
+        return torch.tensor([_by_lot(self.choices[n], lot) for n, lot in zip(pick_B.tolist(), lots, strict=True)])
+
+    def batch(
+        self, pick_B: Tensor, blank_B: Tensor | None = None, words_B: Tensor | None = None
+    ) -> tuple[Tensor, Conditions]:
+        """(latents_BChw, conditions) of these photos, with their first texts unless `words_B` says which; without any
+        where `blank_B` is true.
+        """
+        which_B = self.text_N[pick_B] if words_B is None else words_B
+        which_B = which_B if blank_B is None else torch.where(blank_B, 0, which_B)
         given = stacked([self.texts[number] for number in which_B.tolist()])
         return self.latents_NChw[pick_B], given | {"size": self.sizes_N6[pick_B]}
 
 
+def _by_lot(captions: list[list[int]], lot: float) -> int:
+    """lot: in [0, 1); its first part picks the caption, evenly, and what is left of it the order."""
+    at = int(lot * len(captions))
+    orders = captions[at]
+    return orders[int((lot * len(captions) - at) * len(orders))]
+
+
 def encode(
-    partition: Partition, base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device
+    partition: Partition,
+    base: Path,
+    sums: dict[str, str],
+    resolution: int,
+    cache: Path,
+    device: torch.device,
+    wording: Wording = AS_WRITTEN,
 ) -> tuple[Partition, Callable[[tuple[Photo, ...]], Encoded]]:
     """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`.
 
@@ -89,20 +119,40 @@ def encode(
     """
     latents, bad = _latents(partition.photos, base, sums, resolution, cache, device)
     partition = partition.without(bad).require(2)
-    texts, cut = _texts(sorted({"", *(p.caption for p in partition.photos)}), base, sums, cache, device)
-    partition = replace(partition, cut=sum(_digest(p.caption) in cut for p in partition.photos))
+    words = {p.key: wording.texts(p.captions) for p in partition.photos}
+    texts, cut = _texts(sorted({"", *_all(words.values())}), base, sums, cache, device)
+    partition = _told(partition, words, lambda text: _digest(text) in cut, families.of(base).tokens(base))
 
     def rows(photos: tuple[Photo, ...]) -> Encoded:
-        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(["", *(p.caption for p in photos)]))}
+        said = [words[p.key] for p in photos]
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(["", *_all(said)]))}
+        choices = [[[distinct[text] for text in orders] for orders in captions] for captions in said]
         return Encoded(
             torch.stack([latents[p.key]["latents"] for p in photos]).float(),
-            [texts[_digest(caption)] for caption in distinct],
-            torch.tensor([distinct[p.caption] for p in photos]),
+            [texts[_digest(text)] for text in distinct],
+            torch.tensor([captions[0][0] for captions in choices]),
             torch.stack([latents[p.key]["size"] for p in photos]),
             [p.key for p in photos],
+            choices if any(len(captions) > 1 or len(captions[0]) > 1 for captions in choices) else [],
         )
 
     return partition, rows
+
+
+def _all(words: Iterable[tuple[tuple[str, ...], ...]]) -> Iterator[str]:
+    """Every text of photos, by their captions' orders."""
+    return (text for captions in words for orders in captions for text in orders)
+
+
+def _told(
+    partition: Partition,
+    words: Mapping[str, tuple[tuple[str, ...], ...]],
+    is_cut: Callable[[str], bool],
+    tokens: int,
+) -> Partition:
+    """The partition, which says how many of its captions are longer than what the base model reads."""
+    cut = sum(any(map(is_cut, orders)) for photo in partition.photos for orders in words[photo.key])
+    return replace(partition, cut=cut, reads=tokens)
 
 
 def _latents(
@@ -210,8 +260,8 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> t
     parts = {part: model.load(base, part, dtype) for part in family.words}
     for part in (part for part in parts if part.startswith("text_encoder")):
         parts[part].to(device)
-    length = family.tokens(base)
-    cut = {_digest(caption): "cut" for caption in _too_long(captions, parts[family.reader], length)}
+    length, reader = family.tokens(base), parts[family.reader]
+    cut = {_digest(caption): "cut" for caption in _too_long(captions, reader, family.room(reader, length))}
     for start in range(0, len(captions), BATCH):
         some = captions[start : start + BATCH]
         for caption, given in zip(some, family.text(parts, _short(some), length), strict=True):
@@ -221,10 +271,12 @@ def _encode_captions(captions: list[str], base: Path, device: torch.device) -> t
     return rows, cut
 
 
-def too_long(captions: Iterable[str], base: Path) -> int:
-    """How many of these captions the base model reads only the beginning of. Errors: MODEL-03."""
-    family, captions = families.of(base), list(captions)
-    return len(_too_long(captions, model.load(base, family.reader), family.tokens(base)))
+def counted(partition: Partition, base: Path, wording: Wording = AS_WRITTEN) -> Partition:
+    """The partition with the captions counted that the base model reads only the beginning of. Errors: MODEL-03."""
+    family, words = families.of(base), {p.key: wording.texts(p.captions) for p in partition.photos}
+    tokens, reader = family.tokens(base), model.load(base, family.reader)
+    cut = set(_too_long(sorted(set(_all(words.values()))), reader, family.room(reader, tokens)))
+    return _told(partition, words, cut.__contains__, tokens)
 
 
 def _too_long(captions: list[str], tokenizer: Any, length: int) -> list[str]:

@@ -131,7 +131,7 @@ def divide(
 
 
 def is_public(folder: Path, photos: Iterable[Photo]) -> bool:
-    """Whether the folder's `.public` lists every one of these photos, with its caption."""
+    """Whether the folder's `.public` lists every one of these photos, with its captions."""
     try:
         listed = set((folder / PUBLIC_LIST).read_text(encoding="ascii").split())
     except (OSError, UnicodeDecodeError):
@@ -153,7 +153,8 @@ def declare_public(folder: Path, photos: Iterable[Photo]) -> None:
 
 
 def _line(photo: Photo) -> str:
-    return hashlib.sha256(f"{photo.key} {photo.caption}".encode()).hexdigest()
+    captions = "\n".join(photo.captions)  # each has one line
+    return hashlib.sha256(f"{photo.key} {captions}".encode()).hexdigest()
 
 
 def _count(value: int) -> int:

@@ -20,7 +20,8 @@ from app.errors import ModelError, SiteError
 from app.model import Net
 from app.site import cache, diffusion, privacy, rate
 from app.site.limits import NO_LIMITS, Limits
-from app.site.photos import data
+from app.site.photos import data, prior
+from app.site.photos.wording import Wording
 
 # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
 WIDER = 4
@@ -87,7 +88,7 @@ class Site:
 
     def get_ready(self, base_fingerprint: str, began: float | None = None) -> None:
         """Load what has changed since the last time, which is everything at first. Errors: MODEL-01..04, -06,
-        SITE-01..07, -14, TRUST-03.
+        SITE-01..07, -14, -15, TRUST-03.
 
         base_fingerprint: the hub's; '' skips the comparison. began: when the message's work began (time.monotonic).
         """
@@ -102,6 +103,7 @@ class Site:
             *(sums[part] for part in family.words),
             data.stamp(self.folder),
             privacy.stamp(self.folder),
+            prior.stamp(self.folder) if self.config.prior_loss_weight else "",
         )
         if encode_from != self.encoded_from:
             self._encode(base, sums)
@@ -115,15 +117,24 @@ class Site:
 
     def _encode(self, base: Path, sums: dict[str, str]) -> None:
         partition = data.scan(self.folder, memory=self.cached)
-        self.privacy = privacy.of(self.folder, partition.photos, self.cached, self.secret)
+        classes = prior.scan(self.folder, self.cached) if self.config.prior_loss_weight else None
+        everything = (*partition.photos, *(classes.photos if classes else ()))
+        self.privacy = privacy.of(self.folder, everything, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()
         privacy.divide(partition, self.privacy, self.limits, self.config)  # before the work of encoding
         self.partition, rows = cache.encode(
-            partition, base, sums, self.config.resolution, self.cached, self.accelerator.device
-        )
+            partition, base, sums, self.config.resolution, self.cached, self.accelerator.device,
+            Wording.of(self.config),
+        )  # fmt: skip
         self.photos, held_out = privacy.divide(self.partition, self.privacy, self.limits, self.config)
         self.train, self.held_out = rows(self.photos), rows(held_out)
+        self.prior = None
+        if classes:  # with their captions as they are: the trigger word is what the photos show
+            cached = prior.cache(self.cached)
+            found, rows = cache.encode(classes, base, sums, self.config.resolution, cached, self.accelerator.device)
+            print(f"bouquet: class images: {found.report()}", flush=True)
+            self.prior = rows(found.photos)
 
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""
@@ -167,7 +178,8 @@ class Site:
         what had filled it.
         """
         try:
-            return fit(self.net, self.objective, self.train, self.fits, accelerator(self.fits), seed, number)
+            one = accelerator(self.fits)
+            return fit(self.net, self.objective, self.train, self.fits, one, seed, number, self.prior)
         except torch.OutOfMemoryError:
             return None
 
@@ -193,6 +205,7 @@ def fit(
     accelerator: Accelerator,
     seed: int,
     number: int = 1,
+    prior: cache.Encoded | None = None,
 ) -> float:
     """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter), and
     its rate is where the run is in round `number` (rate.py).
@@ -200,6 +213,10 @@ def fit(
     Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is
     read at the end. proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020,
     arXiv:1812.06127, eq. 2.
+
+    With class images (`prior`), a pass adds prior_loss_weight times their loss, of as many of them, with noise of their
+    own: as diffusers' train_dreambooth.py, whose prior loss has no min-SNR weights. They are drawn by a generator of
+    their own, so that the photos' batches and noise are those of a run without them.
     """
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -210,13 +227,14 @@ def fit(
     # the net stays as it is: its precision is autocast's, and another round may come
     optimiser_ = accelerator.prepare(optimiser)
     batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
+    class_losses = iter(()) if prior is None else _class_losses(net, objective, prior, config, device, seed + 1)
     net.train()
     factor, step = rate.factors(config), (number - 1) * config.local_steps
     passes = config.local_steps * config.gradient_accumulation
     for _ in range(passes):
         pick = next(batches)
         blank = torch.rand(len(pick), generator=generator) < config.caption_dropout
-        rows, given = encoded.batch(pick, blank)
+        rows, given = encoded.batch(pick, blank, encoded.words(pick, generator))
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
         with accelerator.accumulate(net), accelerator.autocast():
             loss = diffusion.noise_loss(
@@ -224,6 +242,10 @@ def fit(
                 min_snr_gamma=config.min_snr_gamma, noise_offset=config.noise_offset,
             )  # fmt: skip
             accelerator.backward(loss)
+            if prior is not None:  # by now the photos' pass has left the memory; the gradients add up
+                weighed = config.prior_loss_weight * next(class_losses)
+                accelerator.backward(weighed)
+                loss = loss.detach() + weighed
             if accelerator.sync_gradients:
                 for parameter, anchor in zip(trained, arrived, strict=False):
                     parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
@@ -234,6 +256,17 @@ def fit(
             optimiser_.zero_grad()
         total += loss.detach()
     return total.item() / passes
+
+
+def _class_losses(
+    net: Net, objective: diffusion.Objective, prior: cache.Encoded, config: RunConfig, device: torch.device, seed: int
+) -> Iterator[torch.Tensor]:
+    """The loss on one batch of class images after another."""
+    generator = torch.Generator().manual_seed(seed)
+    for pick in _batches(len(prior.keys), config.batch_size, generator):
+        rows, given = prior.batch(pick, None, prior.words(pick, generator))
+        latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
+        yield diffusion.noise_loss(net, objective, latents, given, generator, noise_offset=config.noise_offset)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

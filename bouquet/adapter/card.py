@@ -57,7 +57,9 @@ def card(
     base_id: str,
     family: Family = sd.FAMILY,
 ) -> str:
-    """`pictures` are (prompt, path in the repository); the first prompt is the instance prompt. `base_id`: or ''."""
+    """`pictures` are (prompt, path in the repository); the instance prompt is the trigger word, else the first prompt.
+    `base_id`: or ''.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     prompt = pictures[0][0] if pictures else ""
@@ -72,7 +74,7 @@ def card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags(family),
-        instance_prompt=prompt or None,
+        instance_prompt=config.trigger_word.strip() or prompt or None,
         widget=[{"text": words, "output": {"url": path}} for words, path in pictures] or None,
     )
     body = BODY.format(
@@ -110,6 +112,7 @@ def table(config: RunConfig, provenance: dict[str, Any], sites: int, family: Fam
             f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}"
         ),
         "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the {part}",
+        **({"trigger word": config.trigger_word} if config.trigger_word.strip() else {}),
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",
         "base model's SHA-256": f"`{provenance.get('base', {}).get('fingerprint', 'not recorded')}`",

@@ -22,6 +22,7 @@ from PIL import Image
 
 from app.adapter.sample import Pipeline
 from app.site.limits import Limits
+from app.site.photos.wording import Wording
 
 NEIGHBOURS = 50
 SPACE = "latents of the base model's autoencoder"
@@ -58,7 +59,9 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))
     pipe = sample.pipeline(model.locate(config.base_model, models), config)
-    drawn = sample.render(pipe, adapter, [photo.caption for photo in chosen], replace(config, sample_prompts=""))
+    wording = Wording.of(config)
+    texts = [wording.texts(photo.captions)[0][0] for photo in chosen]
+    drawn = sample.render(pipe, adapter, texts, replace(config, sample_prompts=""))
     known = site.train.latents_NChw.flatten(1)
     return {
         "site": name,

@@ -18,11 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from app.errors import SiteError
-from app.site.photos.captions import LABEL_TEMPLATE, TEXTS, checked_template, fill, one_line
+from app.site.photos.captions import LABEL_TEMPLATE, TEXTS, checked_template, fill, several
 from app.site.photos.images import BadImage
 from app.site.photos.tables import class_name
 
-Sample = tuple[Callable[[], bytes], str | None]  # gives the encoded picture or raises BadImage; caption
+Caption = str | list[str] | None  # or several
+Sample = tuple[Callable[[], bytes], Caption]  # gives the encoded picture or raises BadImage; caption
 
 
 @contextmanager
@@ -101,8 +102,10 @@ def divide_error(found: str, fix: str) -> SiteError:
     return SiteError("SITE-10", found=found, fix=fix)
 
 
-def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]], str | None]:
-    """A function from row to caption: the text column, or the template over the class name. Errors: SITE-04."""
+def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]], Caption]:
+    """A function from row to its caption, or captions: the text column, or the template over the class name. Errors:
+    SITE-04.
+    """
     import datasets
 
     label = column(dataset, "label", datasets.ClassLabel)
@@ -114,15 +117,17 @@ def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]],
         raise SiteError("SITE-04", found=found, fix=fix)
     names = getattr(dataset.features.get(label), "names", None) or []
 
-    def caption(row: dict[str, Any]) -> str | None:
+    def caption(row: dict[str, Any]) -> Caption:
         words = class_name(row.get(label) if label else None, names)
-        said = next(filter(None, (one_line(row[name]) for name in text)), None)
-        return said or (fill(template, words) if words or not text else None)
+        said = next(filter(None, (several(row[name]) for name in text)), ())
+        if len(said) > 1:
+            return list(said)
+        return said[0] if said else (fill(template, words) if words or not text else None)
 
     return caption
 
 
-def samples_of(part: Any, caption: Callable[[dict[str, Any]], str | None], args: SimpleNamespace) -> Iterator[Sample]:
+def samples_of(part: Any, caption: Callable[[dict[str, Any]], Caption], args: SimpleNamespace) -> Iterator[Sample]:
     """The rows of one part, in their shuffled order."""
     import datasets
 

@@ -266,7 +266,4 @@ def set_aside(run: Run) -> Iterator[str]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
             yield f"{site} set aside {sum(bad.values())} of its files ({reasons}); its own log names them."
         if cut := int(numbers.get("captions-cut", 0)):
-            yield (
-                f"{site} has {cut} photos with captions longer than the base model reads: it learned from their"
-                " beginnings."
-            )
+            yield (f"{site} has {cut} captions longer than the base model reads: it learned from their beginnings.")

@@ -24,8 +24,9 @@ from app import families
 from app.config import RunConfig
 from app.errors import BouquetError
 from app.site import gpu, limits, privacy
-from app.site.photos import data, folders
+from app.site.photos import data, folders, prior
 from app.site.photos.images import BadImage
+from app.site.photos.wording import Wording
 from bouquet.site import reach
 
 MIB, GIB = 2**20, 2**30
@@ -301,25 +302,27 @@ class Preflight:
                 photo.read()
             except BadImage as error:
                 bad[photo.key] = error.reason
-        self.partition = partition = replace(found.without(bad).require(2), cut=self._cut(found))
-        kind, counts = self._enough(partition), partition.counts
+        classes = prior.scan(self.own.data, self.own.cache) if self.own.config.prior_loss_weight else None
+        self.partition = partition = self._counted(found.without(bad).require(2))
+        kind, counts = self._enough(partition, classes.photos if classes else ()), partition.counts
         if counts.keys() - {"images", "system"} or partition.cut:
             fix = "what is set aside is left out, and what is cut is not read; mend or remove it when you can"
             raise Warn(partition.report(), fix)
+        more = f"; {len(classes.photos)} class images beside them" if classes else ""
         own = f", and {counts['system']} files are a computer's own" if "system" in counts else ""
-        return f"all {len(partition.photos)} pictures can be read; they are {kind}{own}"
+        return f"all {len(partition.photos)} pictures can be read; they are {kind}{own}{more}"
 
-    def _cut(self, partition: data.Partition) -> int:
-        """Captions that the base model reads only the beginning of; 0 where no base model is at hand."""
+    def _counted(self, partition: data.Partition) -> data.Partition:
+        """With its captions counted that the base model reads only the beginning of, where one is at hand."""
         from app.site import cache
 
-        return cache.too_long((photo.caption for photo in partition.photos), self.base) if self.base else 0
+        return cache.counted(partition, self.base, Wording.of(self.own.config)) if self.base else partition
 
-    def _enough(self, partition: data.Partition) -> str:
+    def _enough(self, partition: data.Partition, classes: tuple[data.Photo, ...] = ()) -> str:
         """Whether the photos are private or public. Errors: SITE-02, TRUST-03 where a round would be about too few of
         them.
         """
-        public = privacy.is_public(partition.folder, partition.photos)
+        public = privacy.is_public(partition.folder, (*partition.photos, *classes))
         rules = self.own.limits if public else self.own.limits.private()
         # how many are held out does not depend on the secret
         some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))
@@ -406,7 +409,7 @@ class Preflight:
             ):
                 sums = model.fingerprint(base, self.own.cache)
                 some, rows = cache.encode(some, base, sums, config.resolution, Path(folder), accelerator.device)
-                encoded = rows(some.photos)
+                encoded = rows(some.photos)  # a pass of class images costs what one of photos does
             objective, net = train.load(base, config, accelerator)
             seconds = self._seconds(net, objective, encoded, accelerator, 1)
             if seconds * TIMED < PATIENCE:  # the first step has things to set up
@@ -425,7 +428,9 @@ class Preflight:
         from app.site import train
 
         start = time.monotonic()
-        train.fit(net, objective, encoded, replace(self.own.config, local_steps=steps), accelerator, steps)
+        classes = encoded if self.own.config.prior_loss_weight else None
+        config = replace(self.own.config, local_steps=steps)
+        train.fit(net, objective, encoded, config, accelerator, steps, 1, classes)
         return (time.monotonic() - start) / steps
 
 

@@ -1,13 +1,16 @@
 """The words that came with pictures, whatever program wrote them: lists, caption files, templates, labels.
 
-Enters: text files of a data folder. Leaves: captions of one line and `Mention`s, what a list says of one picture.
+Enters: text files of a data folder. Leaves: captions of one line and `Mention`s, what a list says of one picture: it
+may have several captions, in one row (a list of texts) or in several.
   - A list is a .jsonl, .csv, .tsv or .txt with a picture's name and its caption a line; `metadata.jsonl` and
     `metadata.csv` must be one, another file is one where its first rows name pictures that are there.
   - A caption file is `0001.txt` or `0001.caption` beside `0001.jpg`; its first line that says something counts.
+    Trainers differ: some draw one of its lines, kohya's reads the first, others join them; and a text that an editor
+    has wrapped has half a sentence in each.
   - A template is `caption.txt`, one line for all pictures below it, in which {label} is a class's or a folder's name.
 Text is UTF-8, with or without a byte order mark, or Windows' 16-bit form of it with one; a line ends at a line feed and
 nowhere else. Nothing is read without a bound: a list 200 MB, its lines a megabyte each and a million, a caption 10,000
-characters (a text encoder sees 77 tokens) and a label 200, and what is longer is cut.
+characters (a text encoder sees 77 tokens), 16 of them a picture, and a label 200; what is longer is cut.
 Errors: SITE-05 (a template), SITE-06 (a list); BadImage "caption-unreadable".
 """
 
@@ -31,6 +34,7 @@ MAX_ROWS = 1_000_000  # of any file or list
 MAX_LINE = 1_000_000  # bytes of a list's line
 MAX_TEMPLATE, MAX_FILE = 4_000, 100_000  # bytes of caption.txt, and of a caption file
 MAX_CAPTION, MAX_LABEL = 10_000, 200  # characters; the rest is cut off
+MOST = 16  # captions of one picture; each is encoded
 FIRST = 100  # lines in which a list without a head must name a picture that is there
 NAMES = ("file_name", "filename", "file", "image", "image_path", "path")  # columns that name a picture, and
 TEXTS = ("text", "caption", "prompt")  # its caption; of several the first that is there
@@ -47,12 +51,11 @@ REPEATS = re.compile(r"^\d{1,4}_(?=\D)")  # kohya's "10_zwx flower": ten times a
 
 @dataclass(frozen=True)
 class Mention:
-    """What a list or table says of the picture `file`, as it writes that; `more`: it had further captions."""
+    """What a list or table says of the picture `file`, as it writes that; of more captions than MOST, one more."""
 
     file: str
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     label: str | None = None
-    more: bool = False
 
 
 class NoList(Exception):
@@ -71,12 +74,25 @@ class _Unreadable(Exception):
 
 
 def one_line(value: object) -> str | None:
-    """A caption: text, a number, or the first of a list of texts, on one line; None where it says nothing."""
-    if isinstance(value, list):
-        value = next((text for text in value if one_line(text)), None)
+    """A caption: text or a number, on one line; None where it says nothing."""
     if type(value) is int and abs(value) < 10**18:
         value = str(value)
     return " ".join(_whole(value[:MAX_CAPTION]).split()) or None if isinstance(value, str) else None
+
+
+def several(value: object) -> tuple[str, ...]:
+    """The captions of one picture, or a list of them, none twice; of more than MOST, one more."""
+    return distinct(filter(None, map(one_line, value if isinstance(value, list) else [value])))
+
+
+def distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """As `several`, of captions of one line."""
+    found: dict[str, None] = {}
+    for text in texts:
+        found[text] = None
+        if len(found) > MOST:
+            break
+    return tuple(found)
 
 
 def label(value: object) -> str | None:
@@ -208,9 +224,8 @@ def _objects(lines: Iterable[tuple[int, str]], there: Callable[[str], bool], mus
         if not known and not any(key in row for key in (*TEXTS, "label")):
             raise NoList(f"line {number}: no caption among {', '.join(map(str, row))}"[:300])
         known = True
-        texts = [row[key] for key in TEXTS if key in row]
-        more = isinstance(texts[0], list) and len(texts[0]) > 1 if texts else False
-        yield Mention(name, next(filter(None, map(one_line, texts)), None), label(row.get("label")), more)
+        texts = (several(row[key]) for key in TEXTS if key in row)
+        yield Mention(name, next(filter(None, texts), ()), label(row.get("label")))
 
 
 def _columns(lines: Iterator[tuple[int, str]], there: Callable[[str], bool], must: bool) -> Iterator[Mention]:
@@ -233,7 +248,7 @@ def _columns(lines: Iterator[tuple[int, str]], there: Callable[[str], bool], mus
             for _, line in chain(first, lines):
                 name, caption = _pair(line, separator, there) or line.partition(separator)[::2]
                 if line.strip():
-                    yield Mention(name.strip(), one_line(caption))
+                    yield Mention(name.strip(), several(caption))
             return
     raise NoList("it names no picture of this folder together with a caption")
 
@@ -258,7 +273,7 @@ def _cells(lines: Iterable[tuple[int, str]], separator: str, titles: list[str], 
             row[column:] = [separator.join(row[column:])]
         if any(part.strip() for part in row):
             name, caption, kind = (_cell(row, number) for number in (at, column, classes))
-            yield Mention((name or "").strip(), one_line(caption), label(kind))
+            yield Mention((name or "").strip(), several(caption), label(kind))
 
 
 def _cell(row: list[str], number: int | None) -> str | None:

@@ -34,12 +34,19 @@ SET_FOLDER = "set this site's data folder in .env, then: docker compose up -d"
 
 @dataclass(frozen=True)
 class Photo:
-    """One usable photo. `key` is the sha256 of its bytes; everything else is private to the site."""
+    """One usable photo. `key` is the sha256 of its bytes; everything else is private to the site. Validation uses
+    `caption`, the first one; training draws from `others` too.
+    """
 
     key: str
     caption: str = field(repr=False)
     name: str = field(repr=False, compare=False)
     load: Callable[[], bytes] = field(repr=False, compare=False)
+    others: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.others)
 
     def read(self) -> Image.Image:
         """The decoded picture: RGB, upright. Errors: BadImage (set it aside with `Partition.without` and go on)."""
@@ -54,13 +61,14 @@ class Partition:
     """What a site has: `photos` with unique keys; `quarantined` (private name, reason) pairs, of all else in the
     folder.
 
-    cut: photos whose captions are longer than what the base model reads of them (cache.py finds out).
+    cut: captions that are longer than the `reads` tokens that the base model reads of each (cache.py finds out).
     """
 
     folder: Path = field(repr=False)
     photos: tuple[Photo, ...] = field(repr=False)
     quarantined: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     cut: int = 0
+    reads: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -98,7 +106,10 @@ class Partition:
     def report(self, limit: int = 20) -> str:
         """The private summary for this machine's log: counts, then the quarantined names."""
         lines = [f"{self.folder} {self._summary()}"]
-        lines += [f"  {self.cut} captions are longer than what the base model reads, and cut"] if self.cut else []
+        if self.cut:
+            captions = sum(len(photo.captions) for photo in self.photos)
+            what = f"longer than the {self.reads} tokens that this base model reads; the rest is not learned"
+            lines += [f"  {self.cut} of {captions} captions are {what}"]
         first = sorted(self.quarantined, key=lambda pair: LATE.index(pair[1]) if pair[1] in LATE else -1)
         lines += [f"  set aside  {name}: {REASONS[reason]}" for name, reason in first[:limit]]
         more = len(self.quarantined) - limit
@@ -119,6 +130,11 @@ def scan(
     `memory` is the cache folder, in which hashes are remembered. Errors: SITE-01 to SITE-07.
     """
     assert min_images >= 2, min_images
+    return look(folder, caption_template, memory).require(min_images)
+
+
+def look(folder: Path, caption_template: str | None = None, memory: Path | None = None) -> Partition:
+    """As `scan`, however little there is. Errors: SITE-03, SITE-05 to SITE-07."""
     root = _root(folder)
     template = None if caption_template is None else checked_template(caption_template)
     photos: dict[str, Photo] = {}
@@ -132,7 +148,7 @@ def scan(
         except BadImage as bad:
             quarantined.append((entry.name, bad.reason))
     seen.save()
-    return Partition(root, tuple(photos.values()), tuple(quarantined)).require(min_images)
+    return Partition(root, tuple(photos.values()), tuple(quarantined))
 
 
 def stamp(folder: Path) -> str:
@@ -178,9 +194,10 @@ def _photo(entry: Entry, seen: Seen) -> Photo:
             seen.put(entry.file, found)
     if found.startswith("!"):
         raise BadImage(found[1:])
-    if not entry.caption:
+    if not entry.captions:
         raise BadImage("no-caption")
-    return Photo(found, entry.caption, entry.name, entry.load)
+    caption, *others = entry.captions
+    return Photo(found, caption, entry.name, entry.load, tuple(others))
 
 
 def _root(folder: Path) -> Path:

@@ -5,8 +5,9 @@ folder may hold any mix of
   - parquet or arrow files as Hugging Face stores them: an image column (bytes, or paths) and text or label;
   - lists, caption files and templates (captions.py);
   - pictures: what a file is, its first bytes say, where its name does not end like a picture's or a text's.
-A picture's caption is its list's or table's; else its caption file's; else its template's, by its label. What is nearer
-to the picture counts. One that a list names, or that has a caption file, never has the template's.
+A picture's captions are its list's or table's; else its caption file's; else its template's, by its label. What is
+nearer to the picture counts; one list may name it several times. One that a list names, or that has a caption file,
+never has the template's. What lies in CLASS is none of the site's pictures (prior.py).
 Nothing is read through a link that leads out of the folder. What computers put into folders for themselves is counted.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from app.errors import SiteError
 from app.site.photos import captions
-from app.site.photos.captions import LABEL_TEMPLATE, TEMPLATE, Mention, fill
+from app.site.photos.captions import LABEL_TEMPLATE, MOST, TEMPLATE, Mention, distinct, fill
 from app.site.photos.images import FORMATS, BadImage, kind, open_inside, read_inside
 from app.site.photos.seen import Seen
 from app.site.photos.tables import NoPictures, TableError, rows
@@ -35,6 +36,7 @@ LISTS = {".jsonl", ".csv", ".tsv", ".txt"}
 BESIDE = (".txt", ".caption")  # caption files; of two the first counts
 LONGEST = 4096  # characters of a name in a list: Linux opens no longer one
 OURS = (".public", "partition.json")  # what privacy.py and scripts/partition write
+CLASS = "class-images"  # pictures for prior preservation
 SYSTEM = {
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler",
     "lost+found", "system volume information", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
@@ -47,13 +49,13 @@ PASSING = re.compile(  # hidden, an open document's lock, half a copy, a backup 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file. `name` and `caption` are private. `load()` gives a picture's bytes or raises BadImage; `file` is where
+    """One file. `name` and `captions` are private. `load()` gives a picture's bytes or raises BadImage; `file` is where
     they lie, if in a file of their own. With a `reason` it is none, and `load` is not called.
     """
 
     name: str
     load: Callable[[], bytes] = bytes
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     file: str = ""
     reason: str = ""
 
@@ -104,21 +106,20 @@ class _Folder:
         self.beside = self._beside()
         self.captioned = {os.path.dirname(name) for name in self.beside}  # folders with caption files
         self.lists = self._take(lambda name: _suffix(name) in LISTS and name not in self.beside)
-        self.said: dict[str, tuple[int, Mention]] = {}  # by file: how near the list lies to it, and what it says
+        self.said: dict[str, tuple[int, str, Mention]] = {}  # by file: how near the list lies, its name, what it says
 
     def entries(self) -> Iterator[Entry]:
         for name in self.tables:
             yield from self._table(name)
         for name in self.lists:
             yield from self._list(name)
-        for name, (_, mention) in self.said.items():
+        for name, (_, _, mention) in self.said.items():
             self.left.pop(name, None)
             made = fill(self._template(name) or LABEL_TEMPLATE, mention.label) if mention.label else None
-            caption = mention.caption or made
-            yield from self._picture(name, caption, named=True)
+            yield from self._picture(name, mention.captions or _one(made), named=True)
         for name in [name for name in self.pictures if name not in self.said]:
             self.left.pop(name, None)
-            yield from self._picture(name, fill(self._template(name), captions.folder_label(name)))
+            yield from self._picture(name, _one(fill(self._template(name), captions.folder_label(name))))
         for name in self.left:
             yield Entry(name, reason=self.why.get(name) or self._why_not(name))
         for name in self.found.closed:
@@ -160,25 +161,26 @@ class _Folder:
         self.seen.put(name, f"!{found}")
         return f"!{found}"
 
-    def _picture(self, name: str, caption: str | None, named: bool = False) -> Iterator[Entry]:
-        """A picture by what lists say, by its caption file, or by the caption given."""
+    def _picture(self, name: str, said: tuple[str, ...], named: bool = False) -> Iterator[Entry]:
+        """A picture by what lists say, by its caption file, or by the captions given."""
         load = partial(read_inside, self.root, name)
         first, *others = self.beside.get(name, ()) or ("",)
         for other in others:
             if self.left.pop(other, "used") is None:
                 yield Entry(other, reason="unused-caption")
-        if first and (not named or not caption):
+        if first and (not named or not said):
             self.left.pop(first, None)
             try:
                 caption, more = captions.read_file(self.root, first)
             except BadImage as bad:
                 yield Entry(name, reason=bad.reason)
                 return
+            said = _one(caption)
             if more:
                 yield Entry(first, reason="unused-caption")
         elif first and self.left.pop(first, "used") is None:
             yield Entry(first, reason="unused-caption")
-        yield Entry(name, load, caption, name)
+        yield from _with(Entry(name, load, said, name))
 
     def _template(self, name: str) -> str | None:
         """The nearest one, from the picture's folder upwards."""
@@ -223,10 +225,13 @@ class _Folder:
             return
         near = 1 + len(Path(folder).parts) if _is_below(file, folder) else 0
         known = self.said.get(file)
-        if known is None or near > known[0]:
-            self.said[file] = near, mention
-        if known is not None or mention.more:
+        if known is not None and known[1] == name:
+            before = known[2]
+            mention = replace(before, captions=distinct((*before.captions, *mention.captions)))
+        elif known is not None:
             yield Entry(file, reason="unused-caption")
+        if known is None or known[1] == name or near > known[0]:
+            self.said[file] = near, name, mention
 
     def _absent(self, folder: str, name: str) -> Entry:
         """A name in a list that is no file's: absent, or something that is not read."""
@@ -248,13 +253,11 @@ class _Folder:
         try:
             for row in rows(self.root, name):
                 if row.file:
-                    yield from self._mention(name, Mention(row.file, row.caption, row.label, row.more))
+                    yield from self._mention(name, Mention(row.file, row.captions, row.label))
                     continue
                 template = self._template(name) or (LABEL_TEMPLATE if row.label else None)
-                caption = row.caption or (None if row.worded and not row.label else fill(template, row.label))
-                yield Entry(f"{name} {row.place}", row.load, caption)
-                if row.more:
-                    yield Entry(f"{name} {row.place}", reason="unused-caption")
+                made = None if row.worded and not row.label else fill(template, row.label)
+                yield from _with(Entry(f"{name} {row.place}", row.load, row.captions or _one(made)))
         except BadImage:
             yield Entry(name, partial(read_inside, self.root, name))  # its load() says why
         except NoPictures as why:
@@ -269,6 +272,17 @@ class _Folder:
         """Of a text: a caption file without a picture, where others lie; else what it is not."""
         lost = _suffix(name) in BESIDE and os.path.dirname(name) in self.captioned
         return "unused-caption" if lost else "not-a-picture"
+
+
+def _one(caption: str | None) -> tuple[str, ...]:
+    return (caption,) if caption else ()
+
+
+def _with(entry: Entry) -> Iterator[Entry]:
+    """A picture with as many captions as count, and the note that it had more."""
+    yield replace(entry, captions=entry.captions[:MOST])
+    if len(entry.captions) > MOST:
+        yield Entry(entry.name, reason="unused-caption")
 
 
 class _Names:
@@ -332,7 +346,7 @@ def _walk(root: Path) -> Found:
             found.closed.append(folder)
             continue
         for entry in inside:
-            if folder == str(root) and entry.name in OURS:
+            if folder == str(root) and entry.name in (*OURS, CLASS):
                 continue
             if entry.name.lower() in SYSTEM or PASSING.match(entry.name):
                 found.system.append(entry.path)

@@ -1,7 +1,7 @@
 """Parquet and arrow files as Hugging Face stores image data sets: a file in, one `Row` a picture out.
 
 Enters: a file with an image column (struct of bytes and path, plain bytes, or text: a path) and maybe `text`, `caption`
-or `label`, whose class names stand in the schema's metadata under `huggingface`; of a list of texts the first counts.
+or `label`, whose class names stand in the schema's metadata under `huggingface`; a list of texts is several captions.
 Leaves: rows whose picture is fetched on demand. A table that has no such column is none of pictures (`NoPictures`).
 Both formats can name gigabytes in a few bytes: compressed, in a dictionary, as "the value before once more". So a
 file's own headers are asked what it unpacks to before anything is unpacked (unpacked.py), and parquet is decoded row by
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from app.site.photos import unpacked
-from app.site.photos.captions import MAX_ROWS, NAMES, TEXTS, label, one_line
+from app.site.photos.captions import MAX_ROWS, NAMES, TEXTS, label, several
 from app.site.photos.images import MAX_BYTES, BadImage, open_inside
 
 MAX_NOTES = 4_000_000  # bytes of metadata: 20,000 class names are half a million
@@ -41,16 +41,15 @@ class NoPictures(Exception):
 class Row:
     """One picture of a table: `load()` gives its bytes, unless it lies in `file`, a path as the table writes it.
 
-    `worded`: the table has captions, so that a row without one is without; `more`: the row has further captions.
+    captions: as a Mention's. `worded`: the table has captions, so that a row without one is without.
     """
 
     place: str
     load: Callable[[], bytes]
     file: str | None
-    caption: str | None
+    captions: tuple[str, ...]
     label: str | None
     worded: bool
-    more: bool
 
 
 def rows(root: Path, name: str) -> Iterator[Row]:
@@ -68,15 +67,14 @@ def rows(root: Path, name: str) -> Iterator[Row]:
                 what = f"{most} rows, or pictures of more than {allowed(table.size) >> 20} MiB together"
                 raise TableError(f"its {table.size} bytes hold more than {what}")
             picture = row[columns.image]
-            texts = [row[text].as_py() for text in columns.texts]
+            texts = (several(row[text].as_py()) for text in columns.texts)
             yield Row(
                 place=f"group {at[0]} row {at[1]}",
                 load=partial(_picture, root, name, at),
                 file=None if _stored(picture) else _path(picture),
-                caption=next(filter(None, map(one_line, texts)), None),
+                captions=next(filter(None, texts), ()),
                 label=class_name(row[columns.label].as_py(), columns.classes) if columns.label else None,
-                worded=bool(texts),
-                more=any(isinstance(text, list) and len(text) > 1 for text in texts[:1]),
+                worded=bool(columns.texts),
             )
     except (BadImage, TableError, NoPictures):
         raise
