@@ -116,6 +116,12 @@ class RunConfig:
     )
     min_snr_gamma: float = _key(0.0, "", "min-SNR loss weighting; 0 is off, 5 is usual", low=0.0, high=100.0)
     precision: str = _key("auto", "", "auto is bf16 on CUDA that has it, else fp32", choices=("auto", "fp32", "bf16"))
+    base_precision: str = _key(
+        "as-is",
+        "",
+        "how a site keeps the frozen base in memory: in its own numbers, or its blocks' linear layers in 8 or 4 bits",
+        choices=("as-is", "int8", "nf4"),
+    )
     wire_precision: str = _key(
         "fp32", "", "of the numbers on the way between hub and sites; fp16 halves the bytes", choices=("fp32", "fp16")
     )

@@ -39,7 +39,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"sd", "flux", "flux2", "zimage"},
     {"sdxl", "sd3", "qwen"},
     {"families"},
-    {"model", "diffusion", "lora_names"},
+    {"model", "diffusion", "lora_names", "quantised"},
     {"cache", "wire", "journal", "privacy", "prior", "rate", "lora_files", "store"},
     {"train", "guard", "volume", "sample"},
     {"formats", "spool", "gallery", "tracking"},

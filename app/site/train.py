@@ -18,7 +18,7 @@ from app import families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
-from app.site import cache, diffusion, privacy, rate
+from app.site import cache, diffusion, privacy, quantised, rate
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data, prior
 from app.site.photos.wording import Wording
@@ -56,6 +56,8 @@ def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple[diffu
     objective = diffusion.Objective.of(base)
     objective.family.check_run(config)
     net = model.load_net(base, torch.bfloat16 if halved(accelerator) else torch.float32)
+    computes = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    quantised.quantise(net, config.base_precision, computes, accelerator.device)
     model.add_adapter(net, objective.family, config)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()

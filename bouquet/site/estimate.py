@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from app import families, model
 from app.config import RunConfig
 from app.families.base import Conditions, Family, stacked
-from app.site import diffusion
+from app.site import diffusion, quantised
 
 GIB = 2**30
 BLOCK = 512  # bytes to which torch's allocators round up
@@ -82,11 +82,12 @@ def estimate(
     counted as float32. evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder;
     photos: those kept encoded, in RAM.
 
-    own   = net·(4 or 2 bytes) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
+    own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
           proximal-mu
             + photos·(4·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
     floor = own + what a forward pass leaves alive
-    peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding)
+    peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding,
+                where codes take the place of numbers on a CPU: net + those numbers)
     need  = 1.05·peak + 1 GiB on a GPU, 2·peak + 1 GiB on a CPU
     """
     family = families.check(base)
@@ -103,7 +104,8 @@ def estimate(
     own = weights + adapter * (4 if config.proximal_mu else 3)
     kept, step = step_of(net, family, inputs(base, family, config.resolution, config.batch_size), half=half)
     evaluation = forward_of(net.eval(), family, inputs(base, family, config.resolution, evaluated), half=half)
-    peak = max(own + step, weights + evaluation, weights + encoding_of(base, config.resolution, encoded))
+    loading = 0 if on_gpu else weights + quantised.in_full(net)
+    peak = max(own + step, weights + evaluation, weights + encoding_of(base, config.resolution, encoded), loading)
     return Estimate(own + kept, peak, int((ON_GPU if on_gpu else ON_CPU) * peak + ROOM))
 
 
@@ -122,6 +124,8 @@ def without_contents(kind: Any, settings: dict[str, Any], family: Family, config
         net = kind.from_config(settings).requires_grad_(False)
         for parameter in net.parameters() if half else ():
             parameter.data = parameter.data.bfloat16()
+        computes = torch.bfloat16 if half else torch.float32
+        quantised.quantise(net, config.base_precision, computes, torch.device("meta"))
         model.add_adapter(net, family, config)
     if config.gradient_checkpointing:  # in diffusers' own way, but that the second time has OnGpu's types again
         types = lambda: (nullcontext(), OnGpu(half))  # noqa: E731
