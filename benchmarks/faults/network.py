@@ -37,6 +37,7 @@ class Relay:
         self.delay, self.rate = 0.0, 0.0  # seconds each way, bits a second (0 is no limit)
         self.reset_after = 0  # bytes towards the hub after which one connection is reset; 0 is never
         self.resets = 0
+        self.pushed = self.pulled = 0  # bytes towards the hub and from it
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.links: list[threading.Thread] = []
@@ -97,6 +98,10 @@ class Relay:
                 data = b""
             self.flow.wait()
             seen = seen + len(data) if self.reset_after else 0
+            if both:
+                self.pushed += len(data)
+            else:
+                self.pulled += len(data)
             if both and self.reset_after and seen >= self.reset_after:
                 self.reset_after, self.resets = 0, self.resets + 1
                 for end in both:

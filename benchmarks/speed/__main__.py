@@ -34,6 +34,7 @@ MORE = {
     "sites": "a round with 2, 4 and 8 sites; the hub's time and memory with hundreds",
     "sizes": "what a site's round costs by images, rank and resolution",
     "memory": "what a site's process needs with a model of Stable Diffusion 1.5's size",
+    "large": "an adapter of 45 M numbers through gateway and SuperLink, and what breaks in the middle of it",
     "tries": "what was tried to make the arithmetic cheaper",
     "gpu": "Stable Diffusion 1.5's UNet on a GPU",
     "gpu-tries": "what was tried to make the loop on a GPU cheaper",
