@@ -15,6 +15,7 @@ from PIL import Image, ImageFont
 from app import model
 from app.adapter import sample
 from tests.kit import tiny
+from tests.kit.memory import Federation
 
 PROMPTS = ["a red poppy, meadow background", "a white lily, night background"]
 
@@ -133,3 +134,43 @@ def test_a_base_whose_scheduler_needs_scipy_is_drawn_by_the_nearest_that_does_no
     euler = sample.plain(tiny.base(), torch.device("cpu"))
     euler.scheduler = getattr(diffusers, drawn).from_config(euler.scheduler.config)
     np.testing.assert_array_equal(pixels([picture]), pixels(sample.render(euler, None, PROMPTS[:1], tiny.CONFIG)))
+
+
+# --- on which device the hub draws ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "drawn_on"),
+    [
+        ("", 0, "cpu"), ("auto", 0, "cpu"), ("", 1, "cuda"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
+)  # fmt: skip
+def test_the_hubs_operator_says_on_which_device_pictures_are_drawn(monkeypatch, setting, gpus, drawn_on):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert sample.device(setting) == torch.device(drawn_on)
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "code"),
+    [("cuda", 0, "GPU-02"), ("cuda:2", 2, "GPU-02"), ("gpu", 1, "HOST-15"), ("cuda:", 1, "HOST-15")],
+)
+def test_a_device_that_is_not_there_or_none_is_refused_before_the_run_begins(
+    monkeypatch, tmp_path, setting, gpus, code
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("HUB_DEVICE", setting)
+    federation = Federation(tmp_path)
+    assert f"HUB_DEVICE={setting}" in federation.fails(monkeypatch, code).found
+    assert federation.grid.sent == []
+
+
+def test_the_hubs_pictures_are_drawn_on_the_device_that_was_asked_for(monkeypatch, tmp_path):
+    """On a GPU's machine too: its pipeline is told the device, and nothing is left to what torch sees."""
+    asked = []
+    real = sample.pipeline
+    monkeypatch.setattr(sample, "pipeline", lambda base, config, on=None: asked.append(on) or real(base, config, on))
+    monkeypatch.setenv("HUB_DEVICE", "cpu")
+    Federation(tmp_path).go(monkeypatch)
+    assert asked == [torch.device("cpu")]

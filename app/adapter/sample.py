@@ -5,6 +5,7 @@ Enters: a base model's folder, prompts, and adapters in order. Leaves: PIL image
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from app import families, model
 from app.adapter.lora_files import LoraFile, shaped
 from app.config import RunConfig
+from app.errors import HubError
 from app.families.base import Family
 from app.model import Adapter, Net
 from app.settings import read_json, readable
@@ -27,7 +29,23 @@ Pipeline = Any  # one of diffusers'
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def plain(base: Path, device: torch.device | None = None) -> Pipeline:
+def device(setting: str) -> torch.device:
+    """What HUB_DEVICE names: '' or auto is a GPU where torch sees one, else the CPU. Errors: HOST-15, GPU-02."""
+    if setting in ("", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", setting):
+        raise HubError("HOST-15", found=f"HUB_DEVICE={setting}", fix="set HUB_DEVICE to auto, cpu or cuda")
+    found = torch.device(setting)
+    if found.type == "cuda" and (found.index or 0) >= (seen := torch.cuda.device_count()):
+        raise HubError(
+            "GPU-02",
+            found=f"HUB_DEVICE={setting}, and the ServerApp's process sees {seen} GPUs",
+            fix="give the hub that GPU (nvidia-smi shows them), or set HUB_DEVICE to cpu or auto",
+        )
+    return found
+
+
+def plain(base: Path, on: torch.device | None = None) -> Pipeline:
     """The base model's own pipeline, of the very parts that the training loads; a prompt has as many tokens as a
     caption.
 
@@ -47,7 +65,7 @@ def plain(base: Path, device: torch.device | None = None) -> Pipeline:
         else:
             pipe = kind.from_pretrained(base, dtype=torch.float32, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(on or device("auto"))
 
 
 def _scheduler(base: Path) -> dict[str, Any]:
@@ -66,15 +84,15 @@ def _scheduler(base: Path) -> dict[str, Any]:
     return {"scheduler": getattr(diffusers, instead).from_config(own | {"use_beta_sigmas": False})}
 
 
-def pipeline(base: Path, config: RunConfig, device: torch.device | None = None) -> Pipeline:
+def pipeline(base: Path, config: RunConfig, on: torch.device | None = None) -> Pipeline:
     """`plain` with an adapter of the run's shape on its net (B = 0: it draws like the base). Errors: as `plain`."""
     pipe = plain(base, torch.device("cpu"))
     model.add_adapter(net_of(pipe), families.of(base), config)
     net_of(pipe).eval()
-    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(on or device("auto"))
 
 
-def dressed(base: Path, file: LoraFile, device: torch.device | None = None) -> Pipeline:
+def dressed(base: Path, file: LoraFile, on: torch.device | None = None) -> Pipeline:
     """`plain` with a LoRA file on its net and its text encoder, every tensor of it, as strong as the file says.
 
     Errors: as `plain`, ADAPTER-01, ADAPTER-02.
@@ -84,7 +102,7 @@ def dressed(base: Path, file: LoraFile, device: torch.device | None = None) -> P
         if adapter:
             model.add_layers(net, adapter)
             wear(net.eval(), adapter)
-    return pipe.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(on or device("auto"))
 
 
 def family_of(pipe: Pipeline) -> Family:

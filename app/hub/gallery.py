@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from PIL import Image, PngImagePlugin
 
 from app.adapter import sample
@@ -26,7 +27,9 @@ Shown = Callable[[int, Sequence[str], Sequence[Image.Image], Path], None]  # tra
 class Gallery:
     """The pictures of one run; nothing at all where it has no sample prompts."""
 
-    def __init__(self, base: Path, config: RunConfig, run: Path, shown: Shown) -> None:
+    def __init__(
+        self, base: Path, config: RunConfig, run: Path, shown: Shown, device: torch.device | None = None
+    ) -> None:
         self.config, self.file, self.shown = config, run / FILE, shown
         self.cell = max(128, min(256, config.resolution))
         self.rows: dict[int, list[Image.Image]] = {}
@@ -34,7 +37,7 @@ class Gallery:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="gallery") if config.prompts else None
         if self.pool:
             try:
-                self.pipe = sample.pipeline(base, config)
+                self.pipe = sample.pipeline(base, config, device)
             except Exception as error:  # out of memory, above all
                 self._give_up(error)
             else:

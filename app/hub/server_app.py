@@ -1,6 +1,7 @@
 """The ServerApp: rounds over Flower's Grid, aggregation, and everything a person reads about the run.
 
-Enters: the run's config, and two folders from the environment: BOUQUET_MODELS and BOUQUET_ADAPTERS (the shared volume).
+Enters: the run's config, and from the environment two folders, BOUQUET_MODELS and BOUQUET_ADAPTERS (the shared
+volume), and HUB_DEVICE, on which sample pictures are drawn.
 Leaves: `<adapters>/<run id>/` (see volume.py), one plain line a round on stdout, and a run that ends completed or,
 when it cannot go on, failed with a public sentence.
 """
@@ -21,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from app import families, metrics, model, quiet, records, text, wire
-from app.adapter import formats, lora_files, store
+from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.hub import guard, history, tracking, volume
@@ -68,6 +69,7 @@ class Run:
         self.family = families.of(self.base)
         self.family.check_run(self.config)
         model.check(self.base)
+        self.device = sample.device(os.environ.get("HUB_DEVICE", ""))
         fingerprint = model.fingerprint(self.base)["base"]
         base = Base(self.config.base_model, fingerprint)
         self.history = History(str(context.run_id), "running", asdict(self.config), base, formats.versions())
@@ -79,7 +81,7 @@ class Run:
     def go(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
-        self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures)
+        self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures, self.device)
         try:
             adapter = self.rounds()
             final = formats.write_final(self.folder, adapter, self.config, self.family, self.provenance(adapter))
