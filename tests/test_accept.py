@@ -145,6 +145,7 @@ def test_each_check_is_told_and_none_stops_the_others(tmp_path, capsys):
     assert [line.split()[:3] for line in lines[:4]] == [[name, state, word] for (name, state), word in words]
     assert lines[5] == "| check | result | target | found | s |"
     assert "not accepted: wrong (fail), crash (fail)" in lines[-1]
+    assert lines[-2].endswith("scripts/bench gpu-families")  # the large families' rows are a command of their own
     assert told["state"] == "not accepted"
 
 

@@ -194,3 +194,31 @@ def test_the_estimate_of_a_coded_step_is_what_a_real_one_holds():
         estimate._net(base, objective.family, run, half=False), objective.family, empty, half=False
     )
     assert estimate.step_of(net, objective.family, inputs, half=False) == pytest.approx(guessed, rel=0.003)
+
+
+# --- why a site's weights are not offloaded ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_diffusers_offloading_of_layers_spoils_gradients_and_is_therefore_not_offered(tmp_path, checkpointing):
+    """Its hooks bring weights for the way forward alone. The loss is right; on the way back, what was sent away is
+    not there: here it is empty memory, which deterministic torch fills with NaN, on a GPU a tensor of the host.
+    """
+    run = config("flux", batch_size=4, gradient_checkpointing=checkpointing)
+    rows, given = photos("flux").batch(torch.arange(4))
+
+    def step(offload: bool) -> tuple[float, bool]:
+        objective, net = train.load(kit.base("flux"), run, train.accelerator(run))
+        if offload:
+            folder = str(tmp_path / "away")
+            net.enable_group_offload(CPU, CPU, offload_type="leaf_level", offload_to_disk_path=folder)
+        loss = diffusion.noise_loss(net.train(), objective, rows, given, torch.Generator().manual_seed(3))
+        loss.backward()
+        return loss.item(), all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        right, wrong = step(False), step(True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert right[0] == wrong[0] and (right[1], wrong[1]) == (True, False)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from app import model, wire
 from app.errors import AdapterError
+from bouquet import ROOT
 from tests.kit import tiny
 
 
@@ -85,3 +91,40 @@ def test_another_precision_than_was_agreed_on_fits_no_model(sent, agreed):
     with pytest.raises(AdapterError) as caught:
         model.check_adapter(wire.unpack(wire.pack(adapter, sent), agreed), adapter)
     assert caught.value.code == "ADAPTER-01" and f"{len(adapter)} of another shape or type" in caught.value.found
+
+
+# --- a large adapter, in Flower's pieces ------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def test_45_million_numbers_are_18_pieces_and_none_is_larger_than_the_gateway_lets_pass():
+    """In fp16 90,000,000 bytes and a header of 80: 17 pieces of 5 MiB, and the rest."""
+    record = wire.pack({"layer.lora_A.weight": torch.randn(45_000_000)}, "fp16")
+    pieces = get_all_nested_objects(record)
+    sizes = sorted(len(piece.deflate()) for piece in pieces.values())
+    assert len(record[wire.NAME].data) // (5 * MIB) == 17
+    assert len(sizes) == 2 + 18  # the record and its array beside them
+    assert sizes[-17:] == [sizes[-1]] * 17 and 5 * MIB < sizes[-1] < 5 * MIB + 100
+    message = PushObjectRequest(
+        node=Node(node_id=2**62), run_id=2**62, object_id="a" * 64, object_content=b"x" * sizes[-1]
+    )
+    allowed = re.search(r"client_max_body_size (\d+)m;", (ROOT / "docker/gateway.conf").read_text())
+    assert allowed and message.ByteSize() < int(allowed[1]) * MIB
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_adapter_in_many_pieces_is_put_together_bit_for_bit_and_without_one_of_them_not_at_all(monkeypatch, lost):
+    """1000 bytes a piece in place of 5 MiB."""
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1000)
+    adapter = tiny.adapter(1)
+    record = wire.pack(adapter)
+    pieces = {name: piece.deflate() for name, piece in get_all_nested_objects(record).items()}
+    assert len(pieces) == 2 + -(-len(record[wire.NAME].data) // 1000) > 10
+    if lost:
+        pieces.pop(sorted(name for name, piece in pieces.items() if len(piece) > 1000)[0])
+        with pytest.raises(KeyError):
+            inflate_object_from_contents(record.object_id, pieces)
+        return
+    arrived = inflate_object_from_contents(record.object_id, pieces)
+    assert tiny.equal(wire.unpack(arrived), adapter)

@@ -24,6 +24,9 @@ time; 2 without a GPU; 128 + a signal's number.
   loop       scripts/bench gpu at fewer steps
              targets: twice diffusers' images/s at 8 images; at the best batch 40 % of the matrix product's rate
 
+What SDXL's and Z-Image's nets cost at 1024 pixels, with and without checkpointing and with the base in 8 and 4 bits, is a
+command of its own, which the end of this one names: scripts/bench gpu-families.
+
 A longer --limit is for a machine that is busy: each check then may take longer in the same proportion.
 --device cpu --tiny is a dry run, which shows that the command works and says nothing of a GPU: `memory` is skipped,
 targets are told and not judged. The base model has random weights, the photos are drawn; hub and sites are processes
@@ -55,6 +58,7 @@ from benchmarks.gpu.accept_world import BOTH, FULL, ONE, TINY, World
 LIMIT = 360.0  # seconds for all of it, on a machine that has nothing else to do
 ENDING = 8.0  # seconds of the limit that are kept for ending what runs
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+MORE = "the large families' nets, images/s and memory at 1024 pixels: scripts/bench gpu-families"
 GRACE = 5.0  # seconds that a check has after its time, to end by itself
 
 
@@ -231,7 +235,7 @@ def accept(args: argparse.Namespace, wanted: list[str], checks: dict[str, Check]
         finally:
             report.about["seconds"] = round(time.monotonic() - began, 1)
             report.write(state)
-    print(f"\n{report.table()}\n")
+    print(f"\n{report.table()}\n\n{MORE}")
     print(
         f"{verdict(report, args.device)}; {report.about['seconds']:.0f} s; {gpu_name(report) or about['machine']};"
         f" {args.json}"

@@ -4,7 +4,7 @@
 
 SDXL's UNet and Z-Image's transformer by their own settings with random weights, in bf16 with a float32 adapter of rank
 16 on attention, through the app's own loop (train.fit) on random latents of 1024 pixels and random text. What does
-not fit is a row of its own. Beside it stands what the site's preflight would have expected (bouquet/site/estimate.py
+not fit is a row of its own. Then the same with the base as int8 and as nf4 (`base-precision`), with checkpointing. Beside it stands what the site's preflight would have expected (bouquet/site/estimate.py
 counts the same net without weights): the two should be within 20 %.
 """
 
@@ -22,7 +22,7 @@ from app import families, model
 from app.config import RunConfig
 from app.families.base import Family
 from app.families.noise import Betas, Flow
-from app.site import diffusion, train
+from app.site import diffusion, quantised, train
 from app.site.cache import Encoded
 from benchmarks.gpu.gpu import no_gpu, schedule
 from bouquet.site import estimate
@@ -46,6 +46,7 @@ SMALL = {  # the same kinds, a few thousand numbers
     },
 }  # fmt: skip
 WHOLE: dict[str, dict[str, Any]] = {"StableDiffusionXLPipeline": SDXL, "ZImagePipeline": {}}
+KINDS = (("as-is", False), ("as-is", True), ("int8", True), ("nf4", True))  # base-precision, gradient checkpointing
 TOKENS = 64  # of a random caption where the family pads none
 
 
@@ -70,6 +71,7 @@ def net_of(family: Family, settings: dict[str, Any], config: RunConfig, device: 
         torch.set_default_dtype(before)
     for parameter in net.requires_grad_(False).parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    quantised.quantise(net, config.base_precision, dtype, torch.device(device))
     model.add_adapter(net, family, config)
     return net.to(device)
 
@@ -147,9 +149,13 @@ def main(args: argparse.Namespace) -> int:
             {"resolution": 8 * side, "lora-rank": 16, "lora-targets": "attention", "learning-rate": 1e-4}
             | {"local-steps": steps, "precision": "bf16" if args.device == "cuda" else "fp32"}
         )
-        net = net_of(family, settings, config, args.device)
-        photos = photos_of(family, net, side)
-        for checkpointing in (False, True):
+        net = None
+        for precision, checkpointing in KINDS:
+            if net is None or config.base_precision != precision:
+                net = None  # before the next one is made
+                config = replace(config, base_precision=precision)
+                net = net_of(family, settings, config, args.device)
+                photos = photos_of(family, net, side)
             for size in sizes:
                 if time.monotonic() > end:
                     print(f"| {family.label} | the time was up: --limit {args.limit:g} | | | |", flush=True)
@@ -157,6 +163,7 @@ def main(args: argparse.Namespace) -> int:
                 asked = replace(config, batch_size=size, gradient_checkpointing=checkpointing)
                 one = cost(family, net, photos, asked, args.device)
                 name = f"{family.label}{', checkpointing' * checkpointing}"
+                name += f", {precision}" * (precision != "as-is")
                 told = f"{one.images_s:.2f} | {one.peak:.1f}" if one.images_s else "does not fit | "
                 print(f"| {name} | {size} | {told} | {one.expected:.1f} |", flush=True)
                 found[f"{name}, {size}"] = one

@@ -16,7 +16,11 @@ from bouquet import ROOT
 
 MINI = ROOT / "models" / "mini"
 # of the UNet and of the autoencoder
-WIDTHS = {"sd": ((128, 160), (64, 128, 256, 256)), "tiny": ((16, 32), (32, 32, 32, 32)), "wide": ((224, 304), (32, 32, 32, 32))}
+WIDTHS = {
+    "sd": ((128, 160), (64, 128, 256, 256)),
+    "tiny": ((16, 32), (32, 32, 32, 32)),
+    "wide": ((224, 304), (32, 32, 32, 32)),
+}
 SHAPED = ("sd15", "sd15-tiny")  # by benchmarks/gpu/gpu.py's Shape
 
 
