@@ -250,6 +250,7 @@ RUN = {  # what the page says: how it is run here, and the first words of a row 
     "scripts/bench sites": ("scripts/bench sites --tiny --stub-only", "| 20 | 0.1 |"),
     "scripts/bench sizes": ("scripts/bench sizes --tiny", "| rank 2 |"),
     "scripts/bench memory": ("scripts/bench memory --tiny", "| again |"),
+    "scripts/bench large": ("scripts/bench large --tiny", "| connection reset |"),
     "scripts/bench tries": ("scripts/bench tries --tiny", "| fused AdamW |"),
     "scripts/bench gpu-tries --device cpu --tiny": (
         "scripts/bench gpu-tries --device cpu --tiny",

@@ -222,3 +222,23 @@ def test_diffusers_offloading_of_layers_spoils_gradients_and_is_therefore_not_of
     finally:
         torch.use_deterministic_algorithms(False)
     assert right[0] == wrong[0] and (right[1], wrong[1]) == (True, False)
+
+
+def test_and_by_block_with_checkpointing_every_block_is_on_the_card_when_it_ends(tmp_path):
+    """What is computed again stops before the hook that takes the weights away: nothing would be saved."""
+    run = config("flux", batch_size=4, gradient_checkpointing=True)
+    rows, given = photos("flux").batch(torch.arange(4))
+    torch.use_deterministic_algorithms(True)
+    try:
+        objective, net = train.load(kit.base("flux"), run, train.accelerator(run))
+        net.enable_group_offload(
+            CPU, CPU, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path / "away")
+        )
+        blocks = [*net.transformer_blocks, *net.single_transformer_blocks]
+        there = lambda: [all(p.isfinite().all() for p in block.parameters()) for block in blocks]  # noqa: E731
+        loss = diffusion.noise_loss(net.train(), objective, rows, given, torch.Generator().manual_seed(3))
+        assert not any(there())
+        loss.backward()
+        assert all(there())
+    finally:
+        torch.use_deterministic_algorithms(False)

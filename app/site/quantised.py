@@ -108,7 +108,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, layer.whole(), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.whole(), None
 
 
