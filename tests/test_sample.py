@@ -142,8 +142,8 @@ def test_a_base_whose_scheduler_needs_scipy_is_drawn_by_the_nearest_that_does_no
 @pytest.mark.parametrize(
     ("setting", "gpus", "drawn_on"),
     [
-        ("", 0, "cpu"), ("auto", 0, "cpu"), ("", 1, "cuda"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"),
-        ("cuda:1", 2, "cuda:1"),
+        ("", 0, "cpu"), ("auto", 0, "cpu"), ("", 1, "cuda"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"),
+        ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1"),
     ],
 )  # fmt: skip
 def test_the_hubs_operator_says_on_which_device_pictures_are_drawn(monkeypatch, setting, gpus, drawn_on):

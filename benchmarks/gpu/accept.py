@@ -24,8 +24,8 @@ time; 2 without a GPU; 128 + a signal's number.
   loop       scripts/bench gpu at fewer steps
              targets: twice diffusers' images/s at 8 images; at the best batch 40 % of the matrix product's rate
 
-What SDXL's and Z-Image's nets cost at 1024 pixels, with and without checkpointing and with the base in 8 and 4 bits, is a
-command of its own, which the end of this one names: scripts/bench gpu-families.
+What SDXL's and Z-Image's nets cost at 1024 pixels, with and without checkpointing and with the base in 8 and 4 bits, is
+a command of its own, which the end of this one names: scripts/bench gpu-families.
 
 A longer --limit is for a machine that is busy: each check then may take longer in the same proportion.
 --device cpu --tiny is a dry run, which shows that the command works and says nothing of a GPU: `memory` is skipped,

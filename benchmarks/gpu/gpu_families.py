@@ -4,8 +4,9 @@
 
 SDXL's UNet and Z-Image's transformer by their own settings with random weights, in bf16 with a float32 adapter of rank
 16 on attention, through the app's own loop (train.fit) on random latents of 1024 pixels and random text. What does
-not fit is a row of its own. Then the same with the base as int8 and as nf4 (`base-precision`), with checkpointing. Beside it stands what the site's preflight would have expected (bouquet/site/estimate.py
-counts the same net without weights): the two should be within 20 %.
+not fit is a row of its own. Then the same with the base as int8 and as nf4 (`base-precision`), with checkpointing.
+Beside it stands what the site's preflight would have expected (bouquet/site/estimate.py counts the same net without
+weights): the two should be within 20 %.
 """
 
 from __future__ import annotations

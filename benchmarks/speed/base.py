@@ -2,8 +2,8 @@
 
 sd: Stable Diffusion's shape, small: 7.6 M-parameter UNet on 8x8 latents of 64-pixel images (autoencoder of factor 8,
 half as wide as Stable Diffusion's), mini's text encoder. tiny: the same, as narrow as can be, where only the way there
-and back matters; wide: one whose adapter of rank 512 has 45 M numbers. sd15: Stable Diffusion 1.5's own sizes (859.5 M, 83.7 M and 123.1 M parameters), in bf16 files (2.1
-GB); sd15-tiny: for a dry run of that.
+and back matters; wide: one whose adapter of rank 512 has 45 M numbers. sd15: Stable Diffusion
+1.5's own sizes (859.5 M, 83.7 M and 123.1 M parameters), in bf16 files (2.1 GB); sd15-tiny: for a dry run of that.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def estimate(
     counted as float32. evaluated: images in a pass of evaluation; encoded: photos in a pass of the autoencoder;
     photos: those kept encoded, in RAM.
 
-    own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers, gradients and AdamW's two moments; 20 with
-          proximal-mu
+    own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers,
+          gradients and AdamW's two moments; 20 with proximal-mu
             + photos·(4·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
     floor = own + what a forward pass leaves alive
     peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding,

@@ -362,8 +362,8 @@ class Preflight:
             else "set SITE_CHECKPOINTING=1 (a third slower, a fraction of the memory), "
         )
         return (
-            f"{own}ask the hub for a smaller batch-size (with gradient-accumulation) or resolution or for base-precision ="
-            " nf4, or give this site more memory"
+            f"{own}ask the hub for a smaller batch-size (with gradient-accumulation) or resolution or for"
+            " base-precision=nf4, or give this site more memory"
         )
 
     def _free(self) -> tuple[int, str]:
