@@ -50,6 +50,25 @@ class RunConfig:
 
     base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy", high=100)
     resolution: int = _key(64, "pixels", "side of the square training images, a multiple of 8", low=16, high=2048)
+    aspect_buckets: bool = _key(
+        False,
+        "",
+        "train in shapes of about resolution² pixels, each photo in the one nearest to its own; off is squares",
+    )
+    random_crops: int = _key(
+        0,
+        "crops",
+        "crops of each photo to train on, drawn once, in place of the one from its centre; each is encoded and kept; 0"
+        " is the centre",
+        low=0,
+        high=16,
+    )
+    flip: bool = _key(
+        False,
+        "",
+        "train on each photo's mirror image too, drawn every other time; for photos without writing, and subjects that"
+        " may be turned round",
+    )
     rounds: int = _key(8, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
     local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
     batch_size: int = _key(16, "images", "images in one forward pass", low=1, high=4096)

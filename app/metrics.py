@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu-utilisation": (0, 100),
     "gpu-joules": (0, 1e12),
     "captions-cut": (0, 10**9),  # captions of which the base model reads only the beginning
+    "enlarged": (0, 10**9),  # photos smaller than what is trained on
     **{f"photos-{reason}": (0, 10**9) for reason in REASONS},
 }
 ADMITTED, SHARE = "admitted number", "largest-share"  # what may bound the images that a site counts for

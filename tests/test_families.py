@@ -26,6 +26,7 @@ from app.families.base import Conditions, stacked
 from app.families.noise import Flow
 from app.site import cache, diffusion, train
 from app.site.photos import data
+from app.site.photos.views import Plan
 from benchmarks.gpu import gpu_families
 from bouquet.adapter import parity
 from bouquet.site import estimate
@@ -301,12 +302,12 @@ def test_what_was_encoded_once_is_read_again_bit_for_bit_and_keeps_its_lengths(n
     sums = model.fingerprint(base)
 
     def encode() -> cache.Encoded:
-        partition, rows = cache.encode(data.scan(folder), base, sums, kit.SIDE, tmp_path / "cache", CPU)
+        partition, rows = cache.encode(data.scan(folder), base, sums, Plan.square(kit.SIDE), tmp_path / "cache", CPU)
         return rows(partition.photos)
 
     first, again = encode(), encode()
     assert (
-        torch.equal(first.latents_NChw, again.latents_NChw) and first.sizes_N6.tolist() == [[16, 16, 0, 0, 32, 32]] * 6
+        torch.equal(first.latents_NChw, again.latents_NChw) and first.sizes_R6.tolist() == [[16, 16, 0, 0, 32, 32]] * 6
     )
     for one, other in zip(first.texts, again.texts, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -369,7 +370,7 @@ def test_what_a_family_is_given_has_the_shapes_that_the_estimate_takes():
     for name in kit.ALL:
         base, family = kit.base(name), families.of(kit.base(name))
         z, given = photos(name).batch(torch.arange(4))
-        guess = estimate.inputs(base, family, kit.SIDE, 4)
+        guess = estimate.inputs(base, family, (kit.SIDE, kit.SIDE), 4)
         assert guess.latents.shape == z.shape
         widest = {key: (value.shape[0], *value.shape[2:]) for key, value in guess.given.items() if key == "text"}
         assert widest == {"text": (given["text"].shape[0], *given["text"].shape[2:])}

@@ -161,10 +161,14 @@ def test_captions_that_were_cut_are_counted():
     told = history()
     told["rounds"][-1]["sites"]["rose"]["captions-cut"] = 12
     [sentence] = findings.warnings(a_run(told))
-    assert (
-        sentence
-        == "rose has 12 captions longer than the base model reads: it learned from their beginnings."
-    )
+    assert sentence == "rose has 12 captions longer than the base model reads: it learned from their beginnings."
+
+
+def test_photos_that_were_enlarged_are_counted():
+    told = history()
+    told["rounds"][-1]["sites"]["rose"]["enlarged"] = 7
+    [sentence] = findings.warnings(a_run(told))
+    assert sentence.startswith("rose has 7 photos smaller than what is trained on")
 
 
 def test_the_apps_own_final_files_have_alpha_equal_to_rank(final):

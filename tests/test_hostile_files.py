@@ -28,6 +28,7 @@ from app.errors import BouquetError
 from app.site import cache
 from app.site.photos import images
 from app.site.photos.data import scan
+from app.site.photos.views import Plan
 from bouquet import ROOT
 from tests.kit import tiny
 from tests.kit.wait import PATIENT
@@ -322,7 +323,7 @@ def test_a_caption_that_no_encoding_holds_is_encoded_all_the_same(tmp_path):
     partition = scan(folder)
     assert partition.photos[2].caption == "half ? a rose"
     _, rows = cache.encode(
-        partition, tiny.base(), model.fingerprint(tiny.base()), 16, tmp_path / "cache", torch.device("cpu")
+        partition, tiny.base(), model.fingerprint(tiny.base()), Plan.square(16), tmp_path / "cache", torch.device("cpu")
     )
     assert len(rows(partition.photos).texts) == 4  # and the empty caption
 

@@ -300,7 +300,9 @@ def test_the_sum_of_the_parts_is_the_estimate() -> None:
     photos = 10 * (4 * 4 * 8 * 8 + 2 * 24 * 16)  # float32 latents of 16² pixels, half a caption of 24 tokens
     assert on_gpu.floor == 4 * frozen + 16 * adapter + kept
     assert on_cpu.floor == on_gpu.floor + photos and on_cpu.peak == on_gpu.peak + photos
-    assert on_gpu.peak == 4 * frozen + max(16 * adapter + step, 4 * adapter + estimate.encoding_of(tiny.base(), 16, 1))
+    assert on_gpu.peak == 4 * frozen + max(
+        16 * adapter + step, 4 * adapter + estimate.encoding_of(tiny.base(), (16, 16), 1)
+    )
     assert (on_gpu.need, on_cpu.need) == (int(1.05 * on_gpu.peak + GIB), int(2 * on_cpu.peak + GIB))
     pulled = estimate.estimate(tiny.base(), tiny.config(proximal_mu=0.1), **parts, on_gpu=True)
     assert pulled.floor == on_gpu.floor + 4 * adapter

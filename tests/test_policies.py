@@ -32,7 +32,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"errors"},
     {"config", "metrics", "files", "gpu", "unpacked", "settings"},
     {"images", "records"},
-    {"limits", "captions", "seen", "history", "wording"},
+    {"limits", "captions", "seen", "views", "history", "wording"},
     {"tables"},
     {"folders", "noise"},
     {"data", "base"},

@@ -63,7 +63,7 @@ def guesses(base_site: train.Site) -> list[float]:
     for known, number in every:
         one = torch.tensor([number])
         alone = type(known)(
-            known.latents_NChw[one], known.texts, known.text_N[one], known.sizes_N6[one], [known.keys[number]]
+            known.latents_NChw[one], known.texts, known.text_N[one], known.sizes_R6[one], [known.keys[number]]
         )
         losses.append(
             diffusion.validation_loss(

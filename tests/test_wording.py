@@ -17,6 +17,7 @@ from app.errors import ConfigError
 from app.families import sd
 from app.site import cache, diffusion, train
 from app.site.photos import data
+from app.site.photos.views import Plan
 from app.site.photos.wording import Wording, orders, triggered
 from bouquet.adapter import card
 from tests.kit import families as kit
@@ -127,7 +128,7 @@ def site(folder: Path, said: dict[int, list[str] | str]) -> Path:
 
 def encoded(folder: Path, kept: Path, config=tiny.CONFIG) -> tuple[data.Partition, cache.Encoded]:
     sums = model.fingerprint(tiny.base())
-    partition, rows = cache.encode(data.scan(folder), tiny.base(), sums, 16, kept, CPU, Wording.of(config))
+    partition, rows = cache.encode(data.scan(folder), tiny.base(), sums, Plan.square(16), kept, CPU, Wording.of(config))
     return partition, rows(partition.photos)
 
 

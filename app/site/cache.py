@@ -2,9 +2,9 @@
 
 Enters: a partition, a base model's folder and its fingerprint. Leaves: `Encoded` tensors; neither the autoencoder nor
 a text encoder stays in memory, and the two are never there at once. A file is keyed by the fingerprint of the parts
-that made it (and the resolution), a row by the photo's hash or the caption, so that a changed photo or model encodes
-again what changed and nothing else. Photos are written down a few at a time, so that a site that is killed goes on
-where it was. What another version wrote is encoded again, and removed.
+that made it (and by which views there are), a row by the photo's hash and view or the caption, so that a changed photo
+or model encodes again what changed and nothing else. Photos are written down a few at a time, so that a site that is
+killed goes on where it was. What another version wrote is encoded again, and removed.
 Errors: MODEL-06 (numbers that are not finite are never kept).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,13 +29,14 @@ from app.errors import ModelError
 from app.families.base import Conditions, stacked
 from app.site.photos.captions import MAX_CAPTION
 from app.site.photos.data import Partition, Photo
-from app.site.photos.images import READING, BadImage, frame, to_pixels
+from app.site.photos.images import READING, BadImage, upright
+from app.site.photos.views import Plan, Size, View, is_small
 from app.site.photos.wording import AS_WRITTEN, Wording
 
 BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
 PART = 16  # photos that a site encodes again, at most, when it was killed
-FORM = 3  # the version of the files
+FORM = 4  # the version of the files
 # may be mended without a change to the photo's bytes: tried again every time
 PASSING = ("changed", "outside", "unreadable")
 
@@ -47,24 +49,50 @@ Notes = dict[str, str]  # by such a key: why there is no row, or what is said ab
 class Encoded:
     """N photos with M distinct texts, in the host's memory: on a GPU a row of text a photo would be gigabytes.
 
-    latents_NChw: float32; texts: the captions' conditions, mapped from the cache's file, the empty caption's first;
-    text_N: which of them each photo has, of several the first; sizes_N6: sizes and crop (families/base.py); keys: N
-    hashes; choices: where any photo has several texts, those of each of its captions. `batch` gives the rows of one
-    pass.
+    latents: float32 [R, C, h, w], or R of them where there are several shapes; texts: the captions' conditions, mapped
+    from the cache's file, the empty caption's first; text_N: which of them each photo has, of several the first;
+    sizes_R6: sizes and crop (families/base.py); keys: N hashes; choices: where any photo has several texts, those of
+    each of its captions; bounds: where a photo has several views, photo n's are rows bounds[n] up to bounds[n + 1], all
+    of one shape. `batch` gives the rows of one pass.
     """
 
-    latents_NChw: Tensor
+    latents: Tensor | list[Tensor]
     texts: list[Conditions]
     text_N: Tensor
-    sizes_N6: Tensor
+    sizes_R6: Tensor
     keys: list[str]
     choices: list[list[list[int]]] = field(default_factory=list)
+    bounds: Tensor | None = None
 
     @classmethod
     def of(cls, latents_NChw: Tensor, text_NTD: Tensor, blank_TD: Tensor, keys: list[str]) -> Encoded:
         """Where each photo has a caption of its own, and no sizes."""
         texts = [{"text": row} for row in (blank_TD, *text_NTD)]
         return cls(latents_NChw, texts, torch.arange(len(keys)) + 1, torch.zeros(len(keys), 6).long(), keys)
+
+    @property
+    def latents_NChw(self) -> Tensor:
+        """Every row, where all are of one shape."""
+        return self.latents if isinstance(self.latents, Tensor) else torch.stack(self.latents)
+
+    @property
+    def buckets(self) -> list[Tensor]:
+        """The numbers of the photos of each shape."""
+        if isinstance(self.latents, Tensor):
+            return [torch.arange(len(self.keys))]
+        found: dict[torch.Size, list[int]] = {}
+        for number, row in enumerate(self._rows(torch.arange(len(self.keys))).tolist()):
+            found.setdefault(self.latents[row].shape, []).append(number)
+        return [torch.tensor(numbers) for numbers in found.values()]
+
+    def _rows(self, pick_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A row of each of these photos: drawn from its views, or the first."""
+        if self.bounds is None:
+            return pick_B
+        first, count = self.bounds[pick_B], self.bounds.diff()[pick_B]
+        if generator is None:
+            return first
+        return first + (torch.rand(len(pick_B), generator=generator, dtype=torch.float64) * count).long()
 
     @property
     def text_NTD(self) -> Tensor:
@@ -86,15 +114,24 @@ class Encoded:
         return torch.tensor([_by_lot(self.choices[n], lot) for n, lot in zip(pick_B.tolist(), lots, strict=True)])
 
     def batch(
-        self, pick_B: Tensor, blank_B: Tensor | None = None, words_B: Tensor | None = None
+        self,
+        pick_B: Tensor,
+        blank_B: Tensor | None = None,
+        words_B: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Conditions]:
-        """(latents_BChw, conditions) of these photos, with their first texts unless `words_B` says which; without any
-        where `blank_B` is true.
+        """(latents_BChw, conditions) of these photos, which are of one shape: with their first texts unless `words_B`
+        says which, without any where `blank_B` is true; a view drawn by `generator`, or the first.
         """
         which_B = self.text_N[pick_B] if words_B is None else words_B
         which_B = which_B if blank_B is None else torch.where(blank_B, 0, which_B)
         given = stacked([self.texts[number] for number in which_B.tolist()])
-        return self.latents_NChw[pick_B], given | {"size": self.sizes_N6[pick_B]}
+        rows_B = self._rows(pick_B, generator)
+        if isinstance(self.latents, Tensor):
+            latents_BChw = self.latents[rows_B]
+        else:
+            latents_BChw = torch.stack([self.latents[row] for row in rows_B.tolist()])
+        return latents_BChw, given | {"size": self.sizes_R6[rows_B]}
 
 
 def _by_lot(captions: list[list[int]], lot: float) -> int:
@@ -108,17 +145,21 @@ def encode(
     partition: Partition,
     base: Path,
     sums: dict[str, str],
-    resolution: int,
+    plan: Plan,
     cache: Path,
     device: torch.device,
     wording: Wording = AS_WRITTEN,
 ) -> tuple[Partition, Callable[[tuple[Photo, ...]], Encoded]]:
-    """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`.
+    """Fill the cache. Returns the partition without undecodable photos, and `rows(photos) -> Encoded`; which views of a
+    photo there are is the plan's.
 
     Errors: SITE-01, SITE-02 when too few photos can be decoded; MODEL-06.
     """
-    latents, bad = _latents(partition.photos, base, sums, resolution, cache, device)
+    latents, bad, views = _latents(partition.photos, base, sums, plan, cache, device)
     partition = partition.without(bad).require(2)
+    partition = replace(
+        partition, enlarged=_enlarged(latents, [_row(p.key, views[p.key][0]) for p in partition.photos])
+    )
     words = {p.key: wording.texts(p.captions) for p in partition.photos}
     texts, cut = _texts(sorted({"", *_all(words.values())}), base, sums, cache, device)
     partition = _told(partition, words, lambda text: _digest(text) in cut, families.of(base).tokens(base))
@@ -127,13 +168,17 @@ def encode(
         said = [words[p.key] for p in photos]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(["", *_all(said)]))}
         choices = [[[distinct[text] for text in orders] for orders in captions] for captions in said]
+        named = [_row(p.key, view) for p in photos for view in views[p.key]]
+        each = [latents[name]["latents"].float() for name in named]
+        counts = torch.tensor([0, *(len(views[p.key]) for p in photos)])
         return Encoded(
-            torch.stack([latents[p.key]["latents"] for p in photos]).float(),
+            torch.stack(each) if len({row.shape for row in each}) == 1 else [row.clone() for row in each],
             [texts[_digest(text)] for text in distinct],
             torch.tensor([captions[0][0] for captions in choices]),
-            torch.stack([latents[p.key]["size"] for p in photos]),
+            torch.stack([latents[name]["size"] for name in named]),
             [p.key for p in photos],
             choices if any(len(captions) > 1 or len(captions[0]) > 1 for captions in choices) else [],
+            counts.cumsum(0) if counts.max() > 1 else None,
         )
 
     return partition, rows
@@ -155,29 +200,60 @@ def _told(
     return replace(partition, cut=cut, reads=tokens)
 
 
+def _row(key: str, view: View) -> str:
+    """A photo's row: by its hash, and by all that its views differ in."""
+    return f"{key} {view.height}x{view.width} {view.crop} {'mirrored' if view.mirrored else 'as-it-is'}"
+
+
+def _enlarged(latents: Rows, names: Iterable[str]) -> int:
+    """How many of these rows show a photo that is smaller than what is trained on."""
+    sizes = (latents[name]["size"].tolist() for name in names)
+    return sum(is_small((width, height), (down, across)) for height, width, _, _, down, across in sizes)
+
+
+def _sizes(photos: Iterable[Photo], rows: Rows, bad: Notes) -> Callable[[str], Size]:
+    """(width, height) by a photo's hash: as it was encoded once, else by its header; who has none goes to `bad`."""
+    known = {name.partition(" ")[0]: row["size"].tolist()[1::-1] for name, row in rows.items()}
+    by_key = {photo.key: photo for photo in photos}
+
+    def size(key: str) -> Size:
+        try:
+            return tuple(known[key]) if key in known else upright(by_key[key].load())
+        except BadImage as error:
+            bad[key] = error.reason
+            return 1, 1
+
+    return size
+
+
 def _latents(
-    photos: tuple[Photo, ...], base: Path, sums: dict[str, str], resolution: int, cache: Path, device: torch.device
-) -> tuple[Rows, Notes]:
-    """ "latents" and "size" by the photo's hash, and the reasons of those that cannot be decoded."""
-    kept = f"latents-{sums['vae'][:16]}-{resolution}"
+    photos: tuple[Photo, ...], base: Path, sums: dict[str, str], plan: Plan, cache: Path, device: torch.device
+) -> tuple[Rows, Notes, dict[str, tuple[View, ...]]]:
+    """ "latents" and "size" by a photo's hash and view, the reasons of the photos that cannot be decoded, and the views
+    of each.
+    """
+    kept = f"latents-{sums['vae'][:16]}-{plan.name}"
     now, rows, bad = f"{kept}-{READING}-{FORM}", Rows(), Notes()
     whole, parts = cache / f"{now}.safetensors", sorted(cache.glob(f"{now}.part*"))
     for path in (whole, *parts):
         some, spoiled = _read(path)
         rows, bad = rows | some, bad | spoiled
-    todo = [p for p in photos if p.key not in rows and p.key not in bad]
-    for number, (some, spoiled) in enumerate(_encode_photos(todo, base, resolution, device) if todo else ()):
+    views = plan.views([p.key for p in photos if p.key not in bad], _sizes(photos, rows, bad))
+    lacks = {p.key: [view for view in views.get(p.key, ()) if _row(p.key, view) not in rows] for p in photos}
+    todo = [(p, lacks[p.key]) for p in photos if lacks[p.key] and p.key not in bad]
+    for number, (some, spoiled) in enumerate(_encode_photos(todo, base, device) if todo else ()):
         _write(cache / f"{now}.part-{os.getpid()}-{number}", some, _lasting(spoiled))
         rows, bad = rows | some, bad | spoiled
     if todo or parts:
-        keep = {p.key for p in photos}
-        lasting = {k: v for k, v in _lasting(bad).items() if k in keep}
+        keep = {_row(key, view) for key, some in views.items() for view in some}
+        keys = {p.key for p in photos}
+        lasting = {k: v for k, v in _lasting(bad).items() if k in keys}
         _write(whole, {k: v for k, v in rows.items() if k in keep}, lasting)
         former = (cache / f"{kept}.safetensors", *cache.glob(f"{kept}-{READING}.*"))  # other versions'
         for path in (*cache.glob(f"{now}.*"), *former):
             if path != whole:
                 path.unlink(missing_ok=True)
-    return rows, bad
+    return rows, bad, views
 
 
 def _texts(
@@ -193,7 +269,7 @@ def _texts(
         keep = {_digest(caption) for caption in captions}
         noted = {k: v for k, v in cut.items() if k in keep}
         _write(path, {k: v for k, v in texts.items() if k in keep}, noted)
-        for former in (cache / f"{kept}.safetensors", cache / f"{kept}-2.safetensors"):  # other versions'
+        for former in (cache / f"{kept}{end}.safetensors" for end in ("", "-2", "-3")):  # other versions'
             former.unlink(missing_ok=True)
         texts, cut = _read(path)
     return texts, cut
@@ -207,36 +283,49 @@ def _lasting(bad: Notes) -> Notes:
     return {key: reason for key, reason in bad.items() if reason not in PASSING}
 
 
-def pixels_of(photo: Photo, resolution: int) -> tuple[Tensor, Tensor]:
-    """(pixels [3, H, W] in [-1, 1], sizes and crop [6]), decoded once. Errors: BadImage."""
+def pixels_of(photo: Photo, views: list[View]) -> list[tuple[Tensor, Tensor]]:
+    """(pixels [3, H, W] in [-1, 1], sizes and crop [6]) of each view, decoded once. Errors: BadImage."""
     image = photo.read()
-    return to_pixels(image, resolution), torch.tensor(frame(image.size, resolution))
+    return [(view.pixels(image, photo.key), torch.tensor(view.frame(image.size, photo.key))) for view in views]
+
+
+def a_pass(pixels: int) -> int:
+    """How many pictures of so many pixels are encoded at a time."""
+    return max(1, PIXELS // pixels)
 
 
 @torch.no_grad()
 def _encode_photos(
-    photos: list[Photo], base: Path, resolution: int, device: torch.device
+    photos: list[tuple[Photo, list[View]]], base: Path, device: torch.device
 ) -> Iterator[tuple[Rows, Notes]]:
-    """PART photos and a few at a time: latents and sizes by key, and the reasons of the others."""
+    """PART photos and a few at a time: latents and sizes by photo and view, and the reasons of the others."""
     family, vae = families.of(base), model.load(base, "vae").to(device)
-    rows, bad, size = Rows(), Notes(), max(1, PIXELS // resolution**2)
+    rows, bad = Rows(), Notes()
+    size = a_pass(max(view.height * view.width for _, views in photos for view in views))
     for start in range(0, len(photos), size):
-        pixels, sizes = dict[str, Tensor](), dict[str, Tensor]()
-        for photo in photos[start : start + size]:
+        shapes = dict[torch.Size, dict[str, tuple[Tensor, Tensor]]]()
+        for photo, views in photos[start : start + size]:
             try:
-                pixels[photo.key], sizes[photo.key] = pixels_of(photo, resolution)
+                for view, pair in zip(views, pixels_of(photo, views), strict=True):
+                    shapes.setdefault(pair[0].shape, {})[_row(photo.key, view)] = pair
             except BadImage as error:
                 bad[photo.key] = error.reason
-        if pixels:
-            z = _finite(family.latents(vae, torch.stack(list(pixels.values())).to(device)), base / "vae")
-            encoded = zip(pixels, z.cpu().unbind(), strict=True)
-            rows |= {key: {"latents": latent, "size": sizes[key]} for key, latent in encoded}
+        for some in (part for pairs in shapes.values() for part in _parts(pairs, size)):
+            pixels = torch.stack([pair[0] for pair in some.values()])
+            z = _finite(family.latents(vae, pixels.to(device)), base / "vae")
+            encoded = zip(some.items(), z.cpu().unbind(), strict=True)
+            rows |= {name: {"latents": latent, "size": pair[1]} for (name, pair), latent in encoded}
         done = min(start + size, len(photos))
         if 10 * done // len(photos) > 10 * start // len(photos):  # ten lines, however many photos
             print(f"bouquet: encoded {done}/{len(photos)} photos", flush=True)
         if done == len(photos) or len(rows) + len(bad) >= PART:
             yield rows, bad
             rows, bad = {}, {}
+
+
+def _parts(pairs: dict[str, tuple[Tensor, Tensor]], size: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    names = list(pairs)
+    return ({name: pairs[name] for name in names[start : start + size]} for start in range(0, len(names), size))
 
 
 def _finite(numbers: Tensor, part: Path) -> Tensor:
@@ -298,8 +387,8 @@ def _read(path: Path) -> tuple[Rows, Notes]:
     try:
         with safe_open(path, "pt") as file:
             note = file.metadata()
-            keys, lengths = json.loads(note["keys"]), json.loads(note["lengths"])
-            columns = {name: file.get_tensor(name).split(lengths[name]) for name in lengths}
+            keys, shapes = json.loads(note["keys"]), json.loads(note["shapes"])
+            columns = {name: _apart(file.get_tensor(name), shapes[name]) for name in shapes}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return dict(zip(keys, rows, strict=True)), json.loads(note["bad"])
     except FileNotFoundError:
@@ -309,13 +398,18 @@ def _read(path: Path) -> tuple[Rows, Notes]:
         return {}, {}
 
 
+def _apart(column: Tensor, shapes: list[list[int]]) -> list[Tensor]:
+    rows = torch.split(column, [math.prod(shape) for shape in shapes])
+    return [row.view(shape) for row, shape in zip(rows, shapes, strict=True)]
+
+
 def _write(path: Path, rows: Rows, bad: Notes) -> None:
-    """Each name's rows one after another along their first dimension, and how long each is: they may differ."""
+    """Each name's rows one after another, flat, and the shape of each: they may differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     names = list(next(iter(rows.values()), {}))
-    lengths = {name: [len(row[name]) for row in rows.values()] for name in names}
-    columns = {name: torch.cat([row[name] for row in rows.values()]).contiguous() for name in names}
-    note = {"keys": list(rows), "lengths": lengths, "bad": bad}
+    shapes = {name: [list(row[name].shape) for row in rows.values()] for name in names}
+    columns = {name: torch.cat([row[name].flatten() for row in rows.values()]) for name in names}
+    note = {"keys": list(rows), "shapes": shapes, "bad": bad}
     save_file(columns, temporary, metadata={key: json.dumps(value) for key, value in note.items()})
     temporary.replace(path)

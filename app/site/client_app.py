@@ -102,7 +102,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
             site.net, wire.unpack(message.content.array_records["arrays"], config.wire_precision)
         )
         metrics: dict[str, int | float] = {
-            "num-examples": len(site.train.keys),
+            "num-examples": len(site.photos),
             "train-loss": 0.0,
             "validation-loss": site.evaluate(),
         }
@@ -114,9 +114,11 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
     metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
+    metrics |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
     reply["metrics"] = MetricRecord({**site.privacy.told(metrics)})
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
+    told |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
     if training and os.environ.get("BOUQUET_KEEP"):
         kept[made_from] = site

@@ -31,7 +31,7 @@ class Photos(Protocol):
     """Encoded photos, as cache.Encoded."""
 
     @property
-    def latents_NChw(self) -> Tensor: ...
+    def buckets(self) -> Sequence[Tensor]: ...
     @property
     def keys(self) -> Sequence[str]: ...
     def batch(self, pick_B: Tensor, /) -> tuple[Tensor, Conditions]: ...
@@ -115,17 +115,20 @@ def validation_loss(
     Each image (known by its key) gets `timesteps` noise levels, one in each of as many equal parts of the schedule.
     `digest` makes its noise from its key: a site's own (privacy.py), so that nobody else can compute the loss.
     """
-    shape, steps = photos.latents_NChw.shape[1:], objective.schedule.steps
-    noise, t = (
-        torch.cat(part)
-        for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in photos.keys), strict=True)
-    )
-    image, totals = torch.arange(len(photos.keys)).repeat_interleave(timesteps), []
-    for part in torch.split(torch.arange(len(image)), batch_size):
-        latents, given = photos.batch(image[part])
-        latents, n, at = (to_device(rows, device) for rows in (latents, noise[part], t[part]))
-        totals.append(losses(net, objective, latents, moved(given, device), n, at).sum())
-    return float(sum(torch.stack(totals).tolist())) / len(image)
+    totals, steps = [], objective.schedule.steps
+    for bucket in photos.buckets:
+        shape = photos.batch(bucket[:1])[0].shape[1:]
+        keys = (photos.keys[number] for number in bucket.tolist())
+        noise, t = (
+            torch.cat(part)
+            for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in keys), strict=True)
+        )
+        image = bucket.repeat_interleave(timesteps)
+        for part in torch.split(torch.arange(len(image)), batch_size):
+            latents, given = photos.batch(image[part])
+            latents, n, at = (to_device(rows, device) for rows in (latents, noise[part], t[part]))
+            totals.append(losses(net, objective, latents, moved(given, device), n, at).sum())
+    return float(sum(torch.stack(totals).tolist())) / (len(photos.keys) * timesteps)
 
 
 def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,7 @@ def words(entry: dict[str, Any]) -> str:
         if sent
         else "measured the adapter and sent numbers alone"
     )
+    did += f", {entry['enlarged']} of its photos enlarged" if entry.get("enlarged") else ""
     return f"round {entry.get('round')}  {when(entry)}  took adapter {str(entry.get('applied'))[:8]}, {did}"
 
 

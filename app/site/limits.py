@@ -5,6 +5,7 @@ as `limits` of its node config (SITE_LIMITS in its .env), words separated by spa
 
   max-KEY=NUMBER, min-KEY=NUMBER         the most and the least of any numeric run-config key: max-local-steps=200
   base-models=NAME,NAME                  the base models that it lends
+  no-flip                                its photos are not mirrored
   min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week
                                          below; with a default where photos are private
 
@@ -25,7 +26,7 @@ from typing import Any
 from app.config import RunConfig
 from app.errors import SiteError
 
-MODELS = "base-models"
+MODELS, NO_FLIP = "base-models", "no-flip"
 KEYS = {f.name.replace("_", "-"): f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
 NUMBERS = {f"{end}-{key}": name for end in ("max", "min") for key, name in KEYS.items()}
 PRIVATE = {  # what holds where photos are private, unless the site says otherwise: the value, and what it is about
@@ -46,13 +47,14 @@ class Limits:
 
     bounds: Mapping[str, float] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    no_flip: bool = False
 
     @classmethod
     def read(cls, text: str) -> Limits:
         """Errors: TRUST-04."""
         bounds: dict[str, float] = {}
         models: tuple[str, ...] = ()
-        for word in text.split():
+        for word in (word for word in text.split() if word != NO_FLIP):
             name, _, value = word.partition("=")
             try:
                 if name == MODELS and all(value.split(",")):
@@ -64,17 +66,21 @@ class Limits:
                     raise ValueError(name)
             except ValueError:
                 raise _unreadable(word, name) from None
-        return cls(bounds, models)
+        return cls(bounds, models, NO_FLIP in text.split())
 
     def check(self, config: RunConfig) -> None:
         """A run's config against what the site itself wrote, before anything is done for it. Errors: TRUST-03."""
         if self.models and config.base_model not in self.models:
             raise _not_allowed("base-model", config.base_model, f"{MODELS}={','.join(self.models)}")
+        if self.no_flip and config.flip:
+            raise _not_allowed("flip", config.flip, NO_FLIP)
         _check(config, self.bounds)
 
     def private(self) -> Limits:
         """These with the floors and budget of private photos, where the site has not set its own."""
-        return Limits({name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds), self.models)
+        return Limits(
+            {name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds), self.models, self.no_flip
+        )
 
     def floor(self, name: str) -> int:
         """A floor of PRIVATE; 1 where there is none."""
@@ -105,6 +111,8 @@ class Limits:
                     " (docs/security.md says what a number about so few gives away)"
                 ),
             )
+        if config.aspect_buckets:  # a pass whose bucket has been drawn before may show photos that were seen before
+            images = config.gradient_accumulation
         if (seen := min(trained, images * config.local_steps)) < self.floor("min-photos"):
             raise _not_allowed(
                 "local-steps",
@@ -156,7 +164,9 @@ def _not_allowed(name: str, asked: object, limit: str) -> SiteError:
 
 
 def _unreadable(word: str, name: str) -> SiteError:
-    close = [known for known in difflib.get_close_matches(name, [MODELS, *OWN, *NUMBERS], n=1) if known != name]
+    close = [
+        known for known in difflib.get_close_matches(name, [MODELS, NO_FLIP, *OWN, *NUMBERS], n=1) if known != name
+    ]
     return SiteError(
         "TRUST-04",
         found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),

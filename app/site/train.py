@@ -21,6 +21,7 @@ from app.model import Net
 from app.site import cache, diffusion, privacy, quantised, rate
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data, prior
+from app.site.photos.views import Plan
 from app.site.photos.wording import Wording
 
 # times as many images a pass in evaluation as in training: a third faster, and without gradients it takes less memory
@@ -124,17 +125,20 @@ class Site:
         self.privacy = privacy.of(self.folder, everything, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()
-        privacy.divide(partition, self.privacy, self.limits, self.config)  # before the work of encoding
-        self.partition, rows = cache.encode(
-            partition, base, sums, self.config.resolution, self.cached, self.accelerator.device,
-            Wording.of(self.config),
-        )  # fmt: skip
-        self.photos, held_out = privacy.divide(self.partition, self.privacy, self.limits, self.config)
+        left, multiple = len(partition.photos) + 1, families.of(base).multiple
+        while len(partition.photos) < left:  # again where some cannot be decoded: who is trained on follows from all
+            left = len(partition.photos)
+            self.photos, held_out = privacy.divide(partition, self.privacy, self.limits, self.config)
+            trained, least = frozenset(p.key for p in self.photos), self.limits.floor("min-step-images")
+            plan, wording = Plan.of(self.config, multiple, trained, least), Wording.of(self.config)
+            partition, rows = cache.encode(partition, base, sums, plan, self.cached, self.accelerator.device, wording)
+        self.partition = partition
         self.train, self.held_out = rows(self.photos), rows(held_out)
         self.prior = None
         if classes:  # with their captions as they are: the trigger word is what the photos show
             cached = prior.cache(self.cached)
-            found, rows = cache.encode(classes, base, sums, self.config.resolution, cached, self.accelerator.device)
+            plan = Plan.of(self.config, multiple, frozenset(p.key for p in classes.photos), least)
+            found, rows = cache.encode(classes, base, sums, plan, cached, self.accelerator.device)
             print(f"bouquet: class images: {found.report()}", flush=True)
             self.prior = rows(found.photos)
 
@@ -228,7 +232,7 @@ def fit(
     )
     # the net stays as it is: its precision is autocast's, and another round may come
     optimiser_ = accelerator.prepare(optimiser)
-    batches, total = _batches(len(encoded.keys), config.batch_size, generator), torch.zeros((), device=device)
+    batches, total = in_buckets(encoded.buckets, config.batch_size, generator), torch.zeros((), device=device)
     class_losses = iter(()) if prior is None else _class_losses(net, objective, prior, config, device, seed + 1)
     net.train()
     factor, step = rate.factors(config), (number - 1) * config.local_steps
@@ -236,7 +240,7 @@ def fit(
     for _ in range(passes):
         pick = next(batches)
         blank = torch.rand(len(pick), generator=generator) < config.caption_dropout
-        rows, given = encoded.batch(pick, blank, encoded.words(pick, generator))
+        rows, given = encoded.batch(pick, blank, encoded.words(pick, generator), generator)
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
         with accelerator.accumulate(net), accelerator.autocast():
             loss = diffusion.noise_loss(
@@ -265,10 +269,24 @@ def _class_losses(
 ) -> Iterator[torch.Tensor]:
     """The loss on one batch of class images after another."""
     generator = torch.Generator().manual_seed(seed)
-    for pick in _batches(len(prior.keys), config.batch_size, generator):
-        rows, given = prior.batch(pick, None, prior.words(pick, generator))
+    for pick in in_buckets(prior.buckets, config.batch_size, generator):
+        rows, given = prior.batch(pick, None, prior.words(pick, generator), generator)
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
         yield diffusion.noise_loss(net, objective, latents, given, generator, noise_offset=config.noise_offset)
+
+
+def in_buckets(buckets: list[torch.Tensor], size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """As `_batches`, each from one bucket: that of the next photo of all, each of which comes once before any comes
+    twice. So a bucket has as many batches as it has photos, and after as many batches as there are photos every one was
+    taken `size` times.
+    """
+    if len(buckets) == 1:
+        yield from (buckets[0][pick] for pick in _batches(len(buckets[0]), size, generator))
+    each = [_batches(len(bucket), size, generator) for bucket in buckets]
+    of = torch.arange(len(buckets)).repeat_interleave(torch.tensor([len(bucket) for bucket in buckets]))
+    for leader in _batches(len(of), 1, generator):
+        number = int(of[leader])
+        yield buckets[number][next(each[number])]
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -21,6 +21,7 @@ from app import model, wire
 from app.config import RunConfig
 from app.site import cache, train
 from app.site.photos import data
+from app.site.photos.views import Plan
 from benchmarks.speed import base
 from benchmarks.speed.__main__ import keep, machine
 from benchmarks.speed.contenders import TASK
@@ -57,7 +58,9 @@ def cost(home: Path, config: RunConfig, partition: data.Partition) -> Row:
         laps = []
         for _ in range(2):
             start = time.monotonic()
-            _, rows = cache.encode(partition, folder, sums, config.resolution, Path(cached), torch.device("cpu"))
+            _, rows = cache.encode(
+                partition, folder, sums, Plan.square(config.resolution), Path(cached), torch.device("cpu")
+            )
             laps.append(time.monotonic() - start)
         kept = sum(file.stat().st_size for file in Path(cached).iterdir()) / 1e6
         site = train.Site(config, home / "models", home / f"data-{len(partition.photos)}" / "site-1", Path(cached), "")

@@ -55,6 +55,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     from app.site import train
 
     adapter, config = formats.open_adapter(run, models=models)
+    config = replace(config, aspect_buckets=False, random_crops=0)  # the squares that pictures are drawn in
     site = train.Site(config, models, folder, cached, "", limits=Limits.read(os.environ.get("SITE_LIMITS", "")))
     photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))

@@ -265,5 +265,7 @@ def set_aside(run: Run) -> Iterator[str]:
         if bad:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
             yield f"{site} set aside {sum(bad.values())} of its files ({reasons}); its own log names them."
+        if small := int(numbers.get("enlarged", 0)):
+            yield f"{site} has {small} photos smaller than what is trained on: they were enlarged, and are less sharp."
         if cut := int(numbers.get("captions-cut", 0)):
             yield (f"{site} has {cut} captions longer than the base model reads: it learned from their beginnings.")

@@ -32,6 +32,7 @@ from app import families, model
 from app.config import RunConfig
 from app.families.base import Conditions, Family, stacked
 from app.site import diffusion, quantised
+from app.site.photos import views
 
 GIB = 2**30
 BLOCK = 512  # bytes to which torch's allocators round up
@@ -84,7 +85,8 @@ def estimate(
 
     own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers,
           gradients and AdamW's two moments; 20 with proximal-mu
-            + photos·(4·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
+            + photos·(4·views·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
+    with aspect-buckets all of the largest shape.
     floor = own + what a forward pass leaves alive
     peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding,
                 where codes take the place of numbers on a CPU: net + those numbers)
@@ -93,20 +95,29 @@ def estimate(
     family = families.check(base)
     net = _net(base, family, config, half)
     trained = [p for p in net.parameters() if p.requires_grad]
-    one = inputs(base, family, config.resolution, 1)
+    shape = views.largest(config, family.multiple)
+    one = inputs(base, family, shape, 1)
     stored = (
         0
         if on_gpu
         else photos
-        * (4 * one.latents.numel() + sum(2 * x.numel() for x in one.given.values() if x.is_floating_point()))
+        * (
+            4 * most_views(config) * one.latents.numel()
+            + sum(2 * x.numel() for x in one.given.values() if x.is_floating_point())
+        )
     )
     weights, adapter = _bytes(net.parameters()) + stored, _bytes(trained)
     own = weights + adapter * (4 if config.proximal_mu else 3)
-    kept, step = step_of(net, family, inputs(base, family, config.resolution, config.batch_size), half=half)
-    evaluation = forward_of(net.eval(), family, inputs(base, family, config.resolution, evaluated), half=half)
+    kept, step = step_of(net, family, inputs(base, family, shape, config.batch_size), half=half)
+    evaluation = forward_of(net.eval(), family, inputs(base, family, shape, evaluated), half=half)
     loading = 0 if on_gpu else weights + quantised.in_full(net)
-    peak = max(own + step, weights + evaluation, weights + encoding_of(base, config.resolution, encoded), loading)
+    peak = max(own + step, weights + evaluation, weights + encoding_of(base, shape, encoded), loading)
     return Estimate(own + kept, peak, int((ON_GPU if on_gpu else ON_CPU) * peak + ROOM))
+
+
+def most_views(config: RunConfig) -> int:
+    """Views of a photo that are kept encoded."""
+    return max(1, config.random_crops) * (2 if config.flip else 1)
 
 
 def _net(base: Path, family: Family, config: RunConfig, half: bool) -> Any:
@@ -148,12 +159,12 @@ class Inputs(NamedTuple):
     given: Conditions
 
 
-def inputs(base: Path, family: Family, resolution: int, count: int) -> Inputs:
-    """Those of `count` photos, by the settings of the net, the autoencoder and the text encoders alone."""
+def inputs(base: Path, family: Family, shape: views.Shape, count: int) -> Inputs:
+    """Those of `count` photos of (height, width), by the settings of net, autoencoder and text encoders alone."""
     own = family.settings(base)
     with torch.device("meta"):
         vae = _autoencoder(base, family)
-        z = family.latents(vae, torch.empty(1, 3, resolution, resolution))
+        z = family.latents(vae, torch.empty(1, 3, *shape))
         given = {name: torch.empty(shape) for name, shape in family.shapes(own, family.tokens(base)).items()}
         latents, told = torch.empty(count, *z.shape[1:]), torch.empty(count)
     return Inputs(latents, told, stacked([given] * count))
@@ -188,12 +199,12 @@ def forward_of(net: Any, family: Family, of: Inputs, *, half: bool) -> int:
 
 
 @torch.no_grad()
-def encoding_of(base: Path, resolution: int, count: int) -> int:
+def encoding_of(base: Path, shape: views.Shape, count: int) -> int:
     """Bytes of the autoencoder (float32, as cache.py loads it) and of its encoding `count` photos."""
     family = families.of(base)
     with torch.device("meta"):
         vae = _autoencoder(base, family)
-    photos = torch.empty(count, 3, resolution, resolution, device="meta")
+    photos = torch.empty(count, 3, *shape, device="meta")
     alive = Alive(vae.parameters())
     with alive, OnGpu(half=False):
         family.latents(vae, photos)

@@ -8,6 +8,7 @@ out decoding every photo and the training step. What is printed may name files o
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from app import families
 from app.config import RunConfig
 from app.errors import BouquetError
 from app.site import gpu, limits, privacy
-from app.site.photos import data, folders, prior
+from app.site.photos import data, folders, prior, views
 from app.site.photos.images import BadImage
 from app.site.photos.wording import Wording
 from bouquet.site import reach
@@ -296,20 +297,23 @@ class Preflight:
 
     def check_decode(self) -> str:
         """Every photo to its last pixel, as training will."""
-        found, bad = data.scan(self.own.data, memory=self.own.cache), {}
+        found, bad, enlarged = data.scan(self.own.data, memory=self.own.cache), {}, 0
+        shapes = views.Plan.of(self.own.config, families.of(self.base).multiple if self.base else 8).shapes
         for photo in found.photos:
             try:
-                photo.read()
+                size = photo.read().size
+                enlarged += views.is_small(size, views.nearest(size, list(shapes)))
             except BadImage as error:
                 bad[photo.key] = error.reason
         classes = prior.scan(self.own.data, self.own.cache) if self.own.config.prior_loss_weight else None
-        self.partition = partition = self._counted(found.without(bad).require(2))
+        self.partition = partition = replace(self._counted(found.without(bad).require(2)), enlarged=enlarged)
         kind, counts = self._enough(partition, classes.photos if classes else ()), partition.counts
         if counts.keys() - {"images", "system"} or partition.cut:
             fix = "what is set aside is left out, and what is cut is not read; mend or remove it when you can"
             raise Warn(partition.report(), fix)
         more = f"; {len(classes.photos)} class images beside them" if classes else ""
         own = f", and {counts['system']} files are a computer's own" if "system" in counts else ""
+        own += f"; {enlarged} are smaller than what is trained on, and enlarged" if enlarged else ""
         return f"all {len(partition.photos)} pictures can be read; they are {kind}{own}{more}"
 
     def _counted(self, partition: data.Partition) -> data.Partition:
@@ -385,7 +389,7 @@ class Preflight:
             half=train.halved(train.accelerator(config)),
             on_gpu=self.device is not None,
             evaluated=min(train.WIDER * config.batch_size, self.photos * config.validation_timesteps),
-            encoded=max(1, cache.PIXELS // config.resolution**2),
+            encoded=cache.a_pass(math.prod(views.largest(config, families.of(base).multiple))),
             photos=self.photos,
         )
 
@@ -408,7 +412,8 @@ class Preflight:
                 tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder,
             ):
                 sums = model.fingerprint(base, self.own.cache)
-                some, rows = cache.encode(some, base, sums, config.resolution, Path(folder), accelerator.device)
+                plan = views.Plan((views.largest(config, families.of(base).multiple),))  # what takes the most memory
+                some, rows = cache.encode(some, base, sums, plan, Path(folder), accelerator.device)
                 encoded = rows(some.photos)  # a pass of class images costs what one of photos does
             objective, net = train.load(base, config, accelerator)
             seconds = self._seconds(net, objective, encoded, accelerator, 1)

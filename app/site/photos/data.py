@@ -61,7 +61,8 @@ class Partition:
     """What a site has: `photos` with unique keys; `quarantined` (private name, reason) pairs, of all else in the
     folder.
 
-    cut: captions that are longer than the `reads` tokens that the base model reads of each (cache.py finds out).
+    cut: captions that are longer than the `reads` tokens that the base model reads of each; enlarged: photos smaller
+    than what is trained on (cache.py finds out both).
     """
 
     folder: Path = field(repr=False)
@@ -69,6 +70,7 @@ class Partition:
     quarantined: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     cut: int = 0
     reads: int = 0
+    enlarged: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -110,6 +112,8 @@ class Partition:
             captions = sum(len(photo.captions) for photo in self.photos)
             what = f"longer than the {self.reads} tokens that this base model reads; the rest is not learned"
             lines += [f"  {self.cut} of {captions} captions are {what}"]
+        if self.enlarged:
+            lines += [f"  {self.enlarged} photos are smaller than what is trained on, and enlarged"]
         first = sorted(self.quarantined, key=lambda pair: LATE.index(pair[1]) if pair[1] in LATE else -1)
         lines += [f"  set aside  {name}: {REASONS[reason]}" for name, reason in first[:limit]]
         more = len(self.quarantined) - limit

@@ -148,22 +148,29 @@ def to_pixels(image: Image.Image, resolution: int) -> Tensor:
 
     Returns: float32 tensor (3, resolution, resolution), −1 is black and 1 is white.
     """
-    import torch  # slow to import, and most readers of this module want no tensor
-
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))  # not resize(box=...): its filter looks past the box
-    scaled = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return scaled(image, (left, top, side, side), resolution, resolution)
+
+
+def scaled(image: Image.Image, box: tuple[int, int, int, int], height: int, width: int) -> Tensor:
+    """A box (left, top, width, height) of an RGB picture as `to_pixels` has it: float32 (3, height, width)."""
+    import torch  # slow to import, and most readers of this module want no tensor
+
+    left, top, across, down = box
+    part = image.crop((left, top, left + across, top + down))  # not resize(box=...): its filter looks past the box
+    scaled = part.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def frame(size: tuple[int, int], resolution: int) -> tuple[int, int, int, int, int, int]:
-    """What `to_pixels` makes of a picture of (width, height), as SDXL is told it: (height, width, top and left of the
-    crop once the picture is scaled, resolution, resolution).
-    """
-    width, height = size
-    top, left = (round((edge - min(size)) // 2 * resolution / min(size)) for edge in (height, width))
-    return height, width, top, left, resolution, resolution
+def upright(data: bytes) -> tuple[int, int]:
+    """(width, height) by the header alone, as `rgb` turns it; a guess where the header is damaged. Errors: BadImage."""
+    with _open(data) as image:
+        try:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception:  # what it says of itself can be damaged in as many ways as the pixels
+            turned = False
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _open(data: bytes) -> Image.Image:
