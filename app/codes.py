@@ -49,6 +49,7 @@ HEADLINES = {
     "SITE-13": "The GPU has too little memory for this run.",
     "SITE-14": "The site's own secret cannot be read.",
     "SITE-15": "The run asks for class images, and the site has none.",
+    "SITE-16": "The site lacks {library}, which the run's optimizer needs.",
     "SITE-99": "The site failed unexpectedly ({kind}); its own log has the details.",
     "TRUST-01": "The site does not trust this code: {why}.",
     "TRUST-02": "The publisher's private key is not here.",

@@ -21,7 +21,10 @@ from app.errors import ConfigError
 LORA_TARGETS = ("attention", "attention+resnet", "attention+mlp")  # the second UNets', the third transformers'
 SCHEDULES = ("constant", "linear", "cosine", "tail")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
+SCALINGS = ("plain", "rs")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
+MOST_RANK = 512  # of any layer
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
 MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # a text encoder reads 77 tokens
 PROMPTS = (
@@ -79,7 +82,13 @@ class RunConfig:
         "compute activations again on the way back instead of keeping them: a third more time, a fraction of the"
         " memory",
     )
-    learning_rate: float = _key(3e-3, "", "AdamW's learning rate", low=1e-8, high=1.0)
+    optimizer: str = _key(
+        "adamw",
+        "",
+        "what takes a site's steps; of adamw-8bit every site needs bitsandbytes",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float = _key(3e-3, "", "the optimiser's learning rate", low=1e-8, high=1.0)
     learning_rate_schedule: str = _key(
         "constant",
         "",
@@ -90,7 +99,18 @@ class RunConfig:
     warmup_steps: int = _key(
         0, "steps", "of the whole run, in which the learning rate rises from 0", low=0, high=1_000_000
     )
-    lora_rank: int = _key(16, "", "rank of the adapter; alpha is the same number", low=1, high=512)
+    lora_rank: int = _key(16, "", "rank of the adapter", low=1, high=MOST_RANK)
+    lora_alpha: float = _key(
+        0.0, "", "the adapter counts alpha / rank times; 0 is the rank of each layer", low=0.0, high=1024.0
+    )
+    lora_scaling: str = _key("plain", "", "rs is rsLoRA: alpha / √rank in place of alpha / rank", choices=SCALINGS)
+    rank_pattern: str = _key(
+        "",
+        "layers=rank",
+        "other ranks, by a word of a layer's name or several in a row; the first that fits counts:"
+        " attn2=32,down_blocks.0=4",
+        high=500,
+    )
     lora_targets: str = _key(
         "attention+resnet",
         "",
@@ -177,6 +197,13 @@ class RunConfig:
         0.2, "share", "of trimmed-mean: left out at either end, number by number", low=0.0, high=0.49
     )
     krum_malicious: int = _key(1, "sites", "of krum: how many sites may be hostile", low=0, high=10_000)
+    ema_decay: float = _key(
+        0.0,
+        "",
+        "final/ is a moving average over the rounds, of which this share is kept in each; 0 is off",
+        low=0.0,
+        high=0.9999,
+    )
     keep_rounds: int = _key(
         0, "rounds", "how many of the newest rounds stay on the shared volume; 0 is all", low=0, high=10_000
     )
@@ -220,6 +247,10 @@ class RunConfig:
         config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
         if config.resolution % 8:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
+        if config.rank_pattern and not _is_rank_pattern(config.rank_pattern):
+            raise _wrong(
+                "rank-pattern", config.rank_pattern, f"names with a rank each, 1 to {MOST_RANK}: attn2=32,ff=4"
+            )
         if config.resume not in ("", "latest") and not re.fullmatch(r"[0-9]+", config.resume):
             raise _wrong("resume", config.resume, "latest or a run's id")
         if config.start_from and not re.fullmatch(r"[\w-][\w.-]*\.safetensors", config.start_from):
@@ -236,6 +267,17 @@ class RunConfig:
     @property
     def prompts(self) -> tuple[str, ...]:
         return tuple(p.strip() for p in self.sample_prompts.split("|") if p.strip())
+
+    @property
+    def other_ranks(self) -> dict[str, int]:
+        """`rank-pattern`, in its order."""
+        parts = (part.partition("=") for part in self.rank_pattern.split(",") if part)
+        return {name.strip(): int(rank) for name, _, rank in parts}
+
+
+def _is_rank_pattern(value: str) -> bool:
+    parts = [re.fullmatch(r" *([\w.]+)=([0-9]{1,3}) *", part) for part in value.split(",")]
+    return all(part and 1 <= int(part[2]) <= MOST_RANK for part in parts)
 
 
 def _wrong(name: str, value: Any, expected: str) -> ConfigError:

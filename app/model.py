@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from app import families
+from app import families, lora
 from app.config import RunConfig
 from app.errors import AdapterError, ModelError
 from app.families.base import Family
@@ -325,23 +325,22 @@ def _whole(kind: Any, folder: Path, part: str, **how: Any) -> Net:
     return loaded.requires_grad_(False)
 
 
-def lora_config(family: Family, config: RunConfig) -> LoraConfig:
-    """PEFT's LoraConfig; alpha = rank, so that every file format agrees on the scale (1)."""
+def lora_config(family: Family, config: RunConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """PEFT's LoraConfig of an adapter whose layers have these ranks."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_rank,
-        target_modules=list(family.targets[config.lora_targets]),
-        init_lora_weights="gaussian",
-    )
+    return LoraConfig(**lora.settings(ranks, family.targets[config.lora_targets], config), init_lora_weights="gaussian")
 
 
 def add_adapter(net: Net, family: Family, config: RunConfig) -> None:
-    """Put a fresh adapter (B = 0, A seeded by `config.seed`) on a frozen net, its parameters float32 and trainable."""
+    """Put a fresh adapter (B = 0, A seeded by `config.seed`) on a frozen net, its parameters float32 and trainable.
+
+    Errors: CONFIG-05 (rank-pattern names no layer that gets an adapter).
+    """
+    ranks = lora.ranks((name for name, _ in net.named_modules()), family, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        net.add_adapter(lora_config(family, config))
+        net.add_adapter(lora_config(family, config, ranks))
     for name, parameter in net.named_parameters():
         assert parameter.requires_grad == (".lora_" in name), name
         if parameter.requires_grad:
@@ -349,14 +348,17 @@ def add_adapter(net: Net, family: Family, config: RunConfig) -> None:
 
 
 def add_layers(net: Net, adapter: Adapter) -> None:
-    """Room for that very adapter on a frozen net, whatever its layers. Errors: ADAPTER-01 (no such layer)."""
+    """Room for that very adapter (alpha = rank) on a frozen net, whatever its layers.
+
+    Errors: ADAPTER-01 (no such layer).
+    """
     from peft import LoraConfig
 
     layers, known = sorted({key.rsplit(".lora_", 1)[0] for key in adapter}), dict(net.named_modules())
     if lost := [name for name in layers if not isinstance(known.get(name), (torch.nn.Linear, torch.nn.Conv2d))]:
         raise _misfit(f"{len(lost)} of its {len(layers)} layers are not in this base model; first: {lost[0]}")
-    rank = next(iter(adapter.values())).shape[0]
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    ranks = lora.ranks_of(adapter)
+    net.add_adapter(LoraConfig(**lora.settings(ranks, layers, RunConfig(lora_rank=max(ranks.values())))))
 
 
 def adapter_of(net: Net) -> Adapter:

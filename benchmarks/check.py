@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -159,23 +160,57 @@ def adapter_is_whole(evidence: Evidence) -> Iterator[str]:
         return
     settings = json.loads((evidence.run / folders[-1] / "adapter_config.json").read_text())
     rank, targets = history["config"]["lora_rank"], TARGETS[history["config"]["lora_targets"]]
-    if (settings["r"], settings["lora_alpha"], set(settings["target_modules"])) != (rank, rank, targets):
+    alpha = history["config"].get("lora_alpha") or rank
+    if (settings["r"], settings["lora_alpha"], set(settings["target_modules"])) != (rank, alpha, targets):
         yield "adapter_config.json is not what the run was asked for"
     yield from misfits(
-        evidence.adapter(folders[-1]), fresh(evidence.models / history["config"]["base_model"], rank, targets)
+        evidence.adapter(folders[-1]),
+        fresh(
+            evidence.models / history["config"]["base_model"], rank, targets, history["config"].get("rank_pattern", "")
+        ),
     )
-    if folders[-1] == "final" and digest(evidence.adapter("final")) != history["rounds"][-1]["adapter"]:
-        yield "the final adapter is not the last round's"
+    if folders[-1] == "final":
+        yield from _result(evidence, history)
 
 
-def fresh(base: Path, rank: int, targets: set[str]) -> Adapter:
-    """An adapter of that rank on these layers of a base model's UNet: names, shapes and types, without contents."""
+def _result(evidence: Evidence, history: dict[str, Any]) -> Iterator[str]:
+    """The final adapter is the last round's; with ema-decay, the average of all that are still there, by hand."""
+    final, decay = evidence.adapter("final"), history["config"].get("ema_decay", 0.0)
+    if not decay:
+        if digest(final) != history["rounds"][-1]["adapter"]:
+            yield "the final adapter is not the last round's"
+        return
+    state = load_file(evidence.run / f"round-{history['rounds'][-1]['round']:04d}" / "server_state.safetensors")
+    held = {key.removeprefix("ema/"): value for key, value in state.items() if key.startswith("ema/")}
+    if digest(held) != history["rounds"][-1]["average"]:
+        yield "the last round's moving average is not the one that the history names"
+    sent = {key: value.half().float() for key, value in held.items()}
+    if digest(final) != digest(sent if history["config"]["wire_precision"] == "fp16" else held):
+        yield "the final adapter is not the last round's moving average"
+    rounds = [evidence.adapter(folder.name) for folder in sorted(evidence.run.glob("round-*"))]
+    whole = len(rounds) == len(history["rounds"]) and all(entry.get("average") for entry in history["rounds"])
+    if whole:
+        by_hand = {key: value.double() for key, value in rounds[0].items()}
+        for adapter in rounds[1:]:
+            by_hand = {key: decay * value + (1 - decay) * adapter[key].double() for key, value in by_hand.items()}
+        far = max((held[key].double() - value).abs().max().item() for key, value in by_hand.items())
+        if far > CLOSE:
+            yield f"the moving average is {far:.1e} away from the one over the rounds in float64"
+
+
+def fresh(base: Path, rank: int, targets: set[str], pattern: str = "") -> Adapter:
+    """An adapter of that rank, or those of the pattern, on these layers of a base model's UNet: names, shapes and
+    types, without contents.
+    """
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(base / "unet")))
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets)), unet)
+        settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets))
+        pairs = [part.strip().split("=") for part in pattern.split(",") if part]
+        settings.rank_pattern = {rf"(?:.*\.)?{re.escape(words)}(?:\..*)?": int(other) for words, other in pairs}
+        inject_adapter_in_model(settings, unet)
     return dict(get_peft_model_state_dict(unet))
 
 

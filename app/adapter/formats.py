@@ -6,7 +6,8 @@
     final/provenance.json                                  the run, its sites, images, base model and versions
     final/fp16/                                            the same adapter files in half precision, half the size
 
-alpha = rank in every file, so that each tool's alpha/rank is 1. Errors: EXPORT-02 (no adapter of a run), EXPORT-03 (a
+Each has the same strength in every tool: PEFT's and kohya's files say alpha, diffusers' has it in its B (app/lora.py).
+Errors: EXPORT-02 (no adapter of a run), EXPORT-03 (a
 LoRA that cannot be used, lora_files.py's), EXPORT-04 (the folder for the merged model is in use).
 """
 
@@ -19,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app import families
+from app import families, lora
 from app.adapter import lora_files, sample
 from app.adapter.lora_files import PEFT, SETTINGS, LoraFile, json_object
-from app.adapter.store import save_file, write_folder, write_peft
+from app.adapter.store import read_adapter, save_file, write_folder, write_peft
 from app.config import LONGEST_PROMPT, MOST_PROMPTS, RunConfig
 from app.errors import AdapterError
 from app.families import sd
@@ -59,17 +60,16 @@ def versions() -> dict[str, str]:
 
 
 def write_diffusers(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
-    """PEFT keys after the net's name (`unet.`, `transformer.`), rank and alpha in the metadata as it reads them."""
-    settings = {
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_rank,
-        "target_modules": list(family.targets[config.lora_targets]),
-    }
+    """PEFT keys after the net's name (`unet.`, `transformer.`), B at its strength: alpha is the rank in the metadata,
+    and taken for it by tools that do not read that (ComfyUI).
+    """
+    settings = lora.settings(lora.ranks_of(adapter), family.targets[config.lora_targets], lora.plain(config))
     own = {
         "lora_adapter_metadata": json.dumps({f"{family.net}.{k}": v for k, v in settings.items()}, sort_keys=True),
     }
     notes = described(adapter, config, family) | own
-    save_file({f"{family.net}.{key}": value for key, value in adapter.items()}, folder / DIFFUSERS, notes)
+    strong = lora.folded(adapter, config)
+    save_file({f"{family.net}.{key}": value for key, value in strong.items()}, folder / DIFFUSERS, notes)
 
 
 def described(adapter: Adapter, config: RunConfig, family: Family) -> dict[str, str]:
@@ -94,18 +94,19 @@ def kohya_name(module: str) -> str:
 
 def write_kohya(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
     """`lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha` for every layer; rank and alpha in the metadata
-    too.
+    too. Tools take alpha / rank for the strength. It is one alpha for all layers, since diffusers loses others of
+    attention layers; where that is not a layer's strength, its B has the rest.
     """
-    tensors = {}
-    for key, value in adapter.items():
+    tensors, alpha = {}, config.lora_rank * lora.scale(config.lora_rank, config)
+    for key, value in lora.folded(adapter, config, alpha).items():
         module, part = key.rsplit(".lora_", 1)
         tensors[f"{kohya_name(module)}.{'lora_down' if part.startswith('A') else 'lora_up'}.weight"] = value
-        tensors[f"{kohya_name(module)}.alpha"] = torch.tensor(float(config.lora_rank), dtype=value.dtype)
-    rank = str(config.lora_rank)
-    notes = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_v2": "False"}
+        tensors[f"{kohya_name(module)}.alpha"] = torch.tensor(alpha, dtype=value.dtype)
+    dim, told = str(config.lora_rank), f"{alpha:g}"
+    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": told, "ss_v2": "False"}
     notes |= described(adapter, config, family)
     if config.lora_targets == "attention+resnet":
-        notes["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank})
+        notes["ss_network_args"] = json.dumps({"conv_dim": dim, "conv_alpha": told})
     save_file(tensors, folder / KOHYA, {"ss_sd_model_name": config.base_model} | notes)
 
 
@@ -192,8 +193,11 @@ def open_adapter(path: Path, base_model: str = "", models: Path | None = None) -
     """
     file = adapter_file(path)
     known, of_base = _known(file, base_model, models)
-    lora = read_lora(file, *of_base)
-    return lora.adapter, RunConfig.read(known | {"lora-rank": lora.rank, "lora-targets": lora.targets})
+    read, run = read_lora(file, *of_base), RunConfig.read(known)
+    if file.name == PEFT and run != lora.plain(run):  # a run's own: what it trained, with its own alpha and ranks
+        return read_adapter(file.parent), run
+    told = {"lora-rank": read.rank, "lora-targets": read.targets}
+    return read.adapter, RunConfig.read(known | told | lora.PLAIN)
 
 
 def open_file(path: Path, base_model: str = "", models: Path | None = None) -> tuple[LoraFile, RunConfig]:

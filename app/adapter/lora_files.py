@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,12 +79,14 @@ def read(path: Path, family: Family = sd.FAMILY, base: Path | None = None) -> Lo
     return LoraFile(*({key: nets[net][key].contiguous() for key in sorted(nets[net])} for net in ("unet", "text")))
 
 
-def begun(adapter: Adapter, fresh: Adapter) -> Adapter:
-    """The adapter in the shape of a run's fresh one, with the same effect.
+def begun(adapter: Adapter, fresh: Adapter, scales: Mapping[str, float]) -> Adapter:
+    """The adapter (alpha = rank) in the shape of a run's fresh one, with the same effect where each layer counts
+    `scales` times.
 
     A layer it lacks is the fresh one's (B = 0); a rank beyond its own gets the fresh one's A and a B of 0, so that it
-    can learn. What does not fit that way is left as it is, for model.check_adapter to refuse. Errors: EXPORT-03 where
-    no layer of it is one of the run's: it is another family's, or of other layers.
+    can learn; ranks that are nothing but zeros (`_padded`) go where the run has fewer. What does not fit that way is
+    left as it is, for model.check_adapter to refuse. Errors: EXPORT-03 where no layer of it is one of the run's: it is
+    another family's, or of other layers.
     """
     if not adapter.keys() & fresh.keys():
         found = f"none of its {len(adapter) // 2} layers is one that this run trains; first: {min(adapter)[:200]}"
@@ -95,9 +98,12 @@ def begun(adapter: Adapter, fresh: Adapter) -> Adapter:
     out = dict(fresh) | shaped(adapter, fresh)
     for key in [key for key in adapter if key.endswith(A) and key in fresh]:
         other = key.removesuffix(A) + B
-        if out[key].dim() != fresh[key].dim() or out[key].shape[0] > (rank := fresh[key].shape[0]):
+        rank = fresh[key].shape[0]
+        if not (out[key][rank:].any() or out[other][:, rank:].any()):
+            out |= {key: out[key][:rank], other: out[other][:, :rank]}
+        if out[key].dim() != fresh[key].dim() or out[key].shape[0] > rank:
             continue
-        a, b = _padded(out[key], rank, 0).clone(), _padded(out[other], rank, 1)
+        a, b = _padded(out[key], rank, 0).clone(), _padded(out[other], rank, 1) / scales[key.removesuffix(f".{A}")]
         dead = (a.flatten(1) == 0).all(1) & (b.transpose(0, 1).flatten(1) == 0).all(1)
         if a.shape == fresh[key].shape:
             a[dead] = fresh[key][dead]

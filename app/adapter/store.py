@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
-from app import files
+from app import files, lora
 from app.config import RunConfig
 from app.families.base import Family
 from app.model import Adapter, adapter_hash, check_adapter
@@ -36,18 +36,16 @@ def save_file(tensors: Adapter, path: Path, notes: dict[str, str]) -> None:
 
 
 def write_peft(folder: Path, adapter: Adapter, config: RunConfig, family: Family) -> None:
-    """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them; alpha = rank."""
+    """`adapter_model.safetensors` and `adapter_config.json` as PEFT reads them."""
     save_file({PREFIX + key: value for key, value in adapter.items()}, folder / "adapter_model.safetensors", {})
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": config.base_model,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(family.targets[config.lora_targets]),
         "inference_mode": True,
     }
+    settings |= lora.settings(lora.ranks_of(adapter), family.targets[config.lora_targets], config)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 

@@ -88,6 +88,7 @@ class Round:
     sites: dict[str, Part] = entry("whoever took part, by name")
     adapters: dict[str, str] = entry("SHA-256 of each accepted reply's adapter, by site", default={})
     refused: tuple[Refused, ...] = entry("whose reply did not count, in every try", default=())
+    average: str = entry("with ema-decay, SHA-256 of the moving average that this round left", default="")
     version: int = entry("of this format", default=VERSION)
 
 

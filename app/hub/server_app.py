@@ -21,11 +21,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from app import families, metrics, model, quiet, records, text, wire
+from app import families, lora, metrics, model, quiet, records, text, wire
 from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
-from app.hub import guard, history, tracking, volume
+from app.hub import ema, guard, history, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
 from app.hub.history import Base, Begun, History, Part, Resumed, Round, Validation
@@ -45,7 +45,8 @@ logging.getLogger("flwr").addFilter(_Named())
 quiet.flower()
 text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
-SAME = ("base_model", "lora_rank", "lora_targets", "strategy")  # a run that goes on cannot change these
+# a run that goes on cannot change these
+SAME = ("base_model", "lora_rank", "lora_alpha", "lora_scaling", "rank_pattern", "lora_targets", "strategy")
 
 
 @app.main()
@@ -105,14 +106,17 @@ class Run:
         print(f"bouquet: finished  adapter {final}  seconds {time.time() - self.began:.0f}", flush=True)
 
     def rounds(self) -> model.Adapter:
-        """Every round from the first, or from where another run stopped; then one evaluation of the last aggregate."""
+        """Every round from the first, or from where another run stopped; then one evaluation of what is left: the last
+        aggregate, or the average of all.
+        """
         done, adapter, state = self.start()
         adapter = wire.rounded(adapter, self.config.wire_precision)
-        strategy = Strategy(self.config, state)
+        strategy, self.average = Strategy(self.config, state), ema.Average(self.config.ema_decay, state)
         for number in range(done + 1, self.config.rounds + 1):
             adapter = self.round(number, adapter, strategy)
-        self.last_evaluation(adapter)
-        return adapter
+        result = wire.rounded(self.average.result(adapter), self.config.wire_precision)
+        self.last_evaluation(result)
+        return result
 
     def start(self) -> tuple[int, model.Adapter, dict[str, Tensor]]:
         """(rounds already done, global adapter, server state): a fresh adapter, or what `start-from` or `resume` names.
@@ -121,10 +125,11 @@ class Run:
         """
         fresh = model.new_adapter(self.base, self.config)
         if self.config.start_from:
-            lora = formats.read_lora(self.folder.parent / self.config.start_from, self.family, self.base)
-            adapter, layers = lora_files.begun(lora.adapter, fresh), len(lora.adapter) // 2
+            read = formats.read_lora(self.folder.parent / self.config.start_from, self.family, self.base)
+            scales = lora.scales(fresh, self.config)
+            adapter, layers = lora_files.begun(read.adapter, fresh, scales), len(read.adapter) // 2
             model.check_adapter(adapter, fresh)
-            taken = f"{layers} of {len(fresh) // 2} layers, up to rank {lora.rank}; the rest anew"
+            taken = f"{layers} of {len(fresh) // 2} layers, up to rank {read.rank}; the rest anew"
             print(f"bouquet: starting from {self.config.start_from}  {taken}", flush=True)
             begun = Begun(self.config.start_from, model.adapter_hash(adapter))
             self.history = replace(self.history, started_from=begun)
@@ -134,7 +139,10 @@ class Run:
         source = volume.find_run(self.folder.parent, self.config.resume)
         done = volume.written_rounds(source)[-1]
         earlier = history.read(source / history.FILE)
-        now, then = ({name: run.config.get(name) for name in SAME} for run in (self.history, earlier))
+        usual = RunConfig()  # what a run of an older version did, which could not say it
+        now, then = (
+            {name: run.config.get(name, getattr(usual, name)) for name in SAME} for run in (self.history, earlier)
+        )
         same_base = self.is_same_base(earlier.base)
         if now != then or not same_base:
             changed = [name.replace("_", "-") for name in SAME if now[name] != then[name]]
@@ -189,6 +197,7 @@ class Run:
         weighed = self.weigh(replies)
         new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
         model.check_adapter(new, adapter)
+        self.average.take(new)
         self.note_validation(weighed)
         entry = Round(
             round=number,
@@ -199,9 +208,11 @@ class Run:
             sites={r.site: said_of(r) for r in weighed},
             adapters={r.site: model.adapter_hash(r.trained) for r in weighed},
             refused=tuple(refused),
+            average=model.adapter_hash(self.average.held) if self.config.ema_decay else "",
         )
         self.history = replace(self.history, rounds=(*self.history.rounds, entry))
-        volume.write_round(self.folder, number, new, self.config, self.family, records.told(entry), strategy.state())
+        state = strategy.state() | self.average.state()
+        volume.write_round(self.folder, number, new, self.config, self.family, records.told(entry), state)
         self.exchange.spool.clear()
         self.save()
         self.exchange.note(state="working", adapter=f"round-{number:04d}")

@@ -59,10 +59,10 @@ def write_round(
 
 
 def check_room(run: Path, adapter: Adapter, sites: int) -> None:
-    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, the sites'
-    replies, a little more.
+    """HUB-09 unless the volume has room for a round: the adapter twice, a server optimiser's two moments, the
+    average, the sites' replies, a little more.
     """
-    needed = (4 + sites) * sum(value.nbytes for value in adapter.values()) + 2**24
+    needed = (5 + sites) * sum(value.nbytes for value in adapter.values()) + 2**24
     if (free := shutil.disk_usage(run).free) < needed:
         raise no_room(run, f"{free >> 20} MiB free, {needed >> 20} MiB needed")
 

@@ -150,6 +150,8 @@ def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:
         if name in OWN:
             continue
         asked = getattr(config, NUMBERS[name])
+        if NUMBERS[name] == "lora_rank":  # rank-pattern gives layers other ones
+            asked = (max if name.startswith("max-") else min)((asked, *config.other_ranks.values()))
         if not (asked <= bound if name.startswith("max-") else asked >= bound):  # nan allows nothing
             raise _not_allowed(name[4:], asked, f"{name}={bound:g}")
 

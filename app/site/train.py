@@ -18,7 +18,7 @@ from app import families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
-from app.site import cache, diffusion, privacy, quantised, rate
+from app.site import cache, diffusion, optimisers, privacy, quantised, rate
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data, prior
 from app.site.photos.views import Plan
@@ -53,9 +53,12 @@ def halved(accelerator: Accelerator) -> bool:
 
 
 def load(base: Path, config: RunConfig, accelerator: Accelerator) -> tuple[diffusion.Objective, Net]:
-    """(what is learned, the net with a fresh adapter on the accelerator's device). Errors: CONFIG-05, MODEL-03."""
+    """(what is learned, the net with a fresh adapter on the accelerator's device). Errors: CONFIG-05, MODEL-03,
+    SITE-16.
+    """
     objective = diffusion.Objective.of(base)
     objective.family.check_run(config)
+    optimisers.check(config)
     net = model.load_net(base, torch.bfloat16 if halved(accelerator) else torch.float32)
     computes = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     quantised.quantise(net, config.base_precision, computes, accelerator.device)
@@ -213,8 +216,8 @@ def fit(
     number: int = 1,
     prior: cache.Encoded | None = None,
 ) -> float:
-    """AdamW on the adapter alone; the optimiser starts afresh each round (its moments belong to another adapter), and
-    its rate is where the run is in round `number` (rate.py).
+    """Steps of the adapter alone (optimisers.py); the optimiser starts afresh each round (its moments belong to another
+    adapter), and its rate is where the run is in round `number` (rate.py).
 
     Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is
     read at the end. proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020,
@@ -227,9 +230,7 @@ def fit(
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
     trained = [p for p in net.parameters() if p.requires_grad]
     arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
-    optimiser = torch.optim.AdamW(
-        trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda" or None
-    )
+    optimiser = optimisers.of(config, trained, device)
     # the net stays as it is: its precision is autocast's, and another round may come
     optimiser_ = accelerator.prepare(optimiser)
     batches, total = in_buckets(encoded.buckets, config.batch_size, generator), torch.zeros((), device=device)

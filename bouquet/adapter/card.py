@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from app import text
+from app import lora, text
 from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
@@ -111,7 +111,7 @@ def table(config: RunConfig, provenance: dict[str, Any], sites: int, family: Fam
         "rounds × local steps × batch": (
             f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}"
         ),
-        "LoRA": f"rank {config.lora_rank}, alpha {config.lora_rank}, {config.lora_targets} of the {part}",
+        "LoRA": f"{lora.told(config)}, {config.lora_targets} of the {part}",
         **({"trigger word": config.trigger_word} if config.trigger_word.strip() else {}),
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",

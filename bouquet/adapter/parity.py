@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from app import families, model
+from app import families, lora, model
 from app.adapter import formats, sample, store
 from app.adapter.lora_files import LoraFile
 from app.adapter.sample import Pipeline
@@ -117,7 +117,7 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
             gc.collect()
     with tempfile.TemporaryDirectory(prefix="bouquet-merged-") as scratch:
         merged = Path(scratch)
-        formats.merge(base, LoraFile(adapter, {}), merged)
+        formats.merge(base, LoraFile(lora.folded(adapter, config), {}), merged)
         yield Drawn("merged", "fp32", float(np.abs(drawn(stock(merged), config) - expected).mean() / effect))
 
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from app import families, model
 from app.config import RunConfig
 from app.families.base import Conditions, Family, stacked
-from app.site import diffusion, quantised
+from app.site import diffusion, optimisers, quantised
 from app.site.photos import views
 
 GIB = 2**30
@@ -84,7 +84,7 @@ def estimate(
     photos: those kept encoded, in RAM.
 
     own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers,
-          gradients and AdamW's two moments; 20 with proximal-mu
+          gradients and AdamW's two moments (another optimizer's: optimisers.KEPT); 20 with proximal-mu
             + photos·(4·views·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
     with aspect-buckets all of the largest shape.
     floor = own + what a forward pass leaves alive
@@ -107,7 +107,7 @@ def estimate(
         )
     )
     weights, adapter = _bytes(net.parameters()) + stored, _bytes(trained)
-    own = weights + adapter * (4 if config.proximal_mu else 3)
+    own = weights + adapter * (2 if config.proximal_mu else 1) + int(adapter / 4 * optimisers.KEPT[config.optimizer])
     kept, step = step_of(net, family, inputs(base, family, shape, config.batch_size), half=half)
     evaluation = forward_of(net.eval(), family, inputs(base, family, shape, evaluated), half=half)
     loading = 0 if on_gpu else weights + quantised.in_full(net)

@@ -275,8 +275,9 @@ class Preflight:
 
     def check_model(self) -> str:
         from app import model
-        from app.site import train
+        from app.site import optimisers, train
 
+        optimisers.check(self.own.config)
         self.base = base = model.locate(self.own.config.base_model, self.own.models)
         families.check(base).check_run(self.own.config)
         name, memory = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
