@@ -102,6 +102,21 @@ print(json.dumps(asked))
     assert "_cuda_getDeviceCount" in asked  # else the guard is no longer needed, and the test above shows nothing
 
 
+def test_a_library_that_starts_cuda_at_import_is_left_to_the_worker_that_needs_it(tmp_path):
+    """bitsandbytes, which peft imports wherever it is installed; here one that only asks."""
+    (tmp_path / "bitsandbytes.py").write_text("import torch\ntorch._C._cuda_init()\n")
+    [[before, after]] = run(f"""{PRELUDE}
+sys.path.insert(0, {str(tmp_path)!r})
+{AS_CUDA}
+from bouquet.flower import libraries
+import peft
+before = list(asked)
+import bitsandbytes
+print(json.dumps([before, asked]))
+""")
+    assert (before, after) == ([], ["_cuda_init"])
+
+
 def test_a_server_whose_children_could_not_use_the_gpu_does_not_start():
     [said] = run(f"""{PRELUDE}
 import torch

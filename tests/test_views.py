@@ -186,7 +186,8 @@ def encoded(counts: list[int], each: int = 1) -> cache.Encoded:
     texts = [{"text": torch.zeros(24, 16)} for _ in range(total + 1)]
     bounds = each * torch.arange(total + 1) if each > 1 else None
     sizes = torch.arange(each * total)[:, None].expand(-1, 6)
-    return cache.Encoded(rows, texts, torch.arange(total) + 1, sizes, [f"photo {n}" for n in range(total)], bounds)
+    keys = [f"photo {n}" for n in range(total)]
+    return cache.Encoded(rows, texts, torch.arange(total) + 1, sizes, keys, bounds=bounds)
 
 
 @pytest.mark.parametrize("counts", [[5, 1], [9, 3, 2], [1, 1, 1]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,17 @@ LIBRARIES = [
     "diffusers.schedulers.scheduling_ddpm",
     "flwr.supernode.cli.flwr_clientapp",
 ]
+ASKS = "bitsandbytes"  # starts CUDA when it is imported, which peft does wherever it is installed
+
+
+@contextmanager
+def without(library: str) -> Iterator[None]:
+    """While others are imported that one is not there for them; whoever needs it afterwards, in a worker, has it."""
+    sys.modules[library] = None  # type: ignore[assignment]  # what Python has for a module that there is not
+    try:
+        yield
+    finally:
+        del sys.modules[library]
 
 
 @contextmanager
@@ -69,7 +81,7 @@ def fork_is_bad() -> bool:
     return bool(os.waitpid(child, 0)[1])
 
 
-with gpu_asked_by_nvml():
+with gpu_asked_by_nvml(), without(ASKS):
     for library in LIBRARIES:
         importlib.import_module(library)
 if fork_is_bad():
