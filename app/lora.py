@@ -24,7 +24,7 @@ PLAIN = {"lora-alpha": 0.0, "lora-scaling": "plain", "rank-pattern": ""}  # alph
 
 def plain(config: RunConfig) -> RunConfig:
     """The run's config, but that alpha is the rank."""
-    return replace(config, **{key.replace("-", "_"): value for key, value in PLAIN.items()})
+    return replace(config, lora_alpha=0.0, lora_scaling="plain", rank_pattern="")
 
 
 def ranks(modules: Iterable[str], family: Family, config: RunConfig) -> dict[str, int]:

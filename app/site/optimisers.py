@@ -49,9 +49,11 @@ def of(config: RunConfig, trained: Iterable[torch.nn.Parameter], device: torch.d
         case "adamw-8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(trained, **how)
+            made: torch.optim.Optimizer = AdamW8bit(trained, **how)
+            return made
         case "adafactor":
             from transformers.optimization import Adafactor
 
-            return Adafactor(trained, **how, scale_parameter=False, relative_step=False, warmup_init=False)
+            how |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            return Adafactor(trained, **how)  # type: ignore[no-untyped-call]
     return torch.optim.AdamW(trained, **how, fused=device.type == "cuda" or None)
