@@ -159,15 +159,16 @@ def adapter_is_whole(evidence: Evidence) -> Iterator[str]:
     if not folders:
         return
     settings = json.loads((evidence.run / folders[-1] / "adapter_config.json").read_text())
-    rank, targets = history["config"]["lora_rank"], TARGETS[history["config"]["lora_targets"]]
+    base, rank = evidence.models / history["config"]["base_model"], history["config"]["lora_rank"]
+    # a transformer's layers have each family's names: the file's own are taken, and must be there
+    unet = part_of(base) == "unet"
+    targets = TARGETS[history["config"]["lora_targets"]] if unet else set(settings["target_modules"])
     alpha = history["config"].get("lora_alpha") or rank
     if (settings["r"], settings["lora_alpha"], set(settings["target_modules"])) != (rank, alpha, targets):
         yield "adapter_config.json is not what the run was asked for"
     yield from misfits(
         evidence.adapter(folders[-1]),
-        fresh(
-            evidence.models / history["config"]["base_model"], rank, targets, history["config"].get("rank_pattern", "")
-        ),
+        fresh(base, rank, targets, history["config"].get("rank_pattern", "")),
     )
     if folders[-1] == "final":
         yield from _result(evidence, history)
@@ -199,19 +200,26 @@ def _result(evidence: Evidence, history: dict[str, Any]) -> Iterator[str]:
 
 
 def fresh(base: Path, rank: int, targets: set[str], pattern: str = "") -> Adapter:
-    """An adapter of that rank, or those of the pattern, on these layers of a base model's UNet: names, shapes and
-    types, without contents.
+    """An adapter of that rank, or those of the pattern, on these layers of a base model's net: names, shapes and types,
+    without contents.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
+    file = base / part_of(base) / "config.json"
+    settings = json.loads(file.read_text())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(base / "unet")))
-        settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets))
+        net = getattr(diffusers, settings["_class_name"]).from_config(settings)
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(targets))
         pairs = [part.strip().split("=") for part in pattern.split(",") if part]
-        settings.rank_pattern = {rf"(?:.*\.)?{re.escape(words)}(?:\..*)?": int(other) for words, other in pairs}
-        inject_adapter_in_model(settings, unet)
-    return dict(get_peft_model_state_dict(unet))
+        lora.rank_pattern = {rf"(?:.*\.)?{re.escape(words)}(?:\..*)?": int(other) for words, other in pairs}
+        inject_adapter_in_model(lora, net)
+    return dict(get_peft_model_state_dict(net))
+
+
+def part_of(base: Path) -> str:
+    """The folder of the net that is trained."""
+    return next(part for part in ("unet", "transformer") if (base / part).is_dir())
 
 
 def digest(adapter: Adapter) -> str:

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app import model
-from app.families import sd
+from app.config import RunConfig
+from app.families import of, sd
 from app.hub import volume
 from app.site import journal
 from benchmarks import check
-from tests.kit import tiny
+from tests.kit import families, tiny
 from tests.kit.memory import Federation, spoil_from
 
 
@@ -78,6 +79,12 @@ def test_its_hash_and_its_fresh_adapter_are_the_apps_which_it_does_not_import(ro
     fresh = check.fresh(tiny.base(), tiny.CONFIG.lora_rank, check.TARGETS[tiny.CONFIG.lora_targets])
     assert {name: (value.shape, value.dtype) for name, value in fresh.items()} == {
         name: (value.shape, value.dtype) for name, value in tiny.fresh().items()
+    }
+    flux = families.base("flux")
+    config = RunConfig.read({"lora-rank": 3, "lora-targets": "attention"})
+    flows = check.fresh(flux, 3, set(of(flux).targets["attention"]))
+    assert {name: value.shape for name, value in flows.items()} == {
+        name: value.shape for name, value in model.new_adapter(flux, config).items()
     }
     assert {name: set(layers) for name, layers in sd.FAMILY.targets.items()} == check.TARGETS
     done = subprocess.run(
