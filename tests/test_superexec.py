@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
@@ -172,10 +172,9 @@ def after(workers, seconds={patient}):
         assert time.monotonic() < end
         time.sleep(0.01)
 
-if __name__ == "__main__":
-    superexec.work = work
-    workers = superexec.Workers(superexec.server(), keep=float(sys.argv[1]))
-    for order in sys.argv[2:]:
+def play(server, keep, orders):
+    workers = superexec.Workers(server, keep)
+    for order in orders:
         if order == "wait":
             after(workers)
         elif order == "later":
@@ -187,35 +186,55 @@ if __name__ == "__main__":
             workers.run, _, what = order.partition(":")
             workers.start([what])
     after(workers)
+    for worker in list(workers.alive):
+        workers._end(worker)
+
+if __name__ == "__main__":
+    superexec.work, server = work, superexec.server()
+    for line in sys.stdin:
+        open({out!r}, "w").close()
+        play(server, *json.loads(line))
+        print("played", flush=True)
 """
+Took = Callable[..., list[tuple[str, int]]]
 
 
-def took(tmp_path: Path, *orders: str, keep: float = 300) -> list[tuple[str, int]]:
-    """(message, a number that stands for the process that took it) in the order in which they ended; or (alive, how
-    many wait).
+@pytest.fixture(scope="module")
+def took(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Took]:
+    """What a SuperExec's workers do with orders, from one fork server: (message, a number that stands for the process
+    that took it) in the order in which they ended; or (alive, how many wait).
     """
-    out, driver = tmp_path / "out", tmp_path / "driver.py"
+    folder = tmp_path_factory.mktemp("workers")
+    out, driver = folder / "out", folder / "driver.py"
     driver.write_text(DRIVER.format(docker=str(ROOT), out=str(out), patient=PATIENT))
-    subprocess.run([sys.executable, driver, str(keep), *orders], check=True, timeout=PATIENT)
-    pids: dict[str, int] = {}
-    lines = [line.split() for line in out.read_text().splitlines()]
-    return [(what, int(who) if what == "alive" else pids.setdefault(who, len(pids) + 1)) for what, who in lines]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, driver], **pipes) as process:
+
+        def play(*orders: str, keep: float = 300) -> list[tuple[str, int]]:
+            print(json.dumps([keep, orders]), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "played\n"
+            pids: dict[str, int] = {}
+            lines = [line.split() for line in out.read_text().splitlines()]
+            return [(what, int(who) if what == "alive" else pids.setdefault(who, len(pids) + 1)) for what, who in lines]
+
+        yield play
+        process.stdin.close()
 
 
-def test_the_messages_of_a_run_go_to_one_process(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "7:b", "wait", "7:c") == [("a", 1), ("b", 1), ("c", 1)]
+def test_the_messages_of_a_run_go_to_one_process(took):
+    assert took("7:a", "wait", "7:b", "wait", "7:c") == [("a", 1), ("b", 1), ("c", 1)]
 
 
-def test_another_run_gets_a_process_of_its_own_and_ends_the_idle_one(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "8:b", "wait", "alive", "7:c") == [("a", 1), ("b", 2), ("alive", 1), ("c", 3)]
+def test_another_run_gets_a_process_of_its_own_and_ends_the_idle_one(took):
+    assert took("7:a", "wait", "8:b", "wait", "alive", "7:c") == [("a", 1), ("b", 2), ("alive", 1), ("c", 3)]
 
 
-def test_a_busy_worker_of_another_run_finishes_its_message(tmp_path):
-    assert took(tmp_path, "7:slow", "8:b", "wait") == [("b", 1), ("slow", 2)]
+def test_a_busy_worker_of_another_run_finishes_its_message(took):
+    assert took("7:slow", "8:b", "wait") == [("b", 1), ("slow", 2)]
 
 
-def test_a_worker_that_keeps_nothing_ends(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "7:last", "wait", "alive", "7:b") == [
+def test_a_worker_that_keeps_nothing_ends(took):
+    assert took("7:a", "wait", "7:last", "wait", "alive", "7:b") == [
         ("a", 1),
         ("last", 1),
         ("alive", 0),
@@ -223,12 +242,12 @@ def test_a_worker_that_keeps_nothing_ends(tmp_path):
     ]
 
 
-def test_a_worker_that_died_is_followed_by_a_fresh_one(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "7:dies", "wait", "7:b") == [("a", 1), ("b", 2)]
+def test_a_worker_that_died_is_followed_by_a_fresh_one(took):
+    assert took("7:a", "wait", "7:dies", "wait", "7:b") == [("a", 1), ("b", 2)]
 
 
-def test_a_worker_that_waited_too_long_ends(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "alive", "later", "alive", "7:b", keep=1) == [
+def test_a_worker_that_waited_too_long_ends(took):
+    assert took("7:a", "wait", "alive", "later", "alive", "7:b", keep=1) == [
         ("a", 1),
         ("alive", 1),
         ("alive", 0),
@@ -236,8 +255,8 @@ def test_a_worker_that_waited_too_long_ends(tmp_path):
     ]
 
 
-def test_with_nothing_to_keep_every_message_has_a_process_of_its_own(tmp_path):
-    assert took(tmp_path, "7:a", "wait", "7:b", keep=0) == [("a", 1), ("b", 2)]
+def test_with_nothing_to_keep_every_message_has_a_process_of_its_own(took):
+    assert took("7:a", "wait", "7:b", keep=0) == [("a", 1), ("b", 2)]
 
 
 def test_a_process_that_has_a_parent_to_watch_watches_it_once():
