@@ -61,6 +61,7 @@ HEADLINES = {
     "TRUST-08": "The bundle was signed in the future, by the site's clock.",
     "TRUST-09": "The site's memory of what ran there cannot be used.",
     "TRUST-10": "The site has answered as much as it allows in a week.",
+    "TRUST-14": "This site cannot hide its update: {why}.",
     "GPU-01": "NVIDIA's driver cannot be reached.",
     "GPU-02": "The pinned GPU is not visible here.",
     "GPU-03": "More than the pinned GPU is visible here.",
@@ -87,6 +88,7 @@ HEADLINES = {
     "HUB-07": "Another site has the same name.",
     "HUB-08": "That run cannot go on: {why}.",
     "HUB-09": "The shared volume has no room for another round.",
+    "HUB-11": "The sum of the sites' updates cannot be used: {why}.",
     # admitting a site, and its join kit
     "JOIN-01": "The hub has no address for sites.",
     "JOIN-02": "That is no site's public key.",

@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -187,6 +187,12 @@ class RunConfig:
     norm_bound: float = _key(
         5.0, "", "refuse an update longer than this many median updates; 0 is off", low=0.0, high=1e6
     )
+    secrecy: str = _key(
+        "none", "", "masks: the hub sees the mean of the sites' updates, and none of them", choices=("none", "masks")
+    )
+    update_clip: float = _key(
+        16.0, "", "with masks: a site shortens an update that is longer than this", low=1e-3, high=1e4
+    )
     largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
     strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
     server_learning_rate: float = _key(
@@ -259,6 +265,11 @@ class RunConfig:
             raise _wrong("keep-tokens", config.keep_tokens, "caption-shuffle=true with it, or 0")
         if config.start_from and config.resume:
             raise _wrong("start-from", config.start_from, "either start-from or resume")
+        if config.secrecy == "masks":
+            for name, fits, expected in WITH_MASKS:
+                if not fits(value := getattr(config, name)):
+                    why = "with secrecy=masks, where the hub sees no site's adapter"
+                    raise _wrong(name.replace("_", "-"), value, f"{expected} {why}")
         if len(config.prompts) > MOST_PROMPTS or any(len(prompt) > LONGEST_PROMPT for prompt in config.prompts):
             most = f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters each"
             raise _wrong("sample-prompts", config.sample_prompts, most)
@@ -278,6 +289,16 @@ class RunConfig:
 def _is_rank_pattern(value: str) -> bool:
     parts = [re.fullmatch(r" *([\w.]+)=([0-9]{1,3}) *", part) for part in value.split(",")]
     return all(part and 1 <= int(part[2]) <= MOST_RANK for part in parts)
+
+
+WITH_MASKS: tuple[
+    tuple[str, Callable[[Any], bool], str], ...
+] = (  # what a run whose sites hide their updates has to be
+    ("min_sites", lambda sites: sites >= 3, "3 or more"),
+    ("strategy", lambda name: name in STRATEGIES[:3], "fedavg, fedavgm or fedadam"),
+    ("norm_bound", lambda bound: bound == 0, "0, as update-clip bounds each update,"),
+    ("wire_precision", lambda precision: precision == "fp32", "fp32"),
+)
 
 
 def _wrong(name: str, value: Any, expected: str) -> ConfigError:

@@ -60,6 +60,14 @@ def sane(metrics: Mapping[str, Any]) -> tuple[dict[str, int | float], int]:
     return kept, len(metrics) - len(kept)
 
 
+def most_images(others: int, largest_share: float) -> int:
+    """Images that a site may count for beside `others` of all other sites, to be `largest_share` of all at most.
+
+    largest_share is at least a half, so that one site can exceed it and no two.
+    """
+    return 10**9 if largest_share >= 1 else max(1, int(largest_share / (1 - largest_share) * others + 1e-9))
+
+
 def bounded(site: str, claimed: float, counted: float, bound: str) -> str:
     """A sentence about a site that says it has more images than it counts for."""
     why = {ADMITTED: "it was admitted with no more", SHARE: "one site may weigh no more (largest-share)"}

@@ -253,7 +253,7 @@ def misfits(adapter: Adapter, like: Adapter) -> Iterator[str]:
 
 def means(evidence: Evidence) -> Iterator[str]:
     """Each round is the mean of adapters that the sites really sent in it, from the adapter that the hub sent, by their
-    images.
+    images; where the sites hid them, it is their sum.
     """
     history = evidence.history()
     runs = {history["run"], *_earlier(evidence.volume, history)}
@@ -271,12 +271,35 @@ def means(evidence: Evidence) -> Iterator[str]:
             if digest(adapter) != sent:
                 yield f"round {entry['round']}: {site}'s copy of {sent[:12]} is another adapter"
             accepted.append((weight, adapter))
-        if history["config"]["strategy"] == "fedavg" and len(accepted) == len(entry["adapters"]):
+        if len(accepted) < len(entry["adapters"]) or history["config"]["strategy"] != "fedavg":
+            continue
+        if history["config"].get("secrecy") == "masks":
+            yield from hidden_mean(evidence, entry, [sent["masked"].numpy() for _, sent in accepted])
+        else:
             if digest(mean(accepted)) != entry["adapter"]:
                 yield f"round {entry['round']} is not the mean of the accepted replies"
             folder = evidence.run / f"round-{entry['round']:04d}"
             if folder.exists() and (far := farthest(evidence.adapter(folder.name), accepted)) > CLOSE:
                 yield f"round {entry['round']} is {far:.1e} away from the mean in float64"
+
+
+def hidden_mean(evidence: Evidence, entry: dict[str, Any], sent: list[np.ndarray]) -> Iterator[str]:
+    """Whether a round moved by the sum of what the sites hid, modulo 2^32; of the first one nobody kept where it began.
+
+    A whole number is worth 2^-30 of the clip, and each site has weighed its update itself.
+    """
+    before, after = (evidence.run / f"round-{entry['round'] - back:04d}" for back in (1, 0))
+    if not before.exists() or not after.exists():
+        return
+    total = np.add.reduce([numbers.astype(np.int64) for numbers in sent]) % 2**32
+    mean = np.where(total < 2**31, total, total - 2**32) * (evidence.history()["config"]["update_clip"] / 2**30)
+    one, other = (
+        torch.cat([value.flatten().double() for _, value in sorted(evidence.adapter(folder.name).items())]).numpy()
+        for folder in (before, after)
+    )
+    if len(mean) != len(one) or (far := np.abs(other - one - mean).max()) > CLOSE:
+        how = "of another size" if len(mean) != len(one) else f"{far:.1e} away"
+        yield f"round {entry['round']} did not move by the sum of what the sites hid: {how}"
 
 
 def _earlier(volume: Path, history: dict[str, Any]) -> Iterator[str]:

@@ -273,7 +273,7 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
     hub.sites, hub.models, hub.home = {"garden": odd}, odd / "models", odd / "home"
     hub.certs, hub.trusted = odd / "certs", odd / "trusted.yaml"
     hub.start_site("garden")
-    for name, value in ({"SITE_LIMITS": "min-photos=4"} | hub.site_env).items():
+    for name, value in ({"SITE_LIMITS": "min-photos=4", "SITE_PEERS": "rose=SHA256:a+/b"} | hub.site_env).items():
         monkeypatch.setenv(name, value)
     # as bouquet/flower/supernode.py does
     given = dict(os.path.expandvars(part).split("=", 1) for part in map(str, told) if part.startswith("--"))
@@ -284,7 +284,8 @@ def test_a_site_finds_folders_whose_names_would_mean_something_else(hub, monkeyp
     assert given["--trusted-entities"] == f"{odd}/trusted.yaml"
     assert parse_config_args([given["--node-config"]]) == {
         "site-name": "garden", "data-path": str(odd), "models-path": f"{odd}/models",
-        "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4",
+        "cache-path": f"{odd}/home/cache/garden", "limits": "min-photos=4", "peers": "rose=SHA256:a+/b",
+        "key-path": f"{odd}/certs/garden.key",
     }  # fmt: skip
 
 

@@ -173,6 +173,21 @@ def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench:
     assert in_use(bench) < 1024 * 1024
 
 
+def test_three_sites_hide_their_updates_from_the_hub_and_begin_again_without_one_that_is_killed(bench: Bench) -> None:
+    """Through a real SuperLink, with the sites' own admitted keys; the checker finds the sum in what they sent."""
+    bench.all_online()
+    run = bench.start_run(RUN | {"secrecy": "masks", "norm-bound": 0.0, "round-timeout": 60})
+    bench.mid_round(run, 2)
+    os.kill(bench.child("site-3", "flwr-clientapp"), signal.SIGTERM)
+    assert bench.wait_for_end(run) == "finished:completed", bench.said(run)
+    assert check.check(bench.evidence(run)) == []
+    rounds = check.Evidence(bench.adapters / run, bench.caches, ROOT / "models").history()["rounds"]
+    assert [sorted(entry["sites"]) for entry in rounds] == [sorted(bench.sites)] * 3
+    for site, cache in bench.caches.items():
+        for entry in rounds:
+            assert list(load_file(cache / "sent" / f"{entry['adapters'][site]}.safetensors")) == ["masked"]
+
+
 def kept(bench: Bench) -> int:
     """Messages and their parts in the SuperLink's database."""
     with contextlib.closing(sqlite3.connect(bench.home / "state" / "superlink.db", timeout=30)) as database:

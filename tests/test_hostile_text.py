@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import model, records, text, wire
 from app.errors import BouquetError
-from app.hub import exchange, server_app
+from app.hub import bounds, exchange, server_app
 from benchmarks.speed.hub import StubGrid, adapter_of_size
 from bouquet.adapter import card
 from bouquet.hub import adapters, admission, control, roster
@@ -358,8 +358,8 @@ def test_a_hostile_name_from_the_superlink_is_harmless_on_the_way_in(tmp_path, m
 
 def fetch(contents: dict[str, bytes], most: int = 1000) -> dict[str, bytes]:
     """What Flower's Grid gets of a reply of these objects."""
-    exchange.bound_replies(most, 2.0**40)
-    return exchange.http_grid.pull_objects(object_ids=list(contents), pull_object_fn=contents.get)
+    bounds.bound_replies(most, 2.0**40)
+    return bounds.http_grid.pull_objects(object_ids=list(contents), pull_object_fn=contents.get)
 
 
 def test_a_reply_is_fetched_up_to_its_bound_and_with_one_array():

@@ -40,11 +40,13 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"sdxl", "sd3", "qwen"},
     {"families", "lora"},
     {"model", "diffusion", "lora_names", "quantised"},
+    {"masks"},
     {"cache", "wire", "journal", "privacy", "prior", "rate", "optimisers", "lora_files", "store"},
-    {"train", "guard", "ema", "volume", "sample"},
-    {"formats", "spool", "gallery", "tracking"},
+    {"train", "guard", "ema", "volume", "sample", "secrecy"},
+    {"formats", "bounds", "spool", "gallery", "tracking"},
     {"strategy"},
     {"exchange"},
+    {"sums"},
     {"client_app", "server_app"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -112,7 +114,7 @@ def test_a_module_imports_only_from_lower_layers(path):
 
 def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
     users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
-    assert users == {"client_app", "server_app", "exchange", "guard", "strategy", "wire"}
+    assert users == {"client_app", "server_app", "exchange", "bounds", "guard", "strategy", "wire"}
 
 
 SOON = (  # what only reads settings and folders

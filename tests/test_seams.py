@@ -325,7 +325,7 @@ def reaches(file: Path) -> list[str]:
 def test_nothing_but_take_puts_something_into_flower():
     files = [*(ROOT / "bouquet").rglob("*.py"), *(ROOT / "app").rglob("*.py")]
     found = {file.name: names for file in files if (names := reaches(file))}
-    assert found == {"wire.py": ["Array.inflate"], "exchange.py": ["http_grid.pull_objects"]}
+    assert found == {"wire.py": ["Array.inflate"], "bounds.py": ["http_grid.pull_objects"]}
 
 
 def test_a_dead_threads_hook_is_ours_for_a_thread_that_is_made_afterwards(monkeypatch):

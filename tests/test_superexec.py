@@ -279,14 +279,14 @@ def test_what_a_message_holds_is_looked_for_sooner_than_a_second_later_by_site_a
     from flwr.supercore.inflatable import inflatable_utils
     from flwr.superlink.grid import http_grid
 
-    from app.hub import exchange
+    from app.hub import bounds
 
     [soon] = run(PRELUDE + "print(json.dumps(superexec.SOON))")
     assert soon.keys() <= inspect.signature(inflatable_utils.pull_and_inflate_object_from_tree).parameters.keys()
     assert soon["initial_backoff"] < 0.1
     tries, waited = [], []
     monkeypatch.setattr(http_grid, "pull_objects", None)
-    exchange.bound_replies(2**20, time.time() + 60)
+    bounds.bound_replies(2**20, time.time() + 60)
 
     def pull(name: str) -> bytes:
         tries.append(time.monotonic())
@@ -296,4 +296,4 @@ def test_what_a_message_holds_is_looked_for_sooner_than_a_second_later_by_site_a
 
     assert http_grid.pull_objects(["a"], pull) == {"a": b"x"}
     waited = [later - sooner for sooner, later in zip(tries, tries[1:], strict=False)]
-    assert exchange.POLL / 20 < waited[0] < waited[1] < 0.9, waited
+    assert bounds.FIRST / 2 < waited[0] < waited[1] < 0.9, waited

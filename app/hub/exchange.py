@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from typing import Any
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
-from flwr.superlink.grid import http_grid
 
 from app import model, text, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError, public
 from app.hub import guard, history
+from app.hub.bounds import bound_replies, unreadable
 from app.hub.history import STATUS, Refused, Status
 from app.hub.spool import Spool
 
@@ -40,46 +38,6 @@ LONGEST_SILENCE = 320.0  # seconds between two words, each silence being twice t
 REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects' frames
 
 
-def bound_replies(most: int, end: float) -> None:
-    """From now on a reply that Flower's Grid fetches is at most `most` bytes and one array, and is waited for until
-    `end`.
-
-    A reply is there before what is in it; Flower looks again after 1 s, 2 s, … up to 10, for two hours at most.
-    Errors (of Grid.pull_messages): HUB-05.
-    """
-
-    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-        left, lock = most, threading.Lock()
-
-        def counted(object_id: str) -> bytes:
-            nonlocal left
-            content = pull_object_fn(object_id)
-            with lock:
-                left -= len(content)
-            if left < 0:
-                raise _unreadable("it is too large", f"more than {most} bytes")
-            return content
-
-        found = pull_objects(
-            object_ids,
-            counted,
-            initial_backoff=POLL / 10,
-            backoff_cap=1.0,
-            max_tries_per_object=None,
-            max_time=max(1.0, end - time.time()),
-        )
-        if (arrays := sum(content.startswith(b"Array ") for content in found.values())) > 1:
-            raise _unreadable("it has more than one array", f"{arrays} arrays")
-        return found
-
-    http_grid.pull_objects = pull  # type: ignore[attr-defined, assignment]
-
-
-def _unreadable(why: str, found: object) -> HubError:
-    fix = "update that site to the hub's version"
-    return HubError("HUB-05", why=why, found=text.line(found), fix=fix)
-
-
 def _listed(parts: Iterable[str], between: str = ", ") -> str:
     """The first of them, and how many more there are."""
     parts = list(parts)
@@ -91,11 +49,18 @@ class Exchange:
     """A run's conversation with its sites."""
 
     def __init__(
-        self, grid: Grid, config: RunConfig, base_fingerprint: str, folder: Path, admitted: Iterable[str] = ()
+        self,
+        grid: Grid,
+        config: RunConfig,
+        base_fingerprint: str,
+        folder: Path,
+        admitted: Iterable[str] = (),
+        bounds: Mapping[str, int] = {},
     ) -> None:
-        """admitted: names of the sites that may come, where the hub knows them."""
+        """admitted: names of the sites that may come, where the hub knows them; bounds: the images of some."""
         self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / STATUS
-        self.admitted = sorted(admitted)
+        self.admitted, self.bounds = sorted(admitted), bounds
+        self.summed: list[guard.Reply] = []  # one in place of a round's, where the sites hide theirs (sums.py)
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
         self.lasted: dict[int, float] = {}  # node id -> seconds from its last message to its reply
@@ -109,9 +74,7 @@ class Exchange:
         all_refused = []
         for attempt in range(self.config.round_retries + 1):
             start = time.monotonic()
-            replies, refused = self.send("train", number, adapter, attempt)
-            kept, long = guard.guard_norms(replies, self.norms, self.config.norm_bound)
-            refused += [self._refuse(reply.site, reason) for reply, reason in long]
+            kept, refused = self.attempt(number, adapter, attempt)
             all_refused += refused
             if len(kept) >= self.config.min_sites:
                 self.took.append(time.monotonic() - start)
@@ -124,6 +87,12 @@ class Exchange:
                 print(f"bouquet: round {number} again  {len(kept)} of {self.config.min_sites} needed", flush=True)
         raise self._too_few(number, len(kept), refused)
 
+    def attempt(self, number: int, adapter: model.Adapter, attempt: int) -> tuple[list[guard.Reply], list[Refused]]:
+        """One try of a round: the replies that hold."""
+        replies, refused = self.send("train", number, adapter, attempt)
+        kept, long = guard.guard_norms(replies, self.norms, self.config.norm_bound)
+        return kept, refused + [self._refuse(reply.site, reason) for reply, reason in long]
+
     def last(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[Refused]]:
         """What the sites say of the result. Errors: HUB-01, HUB-02."""
         replies, refused = self.send("evaluate", number, adapter)
@@ -132,14 +101,28 @@ class Exchange:
         return replies, refused
 
     def send(
-        self, kind: str, number: int, adapter: model.Adapter, attempt: int = 0
+        self,
+        kind: str,
+        number: int,
+        adapter: model.Adapter,
+        attempt: int = 0,
+        *,
+        nodes: list[int] | None = None,
+        order: Mapping[str, Any] = {},
+        accept: Callable[[Message, int], guard.Reply] | None = None,
     ) -> tuple[list[guard.Reply], list[Refused]]:
-        """One try: every site that is there gets one message; who has not answered by the deadline is refused."""
-        nodes, sent, timeout = self.wait_for_sites(), model.adapter_hash(adapter), self.deadline()
+        """One try: every site that is there gets one message; who has not answered by the deadline is refused.
+
+        nodes: these sites alone; order: what the message says besides; accept: what takes a reply, in place of ours.
+        A query has no adapter.
+        """
+        nodes = self.wait_for_sites() if nodes is None else nodes
+        sent, timeout = model.adapter_hash(adapter), self.deadline()
         arrays = wire.pack(adapter, self.config.wire_precision)
-        content = RecordDict(
-            {"arrays": arrays, "config": ConfigRecord({"round": number, "base-fingerprint": self.base})}
-        )
+        content = RecordDict({"config": ConfigRecord({"round": number, "base-fingerprint": self.base, **order})})
+        if kind != "query":
+            content["arrays"] = arrays
+        waits_for = "train" if kind == "query" else kind  # it is a round's first half
         messages = [
             Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes
         ]
@@ -154,7 +137,13 @@ class Exchange:
         refused = [self._refuse(self.name(node), public("HUB-03", why=UNSENT)) for node in untaken]
         began = time.time()
         self.note(
-            state="waiting", kind=kind, round=number, attempt=attempt, since=began, deadline=end, refused=tuple(refused)
+            state="waiting",
+            kind=waits_for,
+            round=number,
+            attempt=attempt,
+            since=began,
+            deadline=end,
+            refused=tuple(refused),
         )
         self._note_who(replies, missing.values())
         late, word, silence = False, began + FIRST_WORD, FIRST_WORD
@@ -166,7 +155,10 @@ class Exchange:
                 try:
                     if (message := self._pull(message_id)) is None:
                         continue
-                    reply = self._accept(message, node, adapter, sent, training=kind == "train")
+                    if accept:
+                        reply = accept(message, node)
+                    else:
+                        reply = self.accept(message, node, adapter, sent, training=kind == "train")
                     if reply.site in {other.site for other in replies}:
                         raise HubError(
                             "HUB-07",
@@ -179,12 +171,13 @@ class Exchange:
                     replies.append(
                         replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply
                     )
-                    self.lasted[node] = time.time() - began
+                    if kind != "query":
+                        self.lasted[node] = time.time() - began
                 del missing[message_id]
                 self._note_who(replies, missing.values())
             if missing and not late:
                 if time.time() >= word:
-                    self._tell_of_wait(kind, number, time.time() - began, len(replies), missing.values())
+                    self._tell_of_wait(waits_for, number, time.time() - began, len(replies), missing.values())
                     word, silence = time.time() + silence, min(2 * silence, LONGEST_SILENCE)
                 time.sleep(max(POLL, time.monotonic() - look))
         reason = public("HUB-03", why=f"within {timeout:.0f} s")
@@ -192,15 +185,24 @@ class Exchange:
         self.note(state="working", refused=tuple(refused))
         return sorted(replies, key=lambda reply: reply.site), refused
 
-    def _accept(self, message: Message, node: int, adapter: model.Adapter, sent: str, *, training: bool) -> guard.Reply:
+    def accept(
+        self,
+        message: Message,
+        node: int,
+        adapter: model.Adapter,
+        sent: str,
+        *,
+        training: bool,
+        like: model.Adapter | None = None,
+    ) -> guard.Reply:
         """The node's reply. Errors: guard.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
-        site, precision = "" if self.by_own_name else self.name(node), self.config.wire_precision
+        site, precision = self.site_of(node), self.config.wire_precision
         try:
-            reply = guard.accept(message, adapter, sent, training=training, site=site, precision=precision)
+            reply = guard.accept(message, adapter, sent, training=training, site=site, precision=precision, like=like)
         except BouquetError:
             raise
         except Exception as error:
-            raise _unreadable(type(error).__name__, error) from None
+            raise unreadable(type(error).__name__, error) from None
         if reply.left_out:
             what = "numbers that no site of this version sends, or that cannot be true"
             self.say(f"bouquet: left out  {reply.site}: {what}", f": {reply.left_out}")
@@ -256,6 +258,10 @@ class Exchange:
         """The name a node was registered under, else its number."""
         return self.registered.get(node) or f"node {node}"
 
+    def site_of(self, node: int) -> str:
+        """The name that a node's replies go by; "" for the one that it gives itself."""
+        return "" if self.by_own_name else self.name(node)
+
     @property
     def by_own_name(self) -> bool:
         """Whether a site goes by the name it gives itself: only where the hub has no names, as in a simulation."""
@@ -283,7 +289,7 @@ class Exchange:
         except (httpx.HTTPError, BouquetError):
             raise
         except Exception as error:  # a site chooses the bytes, and Flower's readers fail on them in as many ways
-            raise _unreadable(type(error).__name__, error) from None
+            raise unreadable(type(error).__name__, error) from None
 
     def say(self, line: str, more: str = "") -> None:
         """A line on the run's output, once a run whatever `more` is by then."""

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
 
-from app import metrics, text
+from app import masks, metrics, text
 from app.errors import AdapterError, HubError, public
 from app.model import Adapter, check_adapter
 from app.wire import unpack
@@ -34,6 +34,7 @@ class Reply:
     """A site's valid reply: its adapter (None after an evaluation), the images it counts for, its numbers, its length.
 
     left_out: how many of its numbers were not kept. bound: why it counts for fewer images than it says, or "".
+    offer: what a site says before it hides its update (app/masks.py), else "".
     """
 
     site: str
@@ -44,6 +45,7 @@ class Reply:
     gpu: str = ""
     left_out: int = 0
     bound: str = ""
+    offer: str = ""
 
     @property
     def trained(self) -> Mapping[str, torch.Tensor]:
@@ -53,29 +55,21 @@ class Reply:
 
 
 def accept(
-    message: Message, sent: Adapter, sent_hash: str, *, training: bool, site: str = "", precision: str = "fp32"
+    message: Message,
+    sent: Adapter,
+    sent_hash: str,
+    *,
+    training: bool,
+    site: str = "",
+    precision: str = "fp32",
+    like: Adapter | None = None,
 ) -> Reply:
     """The reply, under the name `site` that the hub registered, else under its own.
 
+    like: what it has to look like where that is not an adapter like `sent`; then it has no length that says anything.
     Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
     """
-    if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
-        raise HubError(
-            "TRUST-01",
-            why=UNTRUSTED.get((message.error.reason or "")[:8], "no publisher that it pins has signed this bundle"),
-            found="Flower's error 7, the bundle could not be verified",
-            fix=(
-                "sign the checkout (bouquet hub sign, or --again) and run again; a site pins publishers in its"
-                " trusted.yaml"
-            ),
-        )
-    if message.has_error():
-        raise HubError(
-            "HUB-04",
-            reason=_reason(message),
-            found="an error reply",
-            fix="read that site's log",
-        )
+    _refuse_error(message)
     content = message.content
     told: Mapping[str, object] = content.config_records.get("info", ConfigRecord())
     info = {name: value for name in ("site", "applied", "gpu") if isinstance(value := told.get(name), str)}
@@ -97,10 +91,58 @@ def accept(
         )
     adapter = unpack(content.array_records.get("arrays"), precision) if training else None
     if adapter is not None:
-        check_adapter(adapter, sent)
-    norm = update_norm(adapter, sent) if adapter is not None else 0.0
+        check_adapter(adapter, sent if like is None else like)
+    norm = update_norm(adapter, sent) if adapter is not None and like is None else 0.0
     name = site or text.line(info.get("site", ""), NAME) or str(message.metadata.src_node_id)
     return Reply(name, adapter, images, numbers, norm, text.line(info.get("gpu", ""), NAME), left_out)
+
+
+def accept_offer(message: Message, site: str, asked: tuple[str, int, int], admitted: Mapping[str, int]) -> Reply:
+    """A site's key for the (run, round, try) that was asked for; the sites themselves check whose it is.
+
+    Errors: TRUST-01, HUB-04; HUB-05 where it is no such key, is another site's, or counts for more images than the site
+    was admitted with: what a hidden update weighs, the hub cannot bound.
+    """
+    _refuse_error(message)
+    told = message.content.config_records.get("info", ConfigRecord()).get("offer")
+    fix = "update that site to the hub's version"
+    try:
+        offer = masks.read(str(told))
+    except ValueError as error:
+        raise HubError("HUB-05", why=str(error), found=text.line(told), fix=fix) from None
+    key = offer.key
+    if (key.run, key.round, key.attempt) != asked or key.site != (site or key.site):
+        found = text.line(f"{key.site}, {key.run}, {key.round}, {key.attempt}")
+        raise HubError("HUB-05", why="it offers a key for something else", found=found, fix=fix)
+    if key.images > admitted.get(key.site, key.images):
+        raise HubError(
+            "HUB-05",
+            why="it has more images than it was admitted with, and a hidden update cannot be bounded",
+            found=f"{key.images}, admitted with {admitted[key.site]}",
+            fix="admit it with as many as it has (bouquet hub admit NAME KEY.pub --images N)",
+        )
+    return Reply(text.line(key.site, NAME), None, key.images, {}, offer=offer.text)
+
+
+def _refuse_error(message: Message) -> None:
+    """Errors: TRUST-01 or HUB-04 for an error in place of a reply."""
+    if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
+        raise HubError(
+            "TRUST-01",
+            why=UNTRUSTED.get((message.error.reason or "")[:8], "no publisher that it pins has signed this bundle"),
+            found="Flower's error 7, the bundle could not be verified",
+            fix=(
+                "sign the checkout (bouquet hub sign, or --again) and run again; a site pins publishers in its"
+                " trusted.yaml"
+            ),
+        )
+    if message.has_error():
+        raise HubError(
+            "HUB-04",
+            reason=_reason(message),
+            found="an error reply",
+            fix="read that site's log",
+        )
 
 
 def _reason(message: Message) -> str:
@@ -146,8 +188,7 @@ def weigh(replies: Iterable[Reply], admitted: Mapping[str, int], largest_share: 
     total = sum(r.images for r in counted)
     if len(counted) < 2 or largest_share >= 1:
         return counted
-    ratio = largest_share / (1 - largest_share)
-    return [_at_most(r, max(1, int(ratio * (total - r.images) + 1e-9)), metrics.SHARE) for r in counted]
+    return [_at_most(r, metrics.most_images(total - r.images, largest_share), metrics.SHARE) for r in counted]
 
 
 def _at_most(reply: Reply, most: int, bound: str) -> Reply:

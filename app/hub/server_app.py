@@ -30,6 +30,7 @@ from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
 from app.hub.history import Base, Begun, History, Part, Resumed, Round, Validation
 from app.hub.strategy import Strategy
+from app.hub.sums import Sums
 
 
 class _Named(logging.Filter):
@@ -75,7 +76,8 @@ class Run:
         base = Base(self.config.base_model, fingerprint)
         self.history = History(str(context.run_id), "running", asdict(self.config), base, formats.versions())
         admitted, self.bounds = _admitted()
-        self.exchange = Exchange(grid, self.config, fingerprint, self.folder, admitted)
+        exchange = Sums if self.config.secrecy == "masks" else Exchange
+        self.exchange = exchange(grid, self.config, fingerprint, self.folder, admitted, self.bounds)
         self.began = time.time()
         self.tracker = tracking.start(self.config, self.folder)
 
@@ -195,7 +197,8 @@ class Run:
         volume.check_room(self.folder, adapter, self.config.min_sites)
         replies, refused = self.exchange.round(number, adapter)
         weighed = self.weigh(replies)
-        new = wire.rounded(strategy.aggregate(number, weighed, adapter), self.config.wire_precision)
+        new = strategy.aggregate(number, self.exchange.summed or weighed, adapter)
+        new = wire.rounded(new, self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.average.take(new)
         self.note_validation(weighed)
@@ -267,7 +270,8 @@ class Run:
 
 def said_of(reply: guard.Reply) -> Part:
     """What history.json says of a site's reply in a round."""
-    return Part(reply.metrics, reply.images, reply.bound, reply.norm, reply.gpu, reply.left_out)
+    norm = None if reply.offer else reply.norm  # of a hidden update nobody knows it
+    return Part(reply.metrics, reply.images, reply.bound, norm, reply.gpu, reply.left_out)
 
 
 def _folder(name: str) -> Path:

@@ -1,6 +1,7 @@
 """The ClientApp: translates Flower's records to a site's work and back; one message a round.
 
 `train` evaluates what arrived, trains and replies with the adapter; `evaluate` (after the last round) only evaluates.
+`query` gets ready for a round whose hub sees no site's adapter (secrecy.py), and replies with a key for it.
 Where one process takes all messages of a run (BOUQUET_KEEP, set by superexec.py), the base model stays on the device
 and the encoded photos in memory from a round to the next. Nothing that a round has learned does: the adapter that
 arrives replaces all of it. What may leave: the adapter, numbers, the site's and its GPU's name, an error's public
@@ -79,11 +80,36 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return take_part(message, context, training=False)
 
 
-def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
-    """Apply the global adapter strictly, evaluate it, train from it when asked to."""
-    from app import model, wire  # torch is imported only once there is work
-    from app.site import gpu, journal  # torch is imported only once there is work
+@app.query()
+@guarded
+def offer(message: Message, context: Context) -> RecordDict:
+    """The first half of a round with masks; what can go wrong before training does so before anybody relies on it."""
+    from app.site import journal, secrecy
 
+    asked = read(message, context)
+    run, config, cached = str(context.run_id), asked.made_from.config, asked.made_from.cached
+    own = secrecy.Own.read(context.node_config, asked.name, cached)
+    site = take_up(asked.made_from, asked.base)
+    site.limits.check_budget(config, run, journal.read(cached))
+    images = int(site.privacy.number(len(site.train.keys)))
+    said = own.offer(config, images, run, asked.number, asked.attempt)
+    if os.environ.get("BOUQUET_KEEP"):
+        kept[asked.made_from] = site
+    return RecordDict({"info": ConfigRecord({"offer": said})})
+
+
+class Asked(NamedTuple):
+    """A message, read."""
+
+    name: str
+    number: int
+    attempt: int
+    base: str  # the hub's fingerprint of it
+    made_from: MadeFrom
+
+
+def read(message: Message, context: Context) -> Asked:
+    """What the hub asks for, as far as the site allows it. Errors: TRUST-03, TRUST-04, SITE-12, CONFIG-..."""
     quiet.libraries()
     config, order = RunConfig.read(context.run_config), message.content.config_records["config"]
     own = str(context.node_config.get("limits", ""))
@@ -91,24 +117,40 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached, secret = places(context)
-    number = int(str(order["round"]))
+    made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret)
+    number, attempt = int(str(order["round"])), int(str(order.get("attempt", 0)))
+    return Asked(name, number, attempt, str(order["base-fingerprint"]), made_from)
+
+
+def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
+    """Apply the global adapter strictly, evaluate it, train from it when asked to."""
+    from app import model, wire  # torch is imported only once there is work
+    from app.site import gpu, journal, secrecy  # torch is imported only once there is work
+
+    name, number, attempt, base, made_from = read(message, context)
+    config, cached = made_from.config, made_from.cached
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
-        made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret)
-        site = take_up(made_from, str(order["base-fingerprint"]))
+        site = take_up(made_from, base)
         site.limits.check_budget(config, str(context.run_id), journal.read(cached))
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
-        applied = model.apply_adapter(
-            site.net, wire.unpack(message.content.array_records["arrays"], config.wire_precision)
-        )
+        arrived = wire.unpack(message.content.array_records["arrays"], config.wire_precision)
+        applied = model.apply_adapter(site.net, arrived)
         metrics: dict[str, int | float] = {
             "num-examples": len(site.photos),
             "train-loss": 0.0,
             "validation-loss": site.evaluate(),
         }
         if training:
+            pact = None
+            if config.secrecy == "masks":
+                own = secrecy.Own.read(context.node_config, name, cached)
+                given = message.content.config_records["config"].get("offers")
+                offers = [str(each) for each in given] if isinstance(given, list) else []
+                pact = own.agree(config, offers, str(context.run_id), number, attempt, applied)
             metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number), number)
             sent = wire.rounded(model.adapter_of(site.net), config.wire_precision)
+            sent = pact.hide(arrived, sent) if pact else sent
             reply["arrays"] = wire.pack(sent, config.wire_precision)
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}

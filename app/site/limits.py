@@ -6,6 +6,7 @@ as `limits` of its node config (SITE_LIMITS in its .env), words separated by spa
   max-KEY=NUMBER, min-KEY=NUMBER         the most and the least of any numeric run-config key: max-local-steps=200
   base-models=NAME,NAME                  the base models that it lends
   no-flip                                its photos are not mirrored
+  secrecy=masks                          no run whose hub sees the site's own adapter
   min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week
                                          below; with a default where photos are private
 
@@ -26,7 +27,7 @@ from typing import Any
 from app.config import RunConfig
 from app.errors import SiteError
 
-MODELS, NO_FLIP = "base-models", "no-flip"
+MODELS, NO_FLIP, HIDDEN = "base-models", "no-flip", "secrecy=masks"
 KEYS = {f.name.replace("_", "-"): f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
 NUMBERS = {f"{end}-{key}": name for end in ("max", "min") for key, name in KEYS.items()}
 PRIVATE = {  # what holds where photos are private, unless the site says otherwise: the value, and what it is about
@@ -48,17 +49,21 @@ class Limits:
     bounds: Mapping[str, float] = field(default_factory=dict)
     models: tuple[str, ...] = ()
     no_flip: bool = False
+    secrecy: str = ""
 
     @classmethod
     def read(cls, text: str) -> Limits:
         """Errors: TRUST-04."""
         bounds: dict[str, float] = {}
         models: tuple[str, ...] = ()
+        secrecy = ""
         for word in (word for word in text.split() if word != NO_FLIP):
             name, _, value = word.partition("=")
             try:
                 if name == MODELS and all(value.split(",")):
                     models = tuple(value.split(","))
+                elif word == HIDDEN:
+                    secrecy = value
                 elif name in NUMBERS or name in OWN:
                     tighter = min if name.startswith("max-") else max
                     bounds[name] = tighter(float(value), bounds.get(name, float(value)))
@@ -66,7 +71,7 @@ class Limits:
                     raise ValueError(name)
             except ValueError:
                 raise _unreadable(word, name) from None
-        return cls(bounds, models, NO_FLIP in text.split())
+        return cls(bounds, models, NO_FLIP in text.split(), secrecy)
 
     def check(self, config: RunConfig) -> None:
         """A run's config against what the site itself wrote, before anything is done for it. Errors: TRUST-03."""
@@ -74,12 +79,17 @@ class Limits:
             raise _not_allowed("base-model", config.base_model, f"{MODELS}={','.join(self.models)}")
         if self.no_flip and config.flip:
             raise _not_allowed("flip", config.flip, NO_FLIP)
+        if self.secrecy and config.secrecy != self.secrecy:
+            raise _not_allowed("secrecy", config.secrecy, f"secrecy={self.secrecy}")
         _check(config, self.bounds)
 
     def private(self) -> Limits:
         """These with the floors and budget of private photos, where the site has not set its own."""
         return Limits(
-            {name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds), self.models, self.no_flip
+            {name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds),
+            self.models,
+            self.no_flip,
+            self.secrecy,
         )
 
     def floor(self, name: str) -> int:
@@ -167,14 +177,16 @@ def _not_allowed(name: str, asked: object, limit: str) -> SiteError:
 
 def _unreadable(word: str, name: str) -> SiteError:
     close = [
-        known for known in difflib.get_close_matches(name, [MODELS, NO_FLIP, *OWN, *NUMBERS], n=1) if known != name
+        known
+        for known in difflib.get_close_matches(name, [MODELS, NO_FLIP, "secrecy", *OWN, *NUMBERS], n=1)
+        if known != name
     ]
     return SiteError(
         "TRUST-04",
         found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
         fix=(
-            "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, and base-models=NAME,NAME, separated"
-            " by spaces"
+            "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, base-models=NAME,NAME and"
+            " secrecy=masks, separated by spaces"
         ),
     )
 

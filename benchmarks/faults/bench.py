@@ -27,6 +27,7 @@ from benchmarks.faults.hub import BACK, Hub
 from benchmarks.hostile import Door
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.roster import Key
 
 PHOTOS = {"site-1": 12, "site-2": 15, "site-3": 18}
 RUN = {
@@ -54,6 +55,8 @@ class Bench(Hub, Processes):
             sites,
             {"BOUQUET_KEEP_SENT": "1", "BOUQUET_ADMITTED": "", "OMP_NUM_THREADS": "1", **env},
         )
+        keys = {name: Key.read(certs / "admitted" / f"{name}.pub") for name in PHOTOS}
+        self.env["SITE_PEERS"] = " ".join(f"{name}={key.fingerprint}" for name, key in keys.items())
         self.pids = home / "pids.json"  # not on the volume that may be full
         self.certs_ca = certs / "ca.crt"
         self.door = Door("127.0.0.1", self.port, self.certs_ca)

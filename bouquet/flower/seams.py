@@ -355,7 +355,7 @@ RELIED = (
     ),
     relied(
         f"{GRID}:pull_objects",
-        "exchange.py: a reply's objects are counted, and looked for sooner",
+        "bounds.py: a reply's objects are counted, and looked for sooner",
         fact(
             says, GRID, "all_object_contents = pull_objects(object_ids=", "pull_object_fn=make_pull_object_fn_protobuf"
         ),

@@ -96,7 +96,8 @@ class Processes:
         self.signatures = home / "signatures"
         threads = str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
         self.env = {
-            "SITE_LIMITS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+            "SITE_LIMITS": "", "SITE_PEERS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(home / "flwr"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
             "BOUQUET_ADAPTERS": str(self.adapters), "BOUQUET_MODELS": str(models),
             "BOUQUET_ADMITTED": str(certs / "admitted"), "BOUQUET_SIGNATURES": str(self.signatures), **env,
@@ -160,6 +161,7 @@ class Processes:
         settings = {
             "site-name": name, "data-path": toml(self.sites[name]), "models-path": toml(self.models),
             "cache-path": toml(self.home / "cache" / name), "limits": "$SITE_LIMITS",
+            "peers": "$SITE_PEERS", "key-path": toml(self.certs / f"{name}.key"),
         }  # fmt: skip
         self._spawn(name, [
             sys.executable, "-m", "bouquet.flower.supernode", f"--superlink={hub or self.address}",

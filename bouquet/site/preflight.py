@@ -51,6 +51,7 @@ class Settings:
     gpu: str  # SITE_GPU: an index, a UUID, or none; else NVIDIA_VISIBLE_DEVICES
     fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
     limits: limits.Limits  # SITE_LIMITS
+    peers: str  # SITE_PEERS
     # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
     config: RunConfig
 
@@ -79,6 +80,7 @@ class Settings:
             gpu="" if pin in ("none", "void", "cpu") else pin,
             fingerprint=env.get("BASE_FINGERPRINT", ""),
             limits=limits.Limits.read(env.get("SITE_LIMITS", "")),
+            peers=env.get("SITE_PEERS", ""),
             config=RunConfig.read(values),
             **{field: Path(env.get(name) or usual.get(field, f"/{field}")) for field, name in paths.items()},
         )
@@ -176,7 +178,13 @@ class Preflight:
                 found="SITE_NAME is empty",
                 fix="set SITE_NAME to the name that the hub invited",
             )
-        return self.own.name
+        if not self.own.peers and self.own.config.secrecy != "masks":
+            return self.own.name
+        from app.site import secrecy
+
+        node = {"peers": self.own.peers, "key-path": self.own.key}
+        peers = secrecy.Own.read(node, self.own.name, self.own.cache).peers
+        return f"{self.own.name}; hides its updates with {', '.join(sorted(peers.keys() - {self.own.name}))}"
 
     def check_gpu(self) -> str:
         if not self.own.gpu:
