@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from app.families import sd
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 DOCKER = ("test_join_compose", "test_access", "test_compose")  # the second attacks the image that the first builds
@@ -36,7 +35,7 @@ DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
     **dict.fromkeys((*DOCKER, "test_faults"), "docker"),
     "test_simulation": "simulation",
 }
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core; before any torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
@@ -142,6 +141,7 @@ def finished(tmp_path_factory):
 def final(tmp_path_factory) -> Path:
     """A run's folder with the app's own final files of a small adapter."""
     from app.adapter import formats
+    from app.families import sd
     from tests.kit import tiny
 
     run = tmp_path_factory.mktemp("final")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -415,3 +416,12 @@ def test_weights_are_safetensors_and_at_most_20_megabytes():
 def test_python_is_the_one_the_project_names():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert wanted == ">=3.11" and sys.version_info >= (3, 11)
+
+
+def test_tests_at_work_side_by_side_share_the_processors():
+    """OpenMP counts its threads when torch is imported: with one a core in each worker the suite took twice as long."""
+    if "PYTEST_XDIST_WORKER_COUNT" not in os.environ:
+        pytest.skip("one worker")
+    import torch
+
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
