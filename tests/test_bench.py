@@ -305,9 +305,12 @@ def test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars(t
     found = json.loads((tmp_path / "found.json").read_text())
     steady = found["steady"]
     assert steady.keys() == {"naive", "ours", "floor"}
-    for phase in ("start", "imports", "load", "encode", "train", "evaluate", "transfer", "wait"):
+    for phase in ("start", "imports", "load", "encode", "train", "evaluate", "transfer"):
         assert steady["naive"][phase] > 0, phase
-    for phase in ("load", "train", "evaluate", "wait"):
+    for phase in ("load", "train", "evaluate"):
         assert steady["ours"][phase] > 0, phase
+    assert (
+        min(steady[kind]["wait"] for kind in ("naive", "ours")) >= 0
+    )  # what is left of a round, on a busy machine nothing
     assert steady["ours"]["encode"] < steady["naive"]["encode"]  # read, not encoded
     assert (tmp_path / "phases.png").read_bytes().startswith(b"\x89PNG")
