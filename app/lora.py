@@ -19,11 +19,9 @@ from app.config import RunConfig
 from app.errors import ConfigError
 from app.families.base import Family
 
-PLAIN = {"lora-alpha": 0.0, "lora-scaling": "plain", "rank-pattern": ""}  # alpha = rank, one for all layers
-
 
 def plain(config: RunConfig) -> RunConfig:
-    """The run's config, but that alpha is the rank."""
+    """The run's config, but that alpha is the rank, one for all layers."""
     return replace(config, lora_alpha=0.0, lora_scaling="plain", rank_pattern="")
 
 

@@ -309,8 +309,8 @@ def test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars(t
         assert steady["naive"][phase] > 0, phase
     for phase in ("load", "train", "evaluate"):
         assert steady["ours"][phase] > 0, phase
-    assert (
-        min(steady[kind]["wait"] for kind in ("naive", "ours")) >= 0
-    )  # what is left of a round, on a busy machine nothing
+    for kind in ("naive", "ours"):  # what is in no phase is waiting, of which a busy machine may leave nothing
+        phases = sum(seconds for phase, seconds in steady[kind].items() if phase != "round")
+        assert phases >= steady[kind]["round"] - 0.01, kind
     assert steady["ours"]["encode"] < steady["naive"]["encode"]  # read, not encoded
     assert (tmp_path / "phases.png").read_bytes().startswith(b"\x89PNG")

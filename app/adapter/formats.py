@@ -197,7 +197,7 @@ def open_adapter(path: Path, base_model: str = "", models: Path | None = None) -
     if file.name == PEFT and run != lora.plain(run):  # a run's own: what it trained, with its own alpha and ranks
         return read_adapter(file.parent), run
     told = {"lora-rank": read.rank, "lora-targets": read.targets}
-    return read.adapter, RunConfig.read(known | told | lora.PLAIN)
+    return read.adapter, lora.plain(RunConfig.read(known | told))
 
 
 def open_file(path: Path, base_model: str = "", models: Path | None = None) -> tuple[LoraFile, RunConfig]:

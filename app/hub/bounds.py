@@ -12,8 +12,7 @@ from collections.abc import Callable
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
-from app import text
-from app.errors import HubError
+from app.hub.guard import unreadable
 
 FIRST = 0.05  # seconds until a part that is not there yet is asked for again
 
@@ -51,8 +50,3 @@ def bound_replies(most: int, end: float) -> None:
         return found
 
     http_grid.pull_objects = pull  # type: ignore[attr-defined, assignment]
-
-
-def unreadable(why: str, found: object) -> HubError:
-    fix = "update that site to the hub's version"
-    return HubError("HUB-05", why=why, found=text.line(found), fix=fix)

@@ -24,7 +24,7 @@ from app import model, text, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError, public
 from app.hub import guard, history
-from app.hub.bounds import bound_replies, unreadable
+from app.hub.bounds import bound_replies
 from app.hub.history import STATUS, Refused, Status
 from app.hub.spool import Spool
 
@@ -202,7 +202,7 @@ class Exchange:
         except BouquetError:
             raise
         except Exception as error:
-            raise unreadable(type(error).__name__, error) from None
+            raise guard.unreadable(type(error).__name__, error) from None
         if reply.left_out:
             what = "numbers that no site of this version sends, or that cannot be true"
             self.say(f"bouquet: left out  {reply.site}: {what}", f": {reply.left_out}")
@@ -289,7 +289,7 @@ class Exchange:
         except (httpx.HTTPError, BouquetError):
             raise
         except Exception as error:  # a site chooses the bytes, and Flower's readers fail on them in as many ways
-            raise unreadable(type(error).__name__, error) from None
+            raise guard.unreadable(type(error).__name__, error) from None
 
     def say(self, line: str, more: str = "") -> None:
         """A line on the run's output, once a run whatever `more` is by then."""

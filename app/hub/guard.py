@@ -77,12 +77,8 @@ def accept(
     wrong = [name for name in metrics.NEEDED if name not in numbers]
     images = numbers.get("num-examples")
     if wrong or type(images) is not int:
-        raise HubError(
-            "HUB-05",
-            why="its metrics are missing or impossible",
-            found=f"{', '.join(wrong) or 'num-examples'} is not a sensible number",
-            fix="update that site to the hub's version",
-        )
+        found = f"{', '.join(wrong) or 'num-examples'} is not a sensible number"
+        raise unreadable("its metrics are missing or impossible", found)
     if info.get("applied") != sent_hash:
         raise AdapterError(
             "ADAPTER-03",
@@ -105,15 +101,13 @@ def accept_offer(message: Message, site: str, asked: tuple[str, int, int], admit
     """
     _refuse_error(message)
     told = message.content.config_records.get("info", ConfigRecord()).get("offer")
-    fix = "update that site to the hub's version"
     try:
         offer = masks.read(str(told))
     except ValueError as error:
-        raise HubError("HUB-05", why=str(error), found=text.line(told), fix=fix) from None
+        raise unreadable(str(error), told) from None
     key = offer.key
     if (key.run, key.round, key.attempt) != asked or key.site != (site or key.site):
-        found = text.line(f"{key.site}, {key.run}, {key.round}, {key.attempt}")
-        raise HubError("HUB-05", why="it offers a key for something else", found=found, fix=fix)
+        raise unreadable("it offers a key for something else", f"{key.site}, {key.run}, {key.round}, {key.attempt}")
     if key.images > admitted.get(key.site, key.images):
         raise HubError(
             "HUB-05",
@@ -122,6 +116,12 @@ def accept_offer(message: Message, site: str, asked: tuple[str, int, int], admit
             fix="admit it with as many as it has (bouquet hub admit NAME KEY.pub --images N)",
         )
     return Reply(text.line(key.site, NAME), None, key.images, {}, offer=offer.text)
+
+
+def unreadable(why: str, found: object) -> HubError:
+    """A reply that no site of the hub's version sends."""
+    fix = "update that site to the hub's version"
+    return HubError("HUB-05", why=why, found=text.line(found), fix=fix)
 
 
 def _refuse_error(message: Message) -> None:
