@@ -173,6 +173,6 @@ def test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentenc
     )
     sh(f"scripts/bouquet worth collect {runs[0]} {tmp_path}/rose.worth.json {tmp_path}/lily.worth.json", ROOT)
     told = read(runs[0]).worth
-    assert set(told["sites"]) == {"rose", "lily"} and told["seeds"] == [1, 2]
+    assert set(told.sites) == {"rose", "lily"} and told.seeds == (1, 2)
     sh(f"scripts/bouquet report {runs[0]} --out {tmp_path}/report.html", ROOT)
     assert (tmp_path / "report.html").read_text().count("held-out photos the federated adapter") == 2
