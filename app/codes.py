@@ -61,6 +61,9 @@ HEADLINES = {
     "TRUST-08": "The bundle was signed in the future, by the site's clock.",
     "TRUST-09": "The site's memory of what ran there cannot be used.",
     "TRUST-10": "The site has answered as much as it allows in a week.",
+    "TRUST-11": "The site's operator has not decided on this run yet.",
+    "TRUST-12": "The site's operator has declined this run.",
+    "TRUST-13": "No such run has asked for consent here.",
     "TRUST-14": "This site cannot hide its update: {why}.",
     "GPU-01": "NVIDIA's driver cannot be reached.",
     "GPU-02": "The pinned GPU is not visible here.",
@@ -88,6 +91,7 @@ HEADLINES = {
     "HUB-07": "Another site has the same name.",
     "HUB-08": "That run cannot go on: {why}.",
     "HUB-09": "The shared volume has no room for another round.",
+    "HUB-10": "The hub does not know a site that the run names: {names}.",
     "HUB-11": "The sum of the sites' updates cannot be used: {why}.",
     # admitting a site, and its join kit
     "JOIN-01": "The hub has no address for sites.",
@@ -116,6 +120,8 @@ HEADLINES = {
     "WORTH-02": "The sites' columns do not fit each other.",
     "MEASURE-01": "This measure cannot be taken here.",
     "MEASURE-02": "The sites' distances cannot be read, or do not fit each other.",
+    "AUDIT-01": "The audit log is not as it was written.",
+    "AUDIT-02": "There is no audit log here.",
     # a host and its set-up
     "HOST-01": "Python 3.11 or newer with venv is needed.",
     "HOST-02": "A tool is missing.",

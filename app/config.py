@@ -172,6 +172,13 @@ class RunConfig:
         4, "timesteps", "fixed, stratified noise levels for each validation image", low=1, high=100
     )
     min_sites: int = _key(2, "sites", "fewest sites that a round needs", low=1, high=10_000)
+    sites: str = _key(
+        "",
+        "names",
+        "ask these sites alone, separated by commas, as the hub admitted them; every site of the run can read it; empty"
+        " is all",
+        high=4000,
+    )
     wait_for_sites: int = _key(180, "seconds", "longest wait for that many sites", low=1, high=86_400)
     round_timeout: int = _key(3600, "seconds", "longest wait for a round's replies", low=10, high=604_800)
     round_patience: float = _key(
@@ -270,10 +277,19 @@ class RunConfig:
                 if not fits(value := getattr(config, name)):
                     why = "with secrecy=masks, where the hub sees no site's adapter"
                     raise _wrong(name.replace("_", "-"), value, f"{expected} {why}")
+        if config.sites and not all(re.fullmatch(r" *[\w-][\w. -]*", name) for name in config.sites.split(",")):
+            raise _wrong("sites", config.sites, "names with commas between, and no other character")
+        if config.sites and len(config.chosen) < config.min_sites:
+            raise _wrong("min-sites", config.min_sites, f"at most the {len(config.chosen)} that sites names")
         if len(config.prompts) > MOST_PROMPTS or any(len(prompt) > LONGEST_PROMPT for prompt in config.prompts):
             most = f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters each"
             raise _wrong("sample-prompts", config.sample_prompts, most)
         return config
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The sites that are asked; empty is all."""
+        return frozenset(filter(None, (name.strip() for name in self.sites.split(","))))
 
     @property
     def prompts(self) -> tuple[str, ...]:

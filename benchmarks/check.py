@@ -101,6 +101,8 @@ def half_written(volume: Path) -> Iterator[str]:
                     json.loads(path.read_text())
                 case ".png":
                     Image.open(path).load()
+                case ".jsonl" if name == "audit.jsonl":  # a kill may leave a piece of a line, which bouquet audit names
+                    continue
                 case _:
                     yield f"{name} is no file of a run"
         except Exception as error:
@@ -234,7 +236,7 @@ def journal(cache: Path) -> list[dict[str, Any]]:
     """A site's journal: one line of JSON a message; what follows the last newline was cut off."""
     file = cache / "journal.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return [entry for line in lines if "did" not in (entry := json.loads(line))]  # that is no answer to a message
 
 
 def misfits(adapter: Adapter, like: Adapter) -> Iterator[str]:

@@ -62,7 +62,9 @@ BaseId = Annotated[
     str,
     typer.Option(metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it"),
 ]
-MODELS = ROOT / "models"
+Cache = Annotated[Path, typer.Argument(metavar="[CACHE]", envvar="BOUQUET_CACHE", show_envvar=False)]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="a run's id")]
+MODELS, CACHE = ROOT / "models", Path("/cache")
 
 
 def given(words: dict[str, Any]) -> SimpleNamespace:
@@ -106,6 +108,20 @@ def doctor(context: typer.Context) -> None:
 def demo(context: typer.Context) -> None:
     """From a clone to a federated adapter and its pictures. Options: scripts/demo --help."""
     outside("demo", *context.args)
+
+
+@bouquet.command()
+def audit(
+    logs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[LOG...]", help="default: those of this machine")
+    ] = None,
+    head: Annotated[str, typer.Option(metavar="HASH", help="a head that was kept: is its line still there?")] = "",
+    json: Json = False,
+) -> None:
+    """Who did what, at the hub or at a site, and whether the log is as it was written."""
+    from bouquet import audit
+
+    audit.show(logs or [], head, json)
 
 
 # --- hub --------------------------------------------------------------------------------------------------------------
@@ -221,17 +237,46 @@ def check(
 
 
 @site.command()
-def journal(
-    cache: Annotated[Path, typer.Argument(metavar="[CACHE]", envvar="BOUQUET_CACHE", show_envvar=False)] = Path(
-        "/cache"
-    ),
-) -> None:
+def journal(cache: Cache = CACHE) -> None:
     """What this site did in the runs, round by round, in words."""
     import time
 
     from app.site import journal
 
     print("\n".join(journal.told(journal.read(cache), time.time())))
+
+
+@site.command("runs")
+def site_runs(cache: Cache = CACHE) -> None:
+    """Runs that wait for this site's consent, in plain words, and what was decided on others."""
+    from app.site import consent
+
+    print("\n".join(consent.told(consent.every(cache))))
+
+
+@site.command()
+def approve(run: RunId, cache: Cache = CACHE) -> None:
+    """Take part in a run that has asked; a look at it comes first."""
+    decide(run, cache, "approved")
+
+
+@site.command()
+def decline(run: RunId, cache: Cache = CACHE) -> None:
+    """Take no part in a run that has asked; the hub is told so, and nothing else."""
+    decide(run, cache, "declined")
+
+
+def decide(run: str, cache: Path, state: str) -> None:
+    """Ask once more where somebody sits at a terminal; what is decided on is what was shown."""
+    from app.site import consent
+
+    if not run.isdecimal():
+        raise wrong(f"{run!r} is no run's id")
+    what = consent.find(cache, run)
+    print("\n".join(consent.words(what)), flush=True)
+    if sys.stdin.isatty() and input(f"Is it to be {state}? [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise typer.Exit(1)
+    print(consent.state_of(consent.decide(cache, what, state)))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-from app import files
+from app import audit, files
 from app.errors import BouquetError
 from app.hub import server_app
 from bouquet.hub import admission, control, roster
@@ -44,7 +44,13 @@ class Hub:
         self.known = {name: site for name, site in self.known.items() if site.node != node}
 
     def files(self) -> dict[str, str]:
-        return {file.name: file.read_text() for file in sorted(self.admitted.glob("*"))}
+        return {file.name: file.read_text() for file in sorted(self.admitted.glob("*")) if file.suffix != ".jsonl"}
+
+    def deeds(self) -> list[tuple[str, str]]:
+        """Of the audit log beside them."""
+        found = audit.check((self.admitted / "audit.jsonl").read_bytes())
+        assert found.faults == ()
+        return [(entry["did"], entry["site"]) for entry in found.entries[1:]]
 
     def in_rounds(self, monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], dict[str, int]]:
         """Whose replies the ServerApp takes, and the images that some count with at most."""
@@ -105,6 +111,15 @@ def test_a_revocation_that_is_cut_off_is_ended_by_the_same_command(hub, tmp_path
     hub.cut = ""
     revoke()
     assert hub.files() == {} and hub.known == {}
+
+
+def test_who_is_admitted_and_revoked_is_logged_once_it_is_done_and_a_refusal_is_not(hub, tmp_path):
+    admit(key(tmp_path))
+    revoke()
+    assert hub.deeds() == [("admitted", "garden"), ("revoked", "garden")]
+    with pytest.raises(BouquetError, match="JOIN-06"):
+        revoke()
+    assert len(hub.deeds()) == 2
 
 
 def test_what_is_written_is_there_whole_or_not_at_all(hub, tmp_path, monkeypatch):

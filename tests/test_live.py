@@ -117,6 +117,12 @@ def test_a_site_that_is_missed_and_offline_is_told_from_one_at_work(tmp_path):
     assert (doing["rose"], doing["lily"], doing["garden"]) == ("at work", "missing", "")
 
 
+def test_a_site_whose_operator_has_not_decided_or_has_declined_is_told_from_one_at_work(tmp_path):
+    run(tmp_path, "7", rounds=1, state="running", status={"undecided": ["rose"], "declined": ["lily"]})
+    doing = {row["name"]: row["doing"] for row in view.sites(view.Runs(tmp_path).all(), KNOWN)}
+    assert (doing["rose"], doing["lily"]) == ("waits for its operator's consent", "has declined")
+
+
 def test_a_site_at_work_is_told_with_since_when_and_how_long_it_took_the_last_time(tmp_path):
     since = time.time() - 80
     waits = {

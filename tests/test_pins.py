@@ -256,6 +256,26 @@ def test_a_kits_process_sees_the_gpu_of_its_settings_alone(kit: Path, gpu: str) 
         assert (env["SITE_CHECKPOINTING"], env["SITE_KEEP"], env["SITE_TRUST_DAYS"]) == ("1", "0", "90")
 
 
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        (("runs",), "site runs"),
+        (("approve", "7"), "site approve 7"),
+        (("decline", "7"), "site decline 7"),
+        (("audit", "--json"), "audit --json"),
+    ],
+)
+def test_a_kit_passes_the_operators_decisions_on_with_its_own_cache(
+    kit: Path, words: tuple[str, ...], program: str
+) -> None:
+    assert site(kit, *words).stderr.startswith("JOIN-11  The kit is not set up.")
+    assert site(kit, "init", "--data", "../photos", "--gpu", "none").returncode == 0
+    shown = site(kit, *words)
+    assert shown.returncode == 0 and shown.stdout.startswith(f"-m bouquet {program}\n"), shown
+    assert environment(shown.stdout)["BOUQUET_CACHE"] == str(kit / "cache")
+    assert f"./site {words[0]}" in site(kit).stdout or f"| {words[0]} RUN" in site(kit).stdout
+
+
 @pytest.mark.parametrize("gpu", NOT_ONE)
 def test_a_kit_refuses_what_is_not_one_gpu_before_it_makes_a_key(kit: Path, gpu: str) -> None:
     before = (kit / ".env").read_text()
@@ -431,4 +451,5 @@ def test_every_site_of_a_compose_file_is_told_its_switches(file: str) -> None:
     text = (ROOT / file).read_text()
     sites = text.count("SITE_LIMITS: ${")
     assert text.count("SITE_CHECKPOINTING: ${SITE_") == text.count("SITE_TRUST_DAYS: ${SITE_") == sites >= 1
+    assert text.count("SITE_CONSENT: ${SITE_") == sites
     assert text.count("SITE_KEEP: ${SITE_KEEP:-}") == 1

@@ -31,7 +31,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
     {"text", "quiet", "codes"},
     {"errors"},
-    {"config", "metrics", "files", "gpu", "unpacked", "settings"},
+    {"config", "metrics", "files", "gpu", "unpacked", "settings", "audit", "bundle"},
     {"images", "records"},
     {"limits", "captions", "seen", "views", "history", "wording"},
     {"tables"},
@@ -43,7 +43,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"model", "diffusion", "lora_names", "quantised"},
     {"masks"},
     {"cache", "wire", "journal", "privacy", "prior", "rate", "optimisers", "lora_files", "store"},
-    {"train", "guard", "ema", "volume", "sample", "secrecy"},
+    {"train", "guard", "ema", "volume", "sample", "secrecy", "consent"},
     {"formats", "bounds", "spool", "gallery", "tracking"},
     {"strategy"},
     {"exchange"},
@@ -115,7 +115,7 @@ def test_a_module_imports_only_from_lower_layers(path):
 
 def test_only_the_outermost_modules_the_aggregation_and_the_wire_know_flower():
     users = {path.stem for path in APP if any(name.split(".")[0] == "flwr" for name in imports(path))}
-    assert users == {"client_app", "server_app", "exchange", "bounds", "guard", "strategy", "wire"}
+    assert users == {"client_app", "server_app", "exchange", "bounds", "guard", "strategy", "wire", "bundle"}
 
 
 SOON = (  # what only reads settings and folders

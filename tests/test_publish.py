@@ -21,13 +21,15 @@ from huggingface_hub.repocard_data import ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
 
-from app import model
+from app import audit, model
 from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
 from bouquet import ROOT, cli
 from bouquet.adapter import card, parity
+from bouquet.adapter import publish as publishing
+from bouquet.hub import admission
 from tests.kit import tiny
 from tests.kit.hugging_face import TOKEN, Hub
 
@@ -108,6 +110,7 @@ def publish(tiny_run, drawn, tmp_path, monkeypatch, capsys):
         return drawn[files]
 
     monkeypatch.setattr(parity, "check", once)
+    monkeypatch.setattr(admission, "ADMITTED", tmp_path / "admitted")
     final = shutil.copytree(tiny_run / "final", tmp_path / "run" / "final")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -334,6 +337,27 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
         "images/2.png",
         "images/before-after.png",
     } | {f"{folder}{name}" for folder in ("", "fp16/") for name in formats.files(sd.FAMILY)}
+
+
+def test_a_run_that_named_the_sites_that_it_asked_does_not_tell_them_in_public():
+    provenance = {"config": {"rounds": 2, "sites": "garden,clinic"}, "sites": {"garden": {}, "clinic": {}}}
+    assert publishing.provenance_for(provenance, named=False) == {
+        "config": {"rounds": 2}, "sites": {"site 1": {}, "site 2": {}}
+    }  # fmt: skip
+    assert publishing.provenance_for(provenance, named=True) == provenance
+
+
+@pytest.mark.slow
+def test_what_was_published_is_a_line_of_the_hubs_log_and_a_look_at_it_is_none(publish, hub, monkeypatch):
+    admission.ADMITTED.mkdir()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    publish()
+    assert not (admission.ADMITTED / "audit.jsonl").exists()
+    _, _, final = publish("--upload")
+    (_, entry) = audit.check((admission.ADMITTED / "audit.jsonl").read_bytes()).entries
+    told = json.loads((final / "provenance.json").read_text())
+    assert (entry["did"], entry["repository"], entry["public"]) == ("published", "garden/flowers", False)
+    assert entry["adapter"] == told["adapter_sha256"]
 
 
 @pytest.mark.slow

@@ -113,6 +113,7 @@ def test_a_history_of_the_version_before_is_read_and_written_with_a_version(tmp_
     history.write(file, found)
     again = json.loads(file.read_text())
     assert again.pop("version") == 1 and again["rounds"][0].pop("version") == 1
+    assert again["rounds"][0].pop("undecided") == again["rounds"][0].pop("declined") == []  # nobody could say so
     assert again == json.loads(BEFORE)
 
 

@@ -35,6 +35,7 @@ LEAST = 60.0  # seconds that a round may always take
 MOST_NAMED = 20  # sites in one sentence
 FIRST_WORD = 20.0  # seconds of a wait before a word of it
 LONGEST_SILENCE = 320.0  # seconds between two words, each silence being twice the one before
+AGAIN, LONGEST_PAUSE = 10.0, 60.0  # seconds until a site whose operator has not decided is asked again, first and last
 REST = 2**20  # bytes of a reply beside its adapter: names, numbers, the objects' frames
 
 
@@ -59,8 +60,11 @@ class Exchange:
     ) -> None:
         """admitted: names of the sites that may come, where the hub knows them; bounds: the images of some."""
         self.grid, self.config, self.base, self.file = grid, config, base_fingerprint, folder / STATUS
-        self.admitted, self.bounds = sorted(admitted), bounds
+        self.known, self.bounds = set(admitted), bounds
+        self.admitted = sorted(self.known & (config.chosen or self.known))
         self.summed: list[guard.Reply] = []  # one in place of a round's, where the sites hide theirs (sums.py)
+        self.undecided: set[str] = set()  # sites whose operator had not decided by the end of the last try
+        self.declined: set[str] = set()  # sites whose operator had declined then
         self.spool = Spool(folder)
         self.took: list[float] = []  # seconds of the rounds that went well
         self.lasted: dict[int, float] = {}  # node id -> seconds from its last message to its reply
@@ -83,6 +87,8 @@ class Exchange:
                 return kept, all_refused
             if refused and all(entry.reason.startswith("TRUST-01") for entry in refused):
                 break  # an unsigned bundle stays unsigned
+            if self.declined and len(kept) + len(refused) + len(self.undecided) < self.config.min_sites:
+                break  # nobody else is there
             if attempt < self.config.round_retries:
                 print(f"bouquet: round {number} again  {len(kept)} of {self.config.min_sites} needed", flush=True)
         raise self._too_few(number, len(kept), refused)
@@ -123,12 +129,18 @@ class Exchange:
         if kind != "query":
             content["arrays"] = arrays
         waits_for = "train" if kind == "query" else kind  # it is a round's first half
-        messages = [
-            Message(content, dst_node_id=n, message_type=kind, ttl=timeout + 60, group_id=str(number)) for n in nodes
-        ]
-        # '' where the SuperLink did not take one, [] where it took none
-        ids = list(self._ask(self.grid.push_messages, messages))
-        missing = {message_id: node for message_id, node in zip(ids, nodes, strict=False) if message_id}
+
+        def push(to: list[int]) -> dict[str, int]:
+            how: dict[str, Any] = {"message_type": kind, "ttl": timeout + 60, "group_id": str(number)}
+            messages = [Message(content, dst_node_id=node, **how) for node in to]
+            # '' where the SuperLink did not take one, [] where it took none
+            ids = list(self._ask(self.grid.push_messages, messages)) if messages else []
+            return {message_id: node for message_id, node in zip(ids, to, strict=False) if message_id}
+
+        missing = push(nodes)
+        undecided: dict[int, float] = {}  # node id -> when it is asked again
+        pauses: dict[int, float] = {}
+        self.undecided, self.declined = set(), set()
         most, end = 2 * len(arrays[wire.NAME].data), time.time() + timeout
         wire.bound_arrays(most)
         bound_replies(most + REST, end)
@@ -147,9 +159,12 @@ class Exchange:
         )
         self._note_who(replies, missing.values())
         late, word, silence = False, began + FIRST_WORD, FIRST_WORD
-        while missing and not late:
+        while (missing or (undecided and len(replies) < self.config.min_sites)) and not late:
             # one more look at the end: a reply that came slowly may have hidden another
             look, late = time.monotonic(), time.time() >= end
+            if again := push([n for n, when in undecided.items() if when <= time.time() and not late]):
+                missing |= again
+                undecided = {n: when for n, when in undecided.items() if n not in again.values()}
             # one at a time: a reply that cannot be read spoils no other
             for message_id, node in list(missing.items()):
                 try:
@@ -166,7 +181,15 @@ class Exchange:
                             fix="give each SuperNode its own site-name",
                         )
                 except BouquetError as error:
-                    refused.append(self._refuse(self.name(node), str(error)))
+                    if error.code == "TRUST-11":
+                        pauses[node] = min(2 * pauses.get(node, AGAIN / 2), LONGEST_PAUSE)
+                        undecided[node] = time.time() + pauses[node]
+                        self.say(f"bouquet: waits for consent  {self.name(node)}: its operator has not decided yet")
+                    elif error.code == "TRUST-12":
+                        self.declined.add(self.name(node))
+                        self.say(f"bouquet: declined  {self.name(node)}: its operator wants no part in this run")
+                    else:
+                        refused.append(self._refuse(self.name(node), str(error)))
                 else:
                     replies.append(
                         replace(reply, adapter=self.spool.keep(node, reply.adapter)) if reply.adapter else reply
@@ -174,9 +197,10 @@ class Exchange:
                     if kind != "query":
                         self.lasted[node] = time.time() - began
                 del missing[message_id]
+                self.undecided = set(map(self.name, undecided))
                 self._note_who(replies, missing.values())
-            if missing and not late:
-                if time.time() >= word:
+            if (missing or undecided) and not late:
+                if missing and time.time() >= word:
                     self._tell_of_wait(waits_for, number, time.time() - began, len(replies), missing.values())
                     word, silence = time.time() + silence, min(2 * silence, LONGEST_SILENCE)
                 time.sleep(max(POLL, time.monotonic() - look))
@@ -252,7 +276,22 @@ class Exchange:
         """The nodes that are there; notes the names they were registered under."""
         known = self._ask(self.grid.get_nodes)
         self.registered |= {info.node_id: text.line(info.name, guard.NAME) for info in known}
-        return sorted(self._ask(self.grid.get_node_ids))
+        asked = self.config.chosen
+        return sorted(n for n in self._ask(self.grid.get_node_ids) if not asked or self.name(n) in asked)
+
+    def check_chosen(self) -> None:
+        """Every site that the run names is one of the hub's. Errors: HUB-10."""
+        if not self.config.chosen:
+            return
+        self.online()
+        known = self.known or set(filter(None, self.registered.values()))
+        if unknown := sorted(self.config.chosen - known):
+            raise HubError(
+                "HUB-10",
+                names=_listed(unknown),
+                found=f"sites = {self.config.sites!r}; the hub knows {_listed(sorted(known)) or 'none by name'}",
+                fix="name them as bouquet hub sites does, or leave sites out for all",
+            )
 
     def name(self, node: int) -> str:
         """The name a node was registered under, else its number."""
@@ -306,7 +345,9 @@ class Exchange:
     def _note_who(self, replies: Iterable[guard.Reply], missing: Iterable[int]) -> None:
         took = {self.name(node): round(self.lasted[node], 1) for node in missing if node in self.lasted}
         here = tuple(sorted(reply.site for reply in replies))
-        self.note(replied=here, missing=tuple(sorted(map(self.name, missing))), took=took)
+        waits, declined = tuple(sorted(self.undecided)), tuple(sorted(self.declined))
+        who = tuple(sorted(map(self.name, missing)))
+        self.note(replied=here, missing=who, took=took, undecided=waits, declined=declined)
 
     def _tell_of_wait(self, kind: str, number: int, seconds: float, replied: int, missing: Iterable[int]) -> None:
         """All that a hub knows of sites that work: how long already, and how long the last time."""
@@ -320,6 +361,9 @@ class Exchange:
         return Refused(site, reason)
 
     def _too_few(self, number: int, valid: int, refused: list[Refused]) -> HubError:
+        consent = [Refused(site, public("TRUST-11")) for site in sorted(self.undecided)]
+        consent += [Refused(site, public("TRUST-12")) for site in sorted(self.declined)]
+        refused = refused + consent
         reasons = _listed((f"{r.site}: {r.reason}" for r in refused), "; ")
         return HubError(
             "HUB-02",

@@ -67,7 +67,7 @@ def accept(
     """The reply, under the name `site` that the hub registered, else under its own.
 
     like: what it has to look like where that is not an adapter like `sent`; then it has no length that says anything.
-    Errors: TRUST-01, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
+    Errors: TRUST-01, -11, -12, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
     """
     _refuse_error(message)
     content = message.content
@@ -125,7 +125,7 @@ def unreadable(why: str, found: object) -> HubError:
 
 
 def _refuse_error(message: Message) -> None:
-    """Errors: TRUST-01 or HUB-04 for an error in place of a reply."""
+    """Errors: TRUST-01, -11, -12 or HUB-04 for an error in place of a reply."""
     if message.has_error() and message.error.code == ErrorCode.INVALID_FAB:
         raise HubError(
             "TRUST-01",
@@ -136,6 +136,10 @@ def _refuse_error(message: Message) -> None:
                 " trusted.yaml"
             ),
         )
+    if message.has_error() and _reason(message).startswith("TRUST-11"):
+        raise HubError("TRUST-11", found="an error reply", fix="wait, or ask that site's operator")
+    if message.has_error() and _reason(message).startswith("TRUST-12"):
+        raise HubError("TRUST-12", found="an error reply", fix="ask that site's operator, or run without it: sites")
     if message.has_error():
         raise HubError(
             "HUB-04",

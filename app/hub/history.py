@@ -89,6 +89,8 @@ class Round:
     adapters: dict[str, str] = entry("SHA-256 of each accepted reply's adapter, by site", default={})
     refused: tuple[Refused, ...] = entry("whose reply did not count, in every try", default=())
     average: str = entry("with ema-decay, SHA-256 of the moving average that this round left", default="")
+    undecided: tuple[str, ...] = entry("sites whose operator had not decided on the run by its end", default=())
+    declined: tuple[str, ...] = entry("sites whose operator has declined the run", default=())
     version: int = entry("of this format", default=VERSION)
 
 
@@ -163,6 +165,10 @@ class Status:
     adapter: str = entry("folder of the last whole adapter", default="")
     error: str = entry("why the run failed", default="")
     time: float = entry("when this was written", "s since 1970", default=0.0)
+    undecided: tuple[str, ...] = entry(
+        "sites whose operator has not decided on the run; they are asked again", default=()
+    )
+    declined: tuple[str, ...] = entry("sites whose operator has declined the run", default=())
     version: int = entry("of this format", default=VERSION)
 
 

@@ -8,6 +8,7 @@ when it cannot go on, failed with a public sentence.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from app import families, lora, metrics, model, quiet, records, text, wire
+from app import audit, bundle, families, lora, metrics, model, quiet, records, text, wire
 from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
@@ -46,6 +47,7 @@ logging.getLogger("flwr").addFilter(_Named())
 quiet.flower()
 text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
+AUDIT = "audit.jsonl"  # beside the runs
 # a run that goes on cannot change these
 SAME = ("base_model", "lora_rank", "lora_alpha", "lora_scaling", "rank_pattern", "lora_targets", "strategy")
 
@@ -84,10 +86,12 @@ class Run:
     def go(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
+        self.deed("run started", base=self.exchange.base, config=hash_of(self.history.config), bundle=own_bundle())
         self.gallery = Gallery(self.base, self.config, self.folder, self.tracker.pictures, self.device)
         try:
             adapter = self.rounds()
             final = formats.write_final(self.folder, adapter, self.config, self.family, self.provenance(adapter))
+            self.deed("exported", adapter=model.adapter_hash(adapter))
             self.gallery.finish()
             self.history = replace(self.history, state="finished")
         except BaseException as error:
@@ -100,6 +104,7 @@ class Run:
             self.gallery.close()
             self.tracker.close()
             self.exchange.note(state=self.history.state)
+            self.deed("run ended", state=self.history.state, code=self.history.error.split(" ")[0])
             try:
                 self.save()
             except OSError as error:  # a full disk: the history of the last round stays, and so does the reason above
@@ -111,6 +116,7 @@ class Run:
         """Every round from the first, or from where another run stopped; then one evaluation of what is left: the last
         aggregate, or the average of all.
         """
+        self.exchange.check_chosen()
         done, adapter, state = self.start()
         adapter = wire.rounded(adapter, self.config.wire_precision)
         strategy, self.average = Strategy(self.config, state), ema.Average(self.config.ema_decay, state)
@@ -212,12 +218,15 @@ class Run:
             adapters={r.site: model.adapter_hash(r.trained) for r in weighed},
             refused=tuple(refused),
             average=model.adapter_hash(self.average.held) if self.config.ema_decay else "",
+            undecided=tuple(sorted(self.exchange.undecided)),
+            declined=tuple(sorted(self.exchange.declined)),
         )
         self.history = replace(self.history, rounds=(*self.history.rounds, entry))
         state = strategy.state() | self.average.state()
         volume.write_round(self.folder, number, new, self.config, self.family, records.told(entry), state)
         self.exchange.spool.clear()
         self.save()
+        self.deed("round", round=number, started_from=entry.started_from, adapter=entry.adapter)
         self.exchange.note(state="working", adapter=f"round-{number:04d}")
         self.tracker.round(entry)
         self.gallery.draw(number, new)
@@ -263,6 +272,13 @@ class Run:
             "versions": self.history.versions,
         }
 
+    def deed(self, did: str, **facts: Any) -> None:
+        """A line of the audit log of all runs, beside them; a full disk does not stop the run."""
+        try:
+            audit.append(self.folder.parent / AUDIT, did=did, run=self.history.run, **facts)
+        except OSError as error:
+            print(f"bouquet: not in {AUDIT}: {did} ({type(error).__name__})", flush=True)
+
     def save(self) -> None:
         told = replace(self.history, seconds=round(time.time() - self.began, 1))
         history.write(self.folder / history.FILE, told)
@@ -272,6 +288,19 @@ def said_of(reply: guard.Reply) -> Part:
     """What history.json says of a site's reply in a round."""
     norm = None if reply.offer else reply.norm  # of a hidden update nobody knows it
     return Part(reply.metrics, reply.images, reply.bound, norm, reply.gpu, reply.left_out)
+
+
+def hash_of(config: dict[str, Any]) -> str:
+    """SHA-256 of a run's configuration as JSON, its keys in order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def own_bundle() -> str:
+    """SHA-256 of the bundle that this is, or why it cannot be told: the log is no reason for a run to fail."""
+    try:
+        return bundle.digest()
+    except Exception as error:  # Flower's, of as many kinds
+        return type(error).__name__
 
 
 def _folder(name: str) -> Path:

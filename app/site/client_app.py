@@ -10,6 +10,7 @@ sentence. Nothing else does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import traceback
@@ -21,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import quiet
+from app import bundle, quiet
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError, public
-from app.site import limits
+from app.site import consent, journal, limits
 from app.site.privacy import Secret
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def guarded(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message
         except Exception as error:
             traceback.print_exc()
             reason = public("SITE-99", kind=type(error).__name__)
+        note_refusal(context, reason.split()[0])
         return Message(Error(code=ERROR, reason=reason), reply_to=message)
 
     return run
@@ -80,11 +82,31 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return take_part(message, context, training=False)
 
 
+def note_refusal(context: Context, code: str) -> None:
+    """A line of the journal for a message that got an error; one that waits for consent is asked again and again."""
+    if code == "TRUST-11":
+        return
+    with contextlib.suppress(SiteError):  # nobody has said where the journal is
+        journal.deed(places(context)[3], "refused", run=str(context.run_id), code=code)
+
+
+def ask_operator(message: Message, context: Context) -> None:
+    """A run goes on here only with the operator's consent, where the site asks for it. Errors: TRUST-11, TRUST-12,
+    TRUST-03 and -04 before: what the site does not allow is nothing to decide on.
+    """
+    config, own = RunConfig.read(context.run_config), str(context.node_config.get("limits", ""))
+    limits.Limits.read(own).check(config)
+    if (how := consent.mode(os.environ)) != "always":
+        cached, base = places(context)[3], str(message.content.config_records["config"]["base-fingerprint"])
+        consent.obtain(cached, how, consent.asked(cached, str(context.run_id), config, bundle.digest(), base, own))
+
+
 @app.query()
 @guarded
 def offer(message: Message, context: Context) -> RecordDict:
     """The first half of a round with masks; what can go wrong before training does so before anybody relies on it."""
-    from app.site import journal, secrecy
+    ask_operator(message, context)
+    from app.site import secrecy  # with what it imports, once there is work
 
     asked = read(message, context)
     run, config, cached = str(context.run_id), asked.made_from.config, asked.made_from.cached
@@ -113,7 +135,6 @@ def read(message: Message, context: Context) -> Asked:
     quiet.libraries()
     config, order = RunConfig.read(context.run_config), message.content.config_records["config"]
     own = str(context.node_config.get("limits", ""))
-    limits.Limits.read(own).check(config)
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached, secret = places(context)
@@ -124,8 +145,9 @@ def read(message: Message, context: Context) -> Asked:
 
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
+    ask_operator(message, context)
     from app import model, wire  # torch is imported only once there is work
-    from app.site import gpu, journal, secrecy  # torch is imported only once there is work
+    from app.site import gpu, secrecy
 
     name, number, attempt, base, made_from = read(message, context)
     config, cached = made_from.config, made_from.cached

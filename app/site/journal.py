@@ -1,6 +1,9 @@
-"""A site's own record of what it sent: one line of JSON a message, in `journal.jsonl` of its cache folder.
+"""A site's own record of what it sent and decided: one line of JSON each, in `journal.jsonl` of its cache folder.
 
-`bouquet site journal [CACHE]` tells it in words, round by round: `./site status` in a join kit.
+It is the site's audit log (app/audit.py): a message that was answered, with what arrived and what was sent, is a deed
+like an approval or a refusal, so there is one file for both and nothing is told twice. A deed that is no answer has
+`did`. `bouquet site journal [CACHE]` tells the messages in words, round by round: `./site status` in a join kit;
+`bouquet audit` tells all of it, and whether it is as it was written.
 Enters: what left. Leaves: nothing; the file stays at the site. With BOUQUET_KEEP_SENT set, every adapter that was sent
 is kept beside it as `sent/<hash>.safetensors`, so that the hub's aggregate can be checked against what the sites
 really sent.
@@ -14,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app import text
+from app import audit, text
 
 FILE = "journal.jsonl"
 WEEK = 7 * 86400  # seconds
@@ -22,13 +25,8 @@ SHOWN = 20  # rounds of a run that are told one by one
 
 
 def note(folder: Path, adapter: dict[str, Any] | None = None, **entry: Any) -> None:
-    """Append one line; a line is written whole or not at all."""
-    line = json.dumps({"time": round(time.time(), 3), **entry}) + "\n"
-    file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+    """A message that was answered: append one line; a line is written whole or not at all."""
+    audit.append(folder / FILE, **entry)
     if adapter is not None and os.environ.get("BOUQUET_KEEP_SENT"):
         from safetensors.torch import save_file  # not for who only reads
 
@@ -39,13 +37,22 @@ def note(folder: Path, adapter: dict[str, Any] | None = None, **entry: Any) -> N
         temporary.replace(kept)
 
 
+def deed(folder: Path, did: str, **facts: Any) -> None:
+    """What the site, or its operator, did beside that; where it cannot be written, a line of the log says so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        audit.append(folder / FILE, did=did, **facts)
+    except OSError as error:
+        print(f"bouquet: not in the journal: {did} ({type(error).__name__})", flush=True)
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line, oldest first; one that a power cut has spoilt is none."""
+    """Every message that was answered, oldest first; a line that a power cut has spoilt is none."""
     if not (folder / FILE).exists():
         return []
     # what follows the last newline was cut off
     lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [entry for line in lines if isinstance(entry := parsed(line), dict)]
+    return [entry for line in lines if isinstance(entry := parsed(line), dict) and "did" not in entry]
 
 
 def parsed(line: str) -> Any:

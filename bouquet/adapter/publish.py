@@ -35,7 +35,9 @@ PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", 
 
 def publish(args: SimpleNamespace) -> None:
     from app import model
+    from bouquet import audit
     from bouquet.adapter import card, parity
+    from bouquet.hub import admission
 
     final, adapter, config, family = whole(args)
     base, provenance = (
@@ -58,6 +60,9 @@ def publish(args: SimpleNamespace) -> None:
         print(f"file     {len(content) if isinstance(content, bytes) else content.stat().st_size:>11,}   {path}")
     if args.upload:
         print(f"sent     {upload(args.repo, files, private=not args.public)}")
+        if admission.ADMITTED.is_dir():  # else this machine is no hub's
+            told = {"repository": args.repo, "adapter": model.adapter_hash(adapter), "public": args.public}
+            audit.note(admission.ADMITTED, "published", **told)
     else:
         print(f"nothing was sent. Look at {final / CARD}, then: bouquet adapter publish {args.repo} --upload")
 
@@ -165,6 +170,8 @@ def provenance_for(provenance: dict[str, Any], named: bool) -> dict[str, Any]:
     public = {key: provenance[key] for key in PUBLIC if key in provenance}
     if not named and "sites" in public:
         public["sites"] = {f"site {number}": facts for number, facts in enumerate(public["sites"].values(), start=1)}
+    if not named and "config" in public:  # which may name the sites that the run asked
+        public["config"] = {key: value for key, value in public["config"].items() if key != "sites"}
     return public
 
 

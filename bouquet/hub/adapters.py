@@ -36,7 +36,7 @@ def histories() -> Iterator[History]:
     """Every run's history.json that can be read, oldest first."""
     if (here := folder()) is None:
         each = "for it in $(ls -tr /adapters/*/history.json); do [ -L ${it%/*} ] || { cat $it; printf '\\0'; }; done"
-        yield from filter(None, map(_history, _inside(each).split(b"\0")))
+        yield from filter(None, map(_history, inside(each).split(b"\0")))
         return
     files = [file for file in here.glob("*/history.json") if not file.parent.is_symlink()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
@@ -54,7 +54,7 @@ def run(name: str, copies: Path) -> Path:
             if name
             else "cd /adapters && run=$(ls -t */history.json | head -n 1) && run=${run%/*} && "
         )
-        archive = _inside(choose + "tar -c $(ls " + " ".join(f"$run/{file}" for file in SMALL) + " 2>/dev/null)")
+        archive = inside(choose + "tar -c $(ls " + " ".join(f"$run/{file}" for file in SMALL) + " 2>/dev/null)")
         if archive:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 names = tar.getnames()
@@ -77,7 +77,7 @@ def _history(content: bytes) -> History | None:
         return None
 
 
-def _inside(script: str) -> bytes:
+def inside(script: str) -> bytes:
     """What a shell in the ServerApp's container prints; nothing where there is none."""
     command = ["docker", "compose", "exec", "-T", "serverapp", "sh", "-c", script]
     return subprocess.run(command, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL).stdout

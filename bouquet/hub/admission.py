@@ -16,7 +16,7 @@ from pathlib import Path
 
 from app import files
 from app.errors import BouquetError
-from bouquet import ROOT
+from bouquet import ROOT, audit
 from bouquet.hub import control, kit, roster
 
 ADMITTED = ROOT / "certs" / "admitted"
@@ -32,6 +32,7 @@ def invite(name: str, hub: str | None = None) -> None:
     """Write the join kit. hub: HOST:PORT, else what .env says. Errors: CERT-04, those of kit.py."""
     check_name(name)
     archive, digest = kit.make(name, hub)
+    audit.note(ADMITTED, "invited", site=name, kit=digest)
     print(f"kit    {archive}   send it to the site; it holds no secret")
     print(f"sum    {digest}   sha256sum, for the site to compare")
     print(f"image  {kit.image()}   for a site that cannot pull it: docker save -o bouquet-image.tar {kit.image()}")
@@ -77,6 +78,7 @@ def admit(name: str, file: Path, images: int | None = None, fingerprint: str | N
     line = f"{key.line} {name}\n"
     if not own.is_file() or own.read_bytes() != line.encode():
         files.write(own, line, PUBLIC)
+    audit.note(ADMITTED, "admitted", site=name, key=key.fingerprint, images=images)
     print(f"{name}   admitted; it is online once its SuperNode has started")
 
 
@@ -97,6 +99,7 @@ def revoke(name: str) -> None:
     file.with_suffix(".json").unlink(missing_ok=True)
     for node in nodes:
         control.unregister(node)
+    audit.note(ADMITTED, "revoked", site=name)
     print(f"{name}   revoked; to come back it needs a new key")
 
 

@@ -38,6 +38,7 @@ from flwr.supercore.primitives.asymmetric_ed25519 import (
 
 from app import files
 from app.errors import BouquetError
+from bouquet import audit
 from bouquet.flower.trust import DAY, DAYS
 
 Record = dict[str, Any]  # a publisher's in a file of signatures: signature (base64), signed_at (seconds)
@@ -49,6 +50,7 @@ def sign_and_tell(apps: list[Path], key: Path, to: Path, again: bool = False) ->
     public, files = sign_all([bundle(app) for app in apps], key, to, again, now)
     for file in files:
         print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(public)}  {fingerprint(public)}")
+        audit.note(key.parent / "admitted", "signed", bundle=file.stem, publisher=publisher_id(public))
         print(f"sign: {outlook(file, publisher_id(public), now)}\nsign: {file}")
 
 

@@ -116,6 +116,8 @@ def early(told: control.Told) -> dict[str, Any]:
         "missing": {},
         "took": {},
         "errors": {},
+        "undecided": [],
+        "declined": [],
         "adapter": None,
     }
 
@@ -149,6 +151,8 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
         "missing": {site: offline.get(site, "online") for site in status.missing} if waiting else {},
         "took": status.took if waiting else {},
         "errors": errors,
+        "undecided": list(status.undecided) if state == "running" else [],
+        "declined": list(status.declined),
         "adapter": f"{run.history.run}/round-{run.rounds[-1].round:04d}" if run.rounds else None,
     }
 
@@ -176,6 +180,9 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     for site, since in facts["missing"].items():
         doing = working(site, facts, now) if since == "online" else f"offline since {_clock(since)}"
         lines.append(f"missing   {site}  {doing}")
+    asked = "its operator has not approved the run yet; it is asked again"
+    lines += [f"undecided {site}  {asked}" for site in facts["undecided"]]
+    lines += [f"declined  {site}  its operator wants no part in the run" for site in facts["declined"]]
     lines += [f"refused   {site}  {reason}" for site, reason in facts["errors"].items()]
     lines.append(f"adapter   {facts['adapter']}" if facts["adapter"] else "adapter   none yet")
     if facts["state"] == "failed" and facts["adapter"]:

@@ -24,7 +24,7 @@ from typing import Any
 from app import families
 from app.config import RunConfig
 from app.errors import BouquetError
-from app.site import gpu, limits, privacy
+from app.site import consent, gpu, limits, privacy
 from app.site.photos import data, folders, prior, views
 from app.site.photos.images import BadImage
 from app.site.photos.wording import Wording
@@ -63,6 +63,7 @@ class Settings:
         values: dict[str, Any] = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
         if text := run_config or env.get("RUN_CONFIG"):
             values |= parse_config_args([text])
+        consent.mode(env)
         if limits.wants_checkpointing(env):
             values["gradient-checkpointing"] = True
         paths = {

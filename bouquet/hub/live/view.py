@@ -180,6 +180,10 @@ def sites(every: list[Seen], known: Known) -> list[dict[str, Any]]:
         rows[name]["doing"] = "has replied"
     for name in rows.keys() & {*status.missing}:
         rows[name]["doing"] = "missing" if rows[name]["state"] == "offline" else working(name, status)
+    for name in rows.keys() & {*status.undecided}:
+        rows[name]["doing"] = "waits for its operator's consent"
+    for name in rows.keys() & {*status.declined}:
+        rows[name]["doing"] = "has declined"
     return [rows[name] for name in sorted(rows)]
 
 
