@@ -28,8 +28,10 @@ def test_what_is_wrong_is_named_and_each_check_is_made_whatever_the_others_find(
     assert "1 file would be reformatted" in done.stdout and "F401" in done.stdout and "app/thorn.py:1:8" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_wrong_type_is_named(copy: Path) -> None:
+    for module in (*copy.glob("app/**/*.py"), *copy.glob("bouquet/**/*.py")):
+        if module.name not in ("__init__.py", "thorn.py"):  # of all of them the check itself takes minutes
+            module.unlink()
     done = sh("scripts/check types", copy, check=False)
     assert done.returncode == 1 and "app/thorn.py:2: error: Incompatible types in assignment" in done.stdout
 
