@@ -229,7 +229,7 @@ def test_a_server_that_imports_the_same_plainly_makes_processes_that_could_not(s
 
 
 def test_the_server_itself_notices_a_library_that_asked_cuda() -> None:
-    plain = SOURCE.replace("\nwith gpu_asked_by_nvml():", "\nif True:")
+    plain = SOURCE.replace("\nwith uncollected(), gpu_asked_by_nvml(), ", "\nwith ")
     assert plain != SOURCE
     done = run("-c", plain)
     assert done.returncode == 1 and "RuntimeError: GPU-07  A message's process could not use the GPU." in done.stderr

@@ -8,6 +8,7 @@ Errors: RuntimeError (GPU-07) when it could not.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -32,6 +33,18 @@ def without(library: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[library]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While libraries are imported nothing is looked at for garbage: none of it is, and looking takes a sixth of the
+    time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager
@@ -81,7 +94,7 @@ def fork_is_bad() -> bool:
     return bool(os.waitpid(child, 0)[1])
 
 
-with gpu_asked_by_nvml(), without(ASKS):
+with uncollected(), gpu_asked_by_nvml(), without(ASKS):
     for library in LIBRARIES:
         importlib.import_module(library)
 if fork_is_bad():
