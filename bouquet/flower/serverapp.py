@@ -39,7 +39,7 @@ def serve(started: int, arguments: list[str]) -> None:
 
     superexec.hush()
     ctypes.CDLL(None).prctl(superexec.PR_SET_NAME, RUN.encode())  # its name in ps and top
-    gc.set_threshold(100_000)  # its libraries make a million objects that stay: to look through them is a tenth of its start
+    gc.set_threshold(100_000)  # a million objects of the libraries stay: to look through them is a tenth of its start
     import torch  # noqa: F401
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
