@@ -2,7 +2,7 @@
 
 BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
 With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment
-once; what uses Docker is worked on by one of them, as there is one engine. The groups that take longest begin first.
+once; the files that share an image are worked on by one of them. The groups that take longest begin first.
 A test that needs its file's deployment is slow, as is whatever is marked so: what takes more than some five seconds.
 """
 
@@ -18,15 +18,15 @@ import pytest
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 DOCKER = ("test_join_compose", "test_access", "test_compose")  # the second attacks the image that the first builds
-TOGETHER = dict.fromkeys(DOCKER, "docker")  # one engine, one deployment at a time
+TOGETHER = dict.fromkeys(DOCKER, "docker")  # one image, one deployment at a time
 ALONE = {  # tests that share nothing with their file, and take as long as another file
-    "test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been": "docker",
+    "test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been": "containers",
     "test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars": "comparison",
     "test_the_demo_goes_from_a_fresh_copy_to_the_adapter_and_stops_what_it_started": "demo",
     "test_ctrl_c_in_the_demo_stops_everything": "demo",
 }
 LONGEST = (
-    *("docker", "test_faults", "test_accept", "test_trust", "test_federation", "test_join"),
+    *("docker", "test_faults", "containers", "test_accept", "test_trust", "test_federation", "test_join"),
     *("test_bench", "comparison", "test_parity", "test_publish", "demo", "test_superexec", "test_database"),
 )
 DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
