@@ -21,8 +21,11 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
 def write(path: Path, content: bytes | str, mode: int | None = None) -> None:
-    """Replace a file in one step. mode: its permissions; without one, what the umask leaves of 0666."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Replace a file in one step; of several processes that write it at once, one's is there in the end, whole.
+
+    mode: its permissions; without one, what the umask leaves of 0666.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
             if mode is not None:

@@ -1,10 +1,10 @@
-"""The base model by name, its fingerprint, its parts, and the adapter on its net.
+"""The base model's fingerprint, its parts, and the adapter on its net.
 
-Enters: a base model's name and the folder of base models. Leaves: its parts, each loaded whole or not at all; a frozen
-net with a trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys
-(`….lora_A.weight`), applied strictly and hashed. Which parts there are, which of them is the net and which of its
-layers get an adapter is the family's to say (families/). Errors: MODEL-01 (unknown name), MODEL-02 (not on this
-machine), MODEL-03 (incomplete or damaged), MODEL-05 (families'), ADAPTER-01 (does not fit), ADAPTER-02 (not finite).
+Enters: a base model's folder (bases.py). Leaves: its parts, each loaded whole or not at all; a frozen net with a
+trainable LoRA adapter, and the adapter as a plain dict of float32 tensors under PEFT's keys (`….lora_A.weight`),
+applied strictly and hashed. Which parts there are, which of them is the net and which of its layers get an adapter is
+the family's to say (families/). Errors: MODEL-03 (incomplete or damaged), MODEL-05 (families'), ADAPTER-01 (does not
+fit), ADAPTER-02 (not finite).
 
 The fingerprint is of what is loaded: of weights that is safetensors alone, never a pickle, and a copy in half precision
 (`….fp16.safetensors`) only where a part has no other.
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +24,9 @@ from torch import Tensor
 
 from app import families, lora
 from app.config import RunConfig
-from app.errors import AdapterError, ModelError
+from app.errors import AdapterError
 from app.families.base import Family
+from app.files import write_json
 from app.settings import incomplete, read_json, read_text, readable
 
 if TYPE_CHECKING:
@@ -37,76 +35,8 @@ if TYPE_CHECKING:
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}  # by library
 HALF = "fp16"  # as the files of a copy in half precision are named, which is all that many people download
 TEXTS = {".json", ".txt", ".jinja", ".model"}  # of a tokenizer; the last is sentencepiece's table
-GATED = "; its licence has to be accepted there first, and HF_TOKEN set to a token of who did"
-UNUSED = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*", "*openvino*"]  # what a repository has beside it
 Adapter = dict[str, Tensor]
 Net = Any  # a part's torch.nn.Module, with what diffusers, transformers and PEFT give it beside that
-
-
-def locate(name: str, models: Path) -> Path:
-    """The folder of base model `name`: `models/name`, else the pinned revision of a known repository."""
-    fetched = {name: family for family in families.FAMILIES.values() for name in family.repositories}
-    known = sorted({*fetched, *(p.parent.name for p in models.glob("*/model_index.json"))})
-    if Path(name).name != name or name not in known:
-        raise ModelError(
-            "MODEL-01",
-            found=f"base-model = {name!r}{_instead(name, models)}; known here: {', '.join(known) or 'none'}",
-            fix=(
-                "choose a known name, or put the model in diffusers layout into a folder of that name among the base"
-                " models"
-            ),
-        )
-    folder = models / name
-    if (folder / "model_index.json").exists():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    repository = fetched[name].repositories[name]
-    _tell_of_download(name)
-    try:
-        allow = [f"{part}/*" for part in fetched[name].parts] + ["model_index.json"]
-        return Path(
-            snapshot_download(
-                repository.name, revision=repository.revision, allow_patterns=allow, ignore_patterns=UNUSED
-            )
-        )
-    except Exception as error:
-        raise ModelError(
-            "MODEL-02",
-            found=(
-                f"no folder {folder}, and {repository.name} at {repository.revision[:8]} cannot be fetched"
-                f" ({type(error).__name__})"
-            ),
-            fix=f"put the model into {folder}, or allow this machine to reach Hugging Face{GATED * repository.gated}",
-        ) from error
-
-
-def origin(name: str) -> str:
-    """Hugging Face's name of a known repository, or ''."""
-    known = (family.repositories for family in families.FAMILIES.values())
-    return next((repositories[name].name for repositories in known if name in repositories), "")
-
-
-@cache
-def _tell_of_download(name: str) -> None:
-    """Once a process: gigabytes may come now, and nothing else would say so."""
-    said = f"bouquet: {name} is not among the base models here; what this host lacks of it is fetched now"
-    print(said, file=sys.stderr, flush=True)
-
-
-def _instead(name: str, models: Path) -> str:
-    """What lies there under that name and is no base model, or ''."""
-    place = models / name
-    if Path(name).name != name or len(name) > 200:
-        return ""
-    if place.is_symlink() and not place.exists():
-        return f", and {place} is a link that leads nowhere on this machine"
-    if place.is_dir():
-        return f", and {place} has no model_index.json"
-    if files := [path for end in ("", ".safetensors", ".ckpt") if (path := models / f"{name}{end}").is_file()]:
-        how = "StableDiffusionPipeline.from_single_file and save_pretrained make a folder of it"
-        return f", and {files[0]} is a checkpoint in one file: {how}"
-    return ""
 
 
 def fingerprint(folder: Path, memory: Path | None = None) -> dict[str, str]:
@@ -213,9 +143,7 @@ def _remembered(files: list[Path], memory: Path | None) -> str:
         return str(json.loads(note.read_text()))
     total = _sum(files)
     note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(total))
-    temporary.replace(note)
+    write_json(note, total)
     return total
 
 

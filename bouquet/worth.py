@@ -26,7 +26,6 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from app.adapter import store
@@ -35,6 +34,7 @@ from app.errors import BouquetError, ConfigError
 from app.hub import history
 from app.hub.history import History
 from app.site.limits import Limits
+from bouquet import progress
 from bouquet.report import comparison, pictures, worth
 from bouquet.report.comparison import Column, Measured, Worth
 
@@ -43,17 +43,26 @@ if TYPE_CHECKING:
     from app.site.train import Site
 
 
-def measure_to_file(asked: SimpleNamespace) -> Path:
-    out = asked.out or Path(f"{asked.name}.worth.json")
+def measure_to_file(
+    out: Path,
+    name: str,
+    data: Path,
+    runs: list[Path],
+    models: Path,
+    cache: Path | None,
+    pool: list[Path],
+    judge: int,
+    pictures: bool,
+) -> None:
+    """A site's column in its file, with `pictures` a sheet beside it; a sentence about it on standard output."""
     with tempfile.TemporaryDirectory() as scratch:
-        cached = asked.cache or Path(scratch) / "cache"
-        shown = out.with_suffix(".png") if asked.pictures else None
-        column = measure(asked.name, asked.data, asked.runs, asked.models, cached, asked.pool, asked.judge, shown)
+        cached = cache or Path(scratch) / "cache"
+        shown = out.with_suffix(".png") if pictures else None
+        column = measure(name, data, runs, models, cached, pool, judge, shown)
     comparison.write(out, column)
     if shown:
         print(f"picture  {shown}   look at it; it goes to the hub only if you send it along")
     print(worth.verdict(column.site, measured_of(column)).sentence)
-    return out
 
 
 def alike(runs: list[Path]) -> list[RunConfig]:
@@ -96,7 +105,7 @@ def measure(
     shown: Path | None = None,
 ) -> Column:
     """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
-    from app import model
+    from app import bases, model
     from app.adapter import sample
     from app.site import train
 
@@ -104,7 +113,7 @@ def measure(
     loss: dict[str, list[float]] = {contender: [] for contender in contenders}
     judged: dict[str, list[float]] = {contender: [] for contender in loss}
     configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
-    base, held_out = model.locate(configs[0].base_model, models), []
+    base, held_out = bases.locate(configs[0].base_model, models), []
     for run, config in zip(runs, configs, strict=True):
         site = train.Site(config, models, data, cached, "", limits=own)
         held_out.append(len(site.held_out.keys))
@@ -115,11 +124,7 @@ def measure(
             "federated": store.read_adapter(run / "final"),
         }
         if pool:
-            with tempfile.TemporaryDirectory() as scratch:
-                aside = site.held_out.keys if site.privacy.private else ()
-                photos = together([data, *pool], Path(scratch) / "photos", aside)
-                everyone = train.Site(config, models, photos, Path(scratch) / "cache", "")
-                adapters["pooled"] = alone(everyone, fresh, "pooled", config.rounds * (1 + len(pool)))
+            adapters["pooled"] = pooled(site, fresh, [data, *pool], models)
         for contender, adapter in adapters.items():
             model.apply_adapter(site.net, adapter)
             loss[contender].append(site.privacy.number(site.evaluate()))
@@ -138,6 +143,17 @@ def measure(
     return Column(name, seeds, min(held_out), numbers[0], numbers[1] if judge else None, steps)
 
 
+def pooled(site: Site, start: Adapter, folders: list[Path], models: Path) -> Adapter:
+    """What one training on all sites' photos makes, with all their steps; without those that this site held out."""
+    from app.site import train
+
+    with tempfile.TemporaryDirectory() as scratch:
+        aside = site.held_out.keys if site.privacy.private else ()
+        photos = together(folders, Path(scratch) / "photos", aside)
+        everyone = train.Site(site.config, models, photos, Path(scratch) / "cache", "")
+        return alone(everyone, start, "pooled", site.config.rounds * len(folders))
+
+
 def measured_of(column: Column, picture: str = "") -> Measured:
     """A site's column as worth.json has it."""
     return Measured(column.held_out, column.loss, column.judge, picture)
@@ -150,7 +166,7 @@ def alone(site: Site, start: Adapter, name: str, rounds: int) -> Adapter:
     from app import model
 
     model.apply_adapter(site.net, start)
-    for number in range(1, rounds + 1):
+    for number in progress.steps(f"{name} alone, seed {site.config.seed}", range(1, rounds + 1)):
         site.fit(site.privacy.seed(site.config.seed, name, number), number)
     return model.adapter_of(site.net)
 

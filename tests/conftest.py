@@ -142,8 +142,9 @@ def final(tmp_path_factory) -> Path:
     """A run's folder with the app's own final files of a small adapter."""
     from app.adapter import formats
     from app.families import sd
+    from app.hub.history import Provenance
     from tests.kit import tiny
 
     run = tmp_path_factory.mktemp("final")
-    formats.write_final(run, tiny.adapter(1), tiny.CONFIG, sd.FAMILY, {"adapter_sha256": "0" * 64})
+    formats.write_final(run, tiny.adapter(1), tiny.CONFIG, sd.FAMILY, Provenance(adapter_sha256="0" * 64))
     return run

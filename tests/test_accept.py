@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app import model
+from app import bases, model
 from benchmarks.gpu import accept, accept_child, accept_machine, accept_memory, accept_runs, gpu
 from benchmarks.gpu.accept import CHECKS, Check
 from benchmarks.gpu.accept_desk import Desk, Skip, Wrong
@@ -376,7 +376,7 @@ def test_estimate_and_peak_are_read_from_preflights_own_lines():
 def test_the_base_of_stable_diffusions_shape_is_one_that_the_app_takes(tmp_path):
     folder = base.build(tmp_path, "sd15-tiny")
     assert json.loads((folder / "tokenizer/tokenizer_config.json").read_text())["model_max_length"] == gpu.TINY.tokens
-    unet = model.load_net(model.locate("bench", tmp_path))
+    unet = model.load_net(bases.locate("bench", tmp_path))
     assert unet.config.block_out_channels == list(gpu.TINY.unet) or unet.config.block_out_channels == gpu.TINY.unet
     assert model.fingerprint(folder, tmp_path / "memory")["base"]
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 20_000_000

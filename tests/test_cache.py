@@ -228,7 +228,7 @@ def test_the_cache_is_rid_of_photos_that_are_gone_once_it_is_written_again(folde
     encode(folder, kept)
     partition, _ = encode(tiny.site(tmp_path / "new", count=3, seed=5), kept)
     (latents,) = kept.glob("latents-*")
-    assert {name.split()[0] for name in cache._read(latents)[0]} == {photo.key for photo in partition.photos}
+    assert {name.split()[0] for name in cache.read_rows(latents)[0]} == {photo.key for photo in partition.photos}
 
 
 def test_the_cache_holds_no_caption_and_no_file_name(folder, kept):
@@ -308,9 +308,9 @@ def test_a_part_that_was_torn_is_noticed_and_encoded_again(folder, kept, tmp_pat
 def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again(
     folder, kept, monkeypatch, loads, one_by_one
 ):
-    write = cache._write
+    write = cache.write_rows
     monkeypatch.setattr(
-        cache, "_write", lambda path, *what: write(path, *what) if ".part" in path.name else cut_short()
+        cache, "write_rows", lambda path, *what: write(path, *what) if ".part" in path.name else cut_short()
     )
 
     def cut_short():
@@ -319,7 +319,7 @@ def test_a_site_killed_between_the_last_part_and_the_whole_encodes_nothing_again
     with pytest.raises(KeyboardInterrupt):
         encode(folder, kept)
     loads.clear()
-    monkeypatch.setattr(cache, "_write", write)
+    monkeypatch.setattr(cache, "write_rows", write)
     assert len(encode(folder, kept)[1].keys) == 6 and loads == ["CLIPTextModel"]
 
 

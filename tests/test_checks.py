@@ -28,12 +28,14 @@ def test_what_is_wrong_is_named_and_each_check_is_made_whatever_the_others_find(
     assert "1 file would be reformatted" in done.stdout and "F401" in done.stdout and "app/thorn.py:1:8" in done.stdout
 
 
-def test_a_wrong_type_is_named(copy: Path) -> None:
-    for module in (*copy.glob("app/**/*.py"), *copy.glob("bouquet/**/*.py")):
+def test_a_wrong_type_is_named_and_a_tests_call_of_what_is_not_there(copy: Path) -> None:
+    for module in (path for folder in ("app", "bouquet", "tests") for path in copy.glob(f"{folder}/**/*.py")):
         if module.name not in ("__init__.py", "thorn.py"):  # of all of them the check itself takes minutes
             module.unlink()
+    (copy / "tests" / "test_thorn.py").write_text("from app import thorn\n\n\ndef test_it():\n    thorn.gone()\n")
     done = sh("scripts/check types", copy, check=False)
     assert done.returncode == 1 and "app/thorn.py:2: error: Incompatible types in assignment" in done.stdout
+    assert 'tests/test_thorn.py:5: error: Module has no attribute "gone"' in done.stdout
 
 
 def test_what_is_no_check_is_refused_with_those_that_there_are(copy: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_fails_ends_with_1_and_its_code_found_and_fix(capsys, tmp_path, mon
 
 
 def test_what_needs_a_clone_says_so_in_the_image(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli.common, "ROOT", tmp_path)
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err.startswith("HOST-18  This is not in the image.")
 

@@ -92,7 +92,7 @@ def test_the_unet_sees_the_image_at_the_start_and_the_noise_at_the_end_of_the_sc
 @pytest.mark.parametrize("kind", ["sample", "flow_prediction"])
 def test_a_model_that_predicts_anything_else_is_refused(kind):
     scheduler = schedule("sample")
-    scheduler.schedule.scheduler.register_to_config(prediction_type=kind)
+    scheduler.schedule.scheduler.register_to_config(prediction_type=kind)  # type: ignore[attr-defined]
     latents, text = tiny.batch(1)
     with pytest.raises(ConfigError, match="CONFIG-03") as caught:
         diffusion.noise_loss(Silent(), scheduler, latents, {"text": text}, generator())

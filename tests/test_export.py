@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from app.adapter import formats, sample, store
 from app.families import sd
+from app.hub.history import Provenance
 from tests.kit import tiny
 
 ADAPTER = tiny.adapter(3)
@@ -26,7 +27,7 @@ PROMPTS = ["a red poppy, meadow background"]
 @pytest.fixture(scope="module")
 def final(tmp_path_factory):
     return formats.write_final(
-        tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, sd.FAMILY, {"run": "7", "images": 40}
+        tmp_path_factory.mktemp("run"), ADAPTER, tiny.CONFIG, sd.FAMILY, Provenance(run="7", images=40)
     )
 
 
@@ -62,7 +63,9 @@ def test_the_final_folder_holds_every_format_and_the_provenance(final):
         "provenance.json",
         "pytorch_lora_weights.safetensors",
     ]
-    assert json.loads((final / "provenance.json").read_text()) == {"run": "7", "images": 40}
+    assert json.loads((final / "provenance.json").read_text()) == {
+        "run": "7", "images": 40, "sites": {}, "config": {}, "versions": {}, "version": 1,
+    }  # fmt: skip
 
 
 def test_every_file_holds_the_same_numbers(final):

@@ -22,6 +22,7 @@ from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
+from app.hub.history import Base, Provenance
 from bouquet import ROOT, cli
 from bouquet.adapter import card, parity
 from tests.kit import families as kit
@@ -48,10 +49,10 @@ def finished(folder: Path, name: str, **changes) -> tuple[Path, model.Adapter, R
     """A run's folder with its final adapter, as the hub leaves it."""
     run = config(name, **changes)
     adapter, base = trained(name, run), kit.base(name)
-    told = {
-        "adapter_sha256": model.adapter_hash(adapter), "config": run.__dict__, "rounds": run.rounds,
-        "base": {"name": name, "fingerprint": model.fingerprint(base)["base"]}, "versions": formats.versions(),
-    }  # fmt: skip
+    told = Provenance(
+        adapter_sha256=model.adapter_hash(adapter), config=run.__dict__, rounds=run.rounds,
+        base=Base(name, model.fingerprint(base)["base"]), versions=formats.versions(),
+    )  # fmt: skip
     formats.write_final(folder, adapter, run, families.of(base), told)
     return folder, adapter, run
 
@@ -400,7 +401,12 @@ def test_every_base_model_that_is_fetched_has_a_licence_that_the_card_names():
         under = card.licence(RunConfig.read({"base-model": name}), None)
         assert (under == card.OTHER) == (name in card.LICENCE_NAMES) == repository.gated
     told = card.card(
-        "a/b", RunConfig.read({"base-model": "flux.1-dev"}), {}, [], card.OTHER, "black-forest-labs/FLUX.1-dev"
+        "a/b",
+        RunConfig.read({"base-model": "flux.1-dev"}),
+        Provenance(),
+        [],
+        card.OTHER,
+        "black-forest-labs/FLUX.1-dev",
     )
     data = yaml.safe_load(told.split("---\n")[1])
     assert (data["license"], data["license_name"]) == ("other", "flux-1-dev-non-commercial-license")

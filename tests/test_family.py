@@ -7,6 +7,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from app import families, model
+from app import bases, families, model
 from app.adapter import sample
 from app.errors import ModelError
 from app.families import sd
@@ -145,7 +146,7 @@ INSTEAD = {
 def test_what_lies_there_and_is_no_base_model_is_told(tmp_path, said):
     INSTEAD[said](tmp_path / "rose")
     with pytest.raises(ModelError, match="MODEL-01") as caught:
-        model.locate("rose", tmp_path)
+        bases.locate("rose", tmp_path)
     assert said in caught.value.found
 
 
@@ -211,7 +212,8 @@ def test_every_kind_of_schedule_that_is_taken_is_one_of_diffusers_and_noises_as_
     for name in set(sd.SCHEDULES) - (set() if is_scipy_available() else {"LMSDiscreteScheduler"}):
         edit(base / SCHEDULE, _class_name=name)
         own = getattr(diffusers, name).from_pretrained(base, subfolder="scheduler")
-        torch.testing.assert_close(own.alphas_cumprod, sd.FAMILY.schedule(base).scheduler.alphas_cumprod)
+        ours: Any = sd.FAMILY.schedule(base)
+        torch.testing.assert_close(own.alphas_cumprod, ours.scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize(

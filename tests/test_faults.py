@@ -313,24 +313,31 @@ class Echo(threading.Thread):
                     link.sendall(data)
 
 
+class Echoed(network.Relay):
+    """A relay to a program that says again what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.echo = Echo()
+        self.target = self.echo.port
+
+
 @pytest.fixture
-def relay() -> Iterator[network.Relay]:
-    relay = network.Relay()
-    relay.echo = Echo()
-    relay.target = relay.echo.port
+def relay() -> Iterator[Echoed]:
+    relay = Echoed()
     yield relay
     relay.close()
     relay.echo.listener.shutdown(socket.SHUT_RDWR)
     relay.echo.join()
 
 
-def test_a_relay_carries_bytes_both_ways(relay: network.Relay) -> None:
+def test_a_relay_carries_bytes_both_ways(relay: Echoed) -> None:
     with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
         link.sendall(b"a rose")
         assert link.recv(100) == b"a rose"
 
 
-def test_a_cut_holds_bytes_back_and_closes_nothing(relay: network.Relay) -> None:
+def test_a_cut_holds_bytes_back_and_closes_nothing(relay: Echoed) -> None:
     with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
         link.sendall(b"one")
         assert link.recv(100) == b"one"
@@ -344,7 +351,7 @@ def test_a_cut_holds_bytes_back_and_closes_nothing(relay: network.Relay) -> None
         assert link.recv(100) == b"two"
 
 
-def test_a_reset_comes_in_the_middle_of_a_push_and_once(relay: network.Relay) -> None:
+def test_a_reset_comes_in_the_middle_of_a_push_and_once(relay: Echoed) -> None:
     relay.reset_after = 100_000
     with socket.create_connection(("127.0.0.1", relay.port), 10) as link, pytest.raises(ConnectionError):
         while True:
@@ -354,7 +361,7 @@ def test_a_reset_comes_in_the_middle_of_a_push_and_once(relay: network.Relay) ->
     test_a_relay_carries_bytes_both_ways(relay)
 
 
-def test_a_slow_line_delays_each_way_and_keeps_its_rate(relay: network.Relay) -> None:
+def test_a_slow_line_delays_each_way_and_keeps_its_rate(relay: Echoed) -> None:
     relay.delay, relay.rate = 0.2, 1e6
     with socket.create_connection(("127.0.0.1", relay.port), 10) as link:
         start = time.monotonic()
@@ -366,7 +373,7 @@ def test_a_slow_line_delays_each_way_and_keeps_its_rate(relay: network.Relay) ->
 
 
 @pytest.mark.skipif(bool(network.no_loss()), reason=network.no_loss())
-def test_lost_packets_are_counted_and_afterwards_none_is_lost(relay: network.Relay) -> None:
+def test_lost_packets_are_counted_and_afterwards_none_is_lost(relay: Echoed) -> None:
     loss = network.Loss(relay.port, 1.0)
     loss.begin()
     try:

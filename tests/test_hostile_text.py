@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app import model, records, text, wire
 from app.errors import BouquetError
 from app.hub import bounds, exchange, server_app
+from app.hub.history import read_provenance
 from benchmarks.speed.hub import StubGrid, adapter_of_size
 from bouquet.adapter import card
 from bouquet.hub import adapters, admission, control, roster
@@ -216,7 +217,7 @@ def tracked(run: Told) -> str:
 
 
 def carded(run: Told) -> str:
-    provenance = json.loads((run.folder / "final" / "provenance.json").read_text())
+    provenance = read_provenance(run.folder / "final" / "provenance.json")
     return card.card("garden/flowers", tiny.config(), provenance, [], "apache-2.0", "")
 
 

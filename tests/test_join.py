@@ -86,8 +86,10 @@ class SiteHost:
             )  # fmt: skip
 
     def stop(self) -> None:
+        """`./site stop`; nothing of the site is left then."""
+        sh("./site stop", self.kit)
+        self.process.wait(PATIENT)
         end_group(self.process.pid)
-        self.process.wait()
 
 
 def invited(root: Path, name: str, to: Path) -> SiteHost:
@@ -148,6 +150,11 @@ def heartbeat(site: SiteHost, hub: Processes, node: int) -> int:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def certificates(root: Path) -> dict[str, bytes]:
+    """What certs/ holds but for the log of who did what, which every command adds to."""
+    return {name: held for name, held in contents(root / "certs").items() if name != "admitted/audit.jsonl"}
 
 
 def new_public_key(folder: Path, kind: str = "ecdsa -b 384") -> Path:
@@ -377,17 +384,17 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
     hub: Processes, root: Path, garden: SiteHost, tmp_path: Path
 ) -> None:
     other = invited(root, "orchard", tmp_path)
-    before, superlink = contents(root / "certs"), hub.running["superlink"].pid
+    before, superlink = certificates(root), hub.running["superlink"].pid
     other.init()
     sh(f"scripts/bouquet hub admit orchard {other.kit}/orchard.pub", root)
-    assert contents(root / "certs").items() - before.items() == {
+    assert certificates(root).items() - before.items() == {
         ("admitted/orchard.pub", (root / "certs/admitted/orchard.pub").read_bytes())
     }
     other.start()
     try:
         wait_for(root, other, "online")
         online = other.process.pid
-        with_orchard = contents(root / "certs")
+        with_orchard = certificates(root)
 
         [node] = [site.node for site in registered() if site.name == "garden"]
         assert heartbeat(garden, hub, node) == 200
@@ -396,7 +403,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
         garden.process.wait(PATIENT)  # a SuperNode asks every 3 s; refused, it ends
         assert sites(root)["garden"]["state"] == "revoked"
         theirs = {"admitted/garden.pub", "admitted/garden.json"}
-        assert {name for name, _ in with_orchard.items() - contents(root / "certs").items()} == theirs
+        assert {name for name, _ in with_orchard.items() - certificates(root).items()} == theirs
 
         garden.start()  # again with the revoked key
         garden.process.wait(PATIENT)
@@ -417,7 +424,7 @@ def test_a_revoked_site_is_cut_off_and_comes_back_with_a_new_key_and_nobody_else
             sites(root)["orchard"]["state"] == "online" and other.process.pid == online and other.process.poll() is None
         )
         assert hub.running["superlink"].pid == superlink and hub.running["superlink"].poll() is None
-        assert {k: v for k, v in contents(root / "certs").items() if k not in theirs} == {
+        assert {k: v for k, v in certificates(root).items() if k not in theirs} == {
             k: v for k, v in with_orchard.items() if k not in theirs
         }
     finally:

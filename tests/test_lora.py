@@ -18,6 +18,7 @@ from app.adapter import formats, lora_files, sample
 from app.config import RunConfig
 from app.errors import AdapterError, BouquetError
 from app.families import sd
+from app.hub.history import Provenance
 from app.site.limits import Limits
 from bouquet.adapter import parity
 from bouquet.site import estimate
@@ -117,7 +118,7 @@ def test_every_loader_draws_the_picture_that_training_meant(tmp_path, shape, nam
         changes["rank_pattern"] = "to_q=3,single_transformer_blocks=1"
     config = replace(tiny.config(**kit.SETTINGS), base_model=name, lora_targets="attention", **changes)
     adapter = drawn(3, base, config)
-    told = {"config": config.__dict__}
+    told = Provenance(config=config.__dict__)
     final = formats.write_final(tmp_path, adapter, config, families.of(base), told)
     rows = {(row.path, row.precision): row.difference for row in parity.check(final, base, config)}
     assert {path for path, _ in rows} == {"PEFT", "diffusers", "merged"} | ({"kohya"} if name == "sd" else set())
@@ -128,7 +129,7 @@ def test_every_loader_draws_the_picture_that_training_meant(tmp_path, shape, nam
 
 def test_a_power_of_two_is_the_same_picture_to_the_bit(tmp_path):
     config = tiny.config(lora_alpha=4.0)
-    final = formats.write_final(tmp_path, tiny.adapter(3, config), config, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, tiny.adapter(3, config), config, sd.FAMILY)
     rows = {row.path: row.difference for row in parity.check(final, tiny.base(), config) if row.precision == "fp32"}
     assert (rows["PEFT"], rows["diffusers"], rows["kohya"]) == (0.0, 0.0, 0.0)
 

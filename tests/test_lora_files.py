@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,12 +376,9 @@ def test_merged_into_the_base_it_draws_the_same(loras, expected, tmp_path):
 
 
 def test_the_command_draws_any_of_them_at_every_strength(loras, tmp_path):
-    sample_.draw(
-        SimpleNamespace(
-            adapter=loras, base="tiny", models=tiny.models(), prompt=["a red poppy"], grid=True, strength=1.0,
-            steps=1, guidance=1.0, size=16, seed=1, out=tmp_path / "sheet.png",
-        )
-    )  # fmt: skip
+    which = sample_.Which(loras, "tiny", tiny.models())
+    asked = {"sample-steps": 1, "sample-guidance": 1.0, "resolution": 16, "seed": 1}
+    sample_.draw(which, ["a red poppy"], sample_.SWEEP, asked, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").exists()
 
 

@@ -19,6 +19,7 @@ from app.site import cache
 from bouquet import cli
 from bouquet.adapter import measure, memorised, pictures
 from bouquet.report import findings, memorisation
+from bouquet.report.memorisation import Distances
 from bouquet.report.page import page
 from bouquet.report.reading import read
 from tests.kit import tiny
@@ -81,7 +82,7 @@ def test_a_copy_of_a_training_photo_is_far_below_every_held_out_photo_also_with_
 
 
 def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path):
-    from app import model
+    from app import bases
     from app.site import train
 
     here = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "cache", "")
@@ -91,7 +92,7 @@ def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path)
     torch.testing.assert_close(
         memorised.latents(pipe, images), here.train.latents_NChw.flatten(1), atol=5e-3, rtol=5e-3
     )
-    assert isinstance(here.train, cache.Encoded) and model.locate("tiny", tiny.models())
+    assert isinstance(here.train, cache.Encoded) and bases.locate("tiny", tiny.models())
 
 
 @pytest.mark.parametrize(
@@ -111,9 +112,12 @@ def test_the_chance_is_that_of_shuffling():
 
 
 def test_what_a_site_reads():
-    none = memorisation.found("rose", column([0.7, 0.9], [0.6, 0.8]))
-    luck = memorisation.found("rose", column([0.5, 0.9], [0.6, 0.8]))
-    grave = memorisation.found("rose", column([0.1] * 5 + [0.9], [0.6] * 20))
+    none, luck, grave = (
+        memorisation.found("rose", Distances(12, memorised.SPACE, tuple(samples), tuple(held_out)))
+        for samples, held_out in (
+            ([0.7, 0.9], [0.6, 0.8]), ([0.5, 0.9], [0.6, 0.8]), ([0.1] * 5 + [0.9], [0.6] * 20),
+        )
+    )  # fmt: skip
     assert (none.suspicious, none.rare) == (0, False) and none.sentence.startswith("None of 2 samples")
     assert (luck.suspicious, luck.chance, luck.rare) == (1, 0.5, False) and luck.sentence.endswith(
         "That is not unusual."
@@ -133,7 +137,7 @@ def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_the
     )
     sh(command, tiny.ROOT)
     told = json.loads((tmp_path / "rose.memory.json").read_text())
-    assert set(told) == {"site", "run", "adapter", "space", "seed", "photos", "held_out", "samples"}
+    assert set(told) == {"site", "run", "adapter", "space", "seed", "photos", "held_out", "samples", "version"}
     assert (
         len(told["samples"]) == 4
         and told["samples"] == sorted(told["samples"])
@@ -141,7 +145,7 @@ def test_measured_at_a_site_only_sorted_distances_leave_and_the_report_shows_the
     )
     assert told["photos"] + len(told["held_out"]) == 16 and (told["run"], told["seed"]) == ("run-5", 5)
     shown = sh(f"scripts/bouquet measure collect {run} {tmp_path}/rose.memory.json", tiny.ROOT).stdout
-    assert shown.startswith("rose  ") and read(run).memory["sites"]["rose"]["samples"] == told["samples"]
+    assert shown.startswith("rose  ") and list(read(run).memory.sites["rose"].samples) == told["samples"]
     text = page(read(run))
     assert "Does it draw the sites" in text and "4 samples" in text and "How near to one training photo, site 1" in text
     assert not any(caption in text for caption in tiny.CAPTIONS[2:])
@@ -160,9 +164,16 @@ def test_the_report_warns_of_a_site_whose_photos_come_back(run):
 @pytest.mark.parametrize(
     "spoil", [{"samples": []}, {"samples": [float("nan")]}, {"held_out": [-1]}, {"held_out": "x"}, {"photos": "<b>"}]
 )
-def test_distances_of_another_shape_are_refused_by_name(spoil):
+def test_distances_of_another_shape_are_refused_by_name_at_the_hub_and_by_the_report(run, tmp_path, spoil):
+    (tmp_path / "rose.json").write_text(json.dumps(column([0.5], [0.5]) | spoil))
     with pytest.raises(BouquetError, match="MEASURE-02"):
-        memorisation.check({"sites": {"rose": column([0.5], [0.5]) | spoil}})
+        measure.collect(run, [tmp_path / "rose.json"])
+    (run / "memory.json").write_text(json.dumps({"sites": {"rose": column([0.5], [0.5]) | spoil}}))
+    try:
+        with pytest.raises(BouquetError, match="MEASURE-02"):
+            read(run)
+    finally:
+        (run / "memory.json").unlink()
 
 
 def test_columns_of_two_adapters_are_refused(run, tmp_path):

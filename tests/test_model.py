@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app import model
+from app import bases, model
 from app.adapter import sample
 from app.config import RunConfig
 from app.errors import AdapterError, ModelError
@@ -33,13 +33,13 @@ def refused(code: str, adapter: model.Adapter) -> AdapterError:
 
 
 def test_a_name_is_a_folder_among_the_base_models():
-    assert model.locate("tiny", tiny.models()) == tiny.models() / "tiny"
+    assert bases.locate("tiny", tiny.models()) == tiny.models() / "tiny"
 
 
 @pytest.mark.parametrize("name", ["rose", "", ".", "..", "../tiny", "tiny/unet", "/tiny"])
 def test_a_name_that_is_not_a_base_model_is_refused_with_the_known_ones(name):
     with pytest.raises(ModelError) as caught:
-        model.locate(name, tiny.models())
+        bases.locate(name, tiny.models())
     assert caught.value.code == "MODEL-01"
     assert all(name in caught.value.found for name in ("stable-diffusion-v1-5, ", "z-image", "tiny"))
 
@@ -50,7 +50,7 @@ def test_a_known_model_that_cannot_be_fetched_is_refused_with_the_folder_it_coul
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(ModelError) as caught:
-        model.locate("stable-diffusion-v1-5", tmp_path)
+        bases.locate("stable-diffusion-v1-5", tmp_path)
     assert caught.value.code == "MODEL-02"
     assert str(tmp_path / "stable-diffusion-v1-5") in caught.value.fix
     assert str(tmp_path) not in str(caught.value)  # str() goes to the hub
@@ -64,7 +64,7 @@ def test_a_known_model_is_fetched_at_its_pinned_revision_and_without_pickles(tmp
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert model.locate("stable-diffusion-v1-5", tmp_path) == tmp_path
+    assert bases.locate("stable-diffusion-v1-5", tmp_path) == tmp_path
     assert asked["repository"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert len(asked["revision"]) == 40
     assert "safety_checker/*" not in asked["allow"] and "*.bin" in asked["ignore"]

@@ -32,7 +32,7 @@ PATHS = [(path, precision) for precision in ("fp32", "fp16") for path in ("PEFT"
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory) -> Path:
-    return formats.write_final(tmp_path_factory.mktemp("parity"), tiny.adapter(3), tiny.CONFIG, sd.FAMILY, {})
+    return formats.write_final(tmp_path_factory.mktemp("parity"), tiny.adapter(3), tiny.CONFIG, sd.FAMILY)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_every_path_draws_the_picture_that_training_meant(final):
 
 def test_every_path_draws_the_same_picture_on_the_base_model_that_ships(tmp_path):
     base, config = tiny.ROOT / "models" / "mini", RunConfig.read({"lora-rank": 4})
-    final = formats.write_final(tmp_path, trained(base, config, 0.1), config, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, trained(base, config, 0.1), config, sd.FAMILY)
     assert [(row.path, row.precision) for row in parity.check(final, base, config)] == PATHS
 
 
@@ -138,7 +138,7 @@ def test_a_changed_file_is_refused_by_name(copy, spoil, named):
 
 
 def test_an_adapter_that_changes_nothing_proves_nothing(tmp_path):
-    final = formats.write_final(tmp_path, tiny.fresh(), tiny.CONFIG, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, tiny.fresh(), tiny.CONFIG, sd.FAMILY)
     with pytest.raises(AdapterError, match="EXPORT-05"):
         parity.check(final, tiny.base(), tiny.CONFIG)
 
@@ -219,7 +219,7 @@ def sd15(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_every_path_draws_the_same_picture_on_stable_diffusions_architecture(sd15, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "STEPS", 2)  # a layer that is wrong shows in each
-    final = formats.write_final(tmp_path, trained(sd15, SD15, 0.1), SD15, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, trained(sd15, SD15, 0.1), SD15, sd.FAMILY)
     assert [(row.path, row.precision) for row in parity.check(final, sd15, SD15)] == PATHS
 
 
@@ -230,7 +230,7 @@ def test_a_published_stable_diffusion_lora_draws_the_same_through_our_files_as_t
     lora = formats.read_lora(LORA)
     assert (lora.rank, lora.targets) == (4, "attention")
     model.check_adapter(lora.adapter, model.new_adapter(sd15, SD15))  # as a starting adapter is checked
-    final = formats.write_final(tmp_path, lora.adapter, SD15, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, lora.adapter, SD15, sd.FAMILY)
     config, pictures = replace(SD15, sample_steps=2), []
     for load in (
         lambda pipe: pipe.load_lora_weights(LORA),

@@ -40,7 +40,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"sd", "flux", "flux2", "zimage"},
     {"sdxl", "sd3", "qwen"},
     {"families", "lora"},
-    {"model", "diffusion", "lora_names", "quantised"},
+    {"model", "bases", "diffusion", "lora_names", "quantised", "shelf"},
     {"masks"},
     {"cache", "wire", "journal", "privacy", "prior", "rate", "optimisers", "lora_files", "store"},
     {"train", "guard", "ema", "volume", "sample", "secrecy", "consent"},
@@ -164,6 +164,14 @@ def test_what_a_run_is_started_from_has_no_app_of_its_own_which_would_run_instea
         text=True,
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+SITTING = 400  # lines that one reads at a sitting
+
+
+def test_no_module_of_the_app_or_the_product_is_longer_than_a_sitting():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in APP + PRODUCT}
+    assert {name: count for name, count in lines.items() if count > SITTING} == {}
 
 
 def tree() -> dict[str, set[str]]:

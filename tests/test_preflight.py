@@ -32,7 +32,7 @@ from app.site.photos import data
 from bouquet import cli
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import connect, flwr, nodes_online
-from bouquet.site import preflight, reach
+from bouquet.site import preflight, reach, trial
 from bouquet.site.preflight import Preflight, Settings
 from tests.kit import tiny
 from tests.kit.nvml import A10, T4, StandIn, gpu
@@ -506,7 +506,9 @@ def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_
     both = [Preflight(Settings.read(site | {"SITE_CHECKPOINTING": value})) for value in ("", "1")]
     for checks in both:
         checks.check_model(), checks.check_data()
-    without, forced = (checks._estimate() for checks in both)
+    without, forced = (
+        trial.estimated(checks.own.config, checks.base, on_gpu=False, photos=checks.photos) for checks in both
+    )
     assert forced.floor < without.floor
     assert lines(site, "step", SITE_CHECKPOINTING="1")["step"].state == "pass" and set(checkpointed) == {True}
 

@@ -26,6 +26,7 @@ from app.adapter import formats
 from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
+from app.hub.history import Base, Given, Provenance
 from bouquet import ROOT, cli
 from bouquet.adapter import card, parity
 from bouquet.adapter import publish as publishing
@@ -50,17 +51,17 @@ SITES = {"rose garden": {"images": 40}, "lily clinic": {"images": 24}}
 
 def run(adapters: Path, config: RunConfig, base: Path, adapter: model.Adapter) -> Path:
     """A finished run's folder, with the provenance that the hub writes, and `latest`."""
-    told = {
-        "run": "12",
-        "made": "2026-11-24T02:00:00Z",
-        "adapter_sha256": model.adapter_hash(adapter),
-        "base": {"name": config.base_model, "fingerprint": model.fingerprint(base)["base"]},
-        "rounds": config.rounds,
-        "sites": SITES,
-        "images": 64,
-        "config": asdict(config),
-        "versions": formats.versions(),
-    }
+    told = Provenance(
+        run="12",
+        made="2026-11-24T02:00:00Z",
+        adapter_sha256=model.adapter_hash(adapter),
+        base=Base(config.base_model, model.fingerprint(base)["base"]),
+        rounds=config.rounds,
+        sites={name: Given(**given) for name, given in SITES.items()},
+        images=64,
+        config=asdict(config),
+        versions=formats.versions(),
+    )
     formats.write_final(adapters / "12", adapter, config, sd.FAMILY, told)
     (adapters / "latest").symlink_to("12")
     return adapters / "12"
@@ -121,7 +122,7 @@ def publish(tiny_run, drawn, tmp_path, monkeypatch, capsys):
         shown = capsys.readouterr()
         return code, shown.out + shown.err, final
 
-    call.final = final
+    call.final = final  # type: ignore[attr-defined]
     return call
 
 
@@ -340,10 +341,11 @@ def test_upload_sends_exactly_the_listed_files_in_one_commit(publish, hub, monke
 
 
 def test_a_run_that_named_the_sites_that_it_asked_does_not_tell_them_in_public():
-    provenance = {"config": {"rounds": 2, "sites": "garden,clinic"}, "sites": {"garden": {}, "clinic": {}}}
-    assert publishing.provenance_for(provenance, named=False) == {
-        "config": {"rounds": 2}, "sites": {"site 1": {}, "site 2": {}}
-    }  # fmt: skip
+    sites = {"garden": Given(40, 30), "clinic": Given(24)}
+    provenance = Provenance(config={"rounds": 2, "sites": "garden,clinic"}, sites=sites)
+    assert publishing.provenance_for(provenance, named=False) == Provenance(
+        config={"rounds": 2}, sites={"site 1": Given(40, 30), "site 2": Given(24)}
+    )
     assert publishing.provenance_for(provenance, named=True) == provenance
 
 

@@ -189,7 +189,9 @@ def test_the_estimate_of_a_coded_step_is_what_a_real_one_holds():
     for parameter in net.train().parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     inputs = estimate.Inputs(torch.randn(8, 4, 16, 16), torch.zeros(8), {"text": torch.randn(8, 24, 128)})
-    empty = estimate.Inputs(*(x.to("meta") for x in inputs[:2]), {"text": inputs.given["text"].to("meta")})
+    empty = estimate.Inputs(
+        inputs.latents.to("meta"), inputs.told.to("meta"), {"text": inputs.given["text"].to("meta")}
+    )
     guessed = estimate.step_of(
         estimate._net(base, objective.family, run, half=False), objective.family, empty, half=False
     )

@@ -261,7 +261,7 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key: torch.randn(value.shape, generator=generator) * 0.2
         for key, value in model.new_adapter(BASE, config).items()
     }
-    return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, sd.FAMILY, {})
+    return formats.write_final(tmp_path_factory.mktemp("run"), adapter, config, sd.FAMILY)
 
 
 @pytest.fixture

@@ -15,16 +15,32 @@ import pytest
 from app import records
 from app.errors import BouquetError
 from app.hub import history
-from app.hub.history import Base, Begun, History, Part, Refused, Resumed, Round, Status, Validation
+from app.hub.history import (
+    Base,
+    Begun,
+    Given,
+    History,
+    Part,
+    Provenance,
+    Refused,
+    Resumed,
+    Round,
+    Status,
+    Validation,
+)
 from bouquet import ROOT
-from bouquet.report import comparison
+from bouquet.report import comparison, memorisation
 from bouquet.report.comparison import Column, Measured, Worth
+from bouquet.report.memorisation import Distances, Memory, SiteMemory
 from bouquet.report.page import page
 from bouquet.report.reading import read
 from tests.kit.runs import compared, written
 from tests.kit.runs import history as a_history
 
-PAGE_RECORDS = (History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Worth, Measured, Column)
+PAGE_RECORDS = (
+    *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given),
+    *(Worth, Measured, Column, Memory, Distances, SiteMemory),
+)
 PART = Part({"num-examples": 40, "train-loss": 0.5, "seconds-train": 9.0}, 30, "largest-share", 1.5, "NVIDIA L4", 2)
 LATE = Refused("lily", "HUB-03  Late.")
 ROUND = Round(1, "a" * 64, "b" * 64, 0.25, 12.5, {"rose": PART}, {"rose": "c" * 64}, (LATE,))
@@ -43,6 +59,7 @@ WHOLE = History(
     refused_final_evaluation=(LATE,),
     no_final_evaluation="HUB-02  Too few valid replies.",
 )
+NEAR = Distances(12, "latents", (0.5, 0.9), (0.6,), "7", "a" * 64, 42)
 # history.json as the version before wrote it, which knew no version
 BEFORE = """{
  "run": "7", "state": "finished", "config": {"rounds": 1, "base_model": "mini"},
@@ -83,8 +100,11 @@ def table(kind: type) -> str:
             (1, 2), {"rose": Measured(20, {"alone": (0.2, 0.2), "federated": (0.1, 0.1)}, None, "cGljdHVyZQ==")}, "7", 6
         ),
         Column("rose", (1,), 20, {"alone": (0.2,), "federated": (0.1,)}, {"alone": (0.5,), "federated": (0.9,)}, 6),
+        Provenance("7", "2026-11-28T20:00:00Z", "a" * 64, Base("mini", "d" * 64), 3, {"rose": Given(40, 30)}, 40),
+        Memory({"rose": NEAR}, "7"),
+        SiteMemory(**vars(NEAR), site="rose"),
     ],
-    ids=lambda record: type(record).__name__,
+    ids=lambda record: f"{type(record).__module__.rpartition('.')[2]}-{type(record).__name__}",
 )
 def test_what_is_written_is_read_again(record):
     assert records.parse(type(record), json.dumps(records.told(record)).encode()) == record
@@ -122,6 +142,17 @@ def test_a_comparison_of_the_version_before_is_read(tmp_path):
     (tmp_path / "worth.json").write_text(json.dumps(told))
     assert comparison.read(tmp_path / "worth.json").sites["rose"].loss["federated"] == (0.1,)
     assert comparison.read(tmp_path / "nothing.json") is None
+
+
+def test_a_provenance_and_distances_of_the_version_before_are_read(tmp_path):
+    told = {"run": "7", "base": {"name": "mini", "fingerprint": "dd"}, "rounds": 1, "sites": {"rose": {"images": 40}}}
+    (tmp_path / "provenance.json").write_text(json.dumps(told))
+    found = history.read_provenance(tmp_path / "provenance.json")
+    assert (found.base, found.sites, found.adapter_sha256) == (Base("mini", "dd"), {"rose": Given(40)}, "")
+    column = {"site": "rose", "photos": 12, "space": "latents", "samples": [1, 0.5], "held_out": [0.6], "seed": 42}
+    (tmp_path / "rose.memory.json").write_text(json.dumps(column))
+    distances = memorisation.read_column(tmp_path / "rose.memory.json").distances
+    assert distances == Distances(12, "latents", (1, 0.5), (0.6,), seed=42)
 
 
 # --- what is no record ------------------------------------------------------------------------------------------------
@@ -175,10 +206,11 @@ def test_a_file_too_large_to_be_a_record_is_not_read_into_memory(tmp_path):
     assert "larger than" in refused.value.found
 
 
-@pytest.mark.parametrize("name", ["history.json", "worth.json"])
+@pytest.mark.parametrize("name", ["history.json", "worth.json", "memory.json"])
 def test_what_a_newer_version_wrote_is_refused_and_says_so(tmp_path, name):
     written(tmp_path, a_history())
     (tmp_path / "worth.json").write_text(json.dumps({"seeds": [1], "sites": {"rose": compared([0.2], [0.1])}}))
+    memorisation.write(tmp_path / "memory.json", Memory({"rose": NEAR}))
     told = json.loads((tmp_path / name).read_text()) | {"version": 2}
     (tmp_path / name).write_text(json.dumps(told))
     with pytest.raises(BouquetError, match="REPORT-05") as refused:
@@ -207,4 +239,5 @@ def test_the_page_has_every_field(kind):
 def test_the_page_is_in_the_index_and_names_the_files():
     text = Path(ROOT / "docs/records.md").read_text()
     assert "(records.md)" in (ROOT / "docs/README.md").read_text()
-    assert all(f"`<run>/{file}`" in text for file in (history.FILE, history.STATUS, comparison.FILE))
+    files = (history.FILE, history.STATUS, f"final/{history.PROVENANCE}", comparison.FILE, memorisation.FILE)
+    assert all(f"`<run>/{file}`" in text for file in files)

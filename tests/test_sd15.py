@@ -123,7 +123,7 @@ def test_the_steps_adapter_changes_the_validation(unet, objective, photos, train
 def test_the_exported_file_has_the_tensors_of_a_published_stable_diffusion_lora(tmp_path, trained):
     if not LORA.exists():
         pytest.skip("the published LoRA ../shared/data/sd15-fixtures/diffusers_sd_pokemon_lora.safetensors is not here")
-    final = formats.write_final(tmp_path, trained[1], CONFIG, sd.FAMILY, {})
+    final = formats.write_final(tmp_path, trained[1], CONFIG, sd.FAMILY)
     ours = {key: tuple(value.shape) for key, value in load_file(final / "pytorch_lora_weights.safetensors").items()}
     with safe_open(LORA, "pt") as file:
         published = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -9,6 +9,7 @@ import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import sh
@@ -41,8 +42,10 @@ def a_run(folder: Path, state: str = "running", rounds: int = 1, doing: str = "w
 @pytest.fixture
 def hub(monkeypatch):
     """What Flower says of the run, and which sites the hub has not heard of."""
-    word = {"state": ("running", ""), "offline": {}}
-    monkeypatch.setattr(control, "run", lambda run="": control.Told(run, *word["state"], "2026-01-02T12:00:00Z"))
+    word: dict[str, Any] = {"state": ("running", ""), "offline": {}}
+    monkeypatch.setattr(
+        control, "run", lambda run="": control.Told(run, word["state"][0], word["state"][1], "2026-01-02T12:00:00Z")
+    )
     monkeypatch.setattr(status_, "seen", lambda: word["offline"])
     return word
 

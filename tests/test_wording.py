@@ -15,6 +15,7 @@ from app import families, model
 from app.adapter import formats
 from app.errors import ConfigError
 from app.families import sd
+from app.hub.history import Provenance
 from app.site import cache, diffusion, train
 from app.site.photos import data
 from app.site.photos.views import Plan
@@ -56,7 +57,7 @@ def test_files_and_card_name_the_trigger_word_and_only_where_there_is_one(tmp_pa
     def made(config) -> tuple[dict[str, str], str]:
         formats.write_kohya(tmp_path, tiny.adapter(1), config, sd.FAMILY)
         with safe_open(tmp_path / formats.KOHYA, "pt") as file:
-            return file.metadata(), card.card("a/b", config, {}, [("a red poppy", "p.png")], "mit", "")
+            return file.metadata(), card.card("a/b", config, Provenance(), [("a red poppy", "p.png")], "mit", "")
 
     notes, text = made(tiny.config(trigger_word="zwx"))
     assert notes["modelspec.trigger_phrase"] == "zwx" and "instance_prompt: zwx" in text and "| trigger word |" in text

@@ -28,7 +28,7 @@ def run_of(root: Path, seed: int, **changes) -> Path:
     """A finished run of the tiny base, with an adapter of random numbers."""
     config = tiny.config(seed=seed, **changes)
     folder = root / f"run-{seed}"
-    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, sd.FAMILY, {})
+    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, sd.FAMILY)
     told = {
         "run": str(seed),
         "state": "finished",

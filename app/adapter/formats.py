@@ -28,6 +28,8 @@ from app.config import LONGEST_PROMPT, MOST_PROMPTS, RunConfig
 from app.errors import AdapterError
 from app.families import sd
 from app.families.base import Family
+from app.hub import history
+from app.hub.history import UNKNOWN, Provenance
 from app.model import Adapter
 
 PACKAGES = ("flwr", "torch", "diffusers", "peft", "accelerate", "transformers", "safetensors")
@@ -115,12 +117,14 @@ def write_formats(folder: Path, adapter: Adapter, config: RunConfig, family: Fam
         write(folder, adapter, config, family)
 
 
-def write_final(run: Path, adapter: Adapter, config: RunConfig, family: Family, provenance: dict[str, Any]) -> Path:
+def write_final(
+    run: Path, adapter: Adapter, config: RunConfig, family: Family, provenance: Provenance = UNKNOWN
+) -> Path:
     """All formats of the adapter, each precision's in one step."""
 
     def fill(folder: Path) -> None:
         write_formats(folder, adapter, config, family)
-        (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        history.write(folder / history.PROVENANCE, provenance)
 
     final, half = run / "final", {key: value.half() for key, value in adapter.items()}
     write_folder(final, fill, adapter)
@@ -175,8 +179,8 @@ def read_lora(path: Path, family: Family = sd.FAMILY, base: Path | None = None) 
                 :500
             ],
             fix=(
-                "start from a LoRA of those layers alone (what was learned together is torn apart); scripts/sample"
-                " draws it"
+                "start from a LoRA of those layers alone (what was learned together is torn apart); bouquet adapter"
+                " sample draws it"
             ),
         )
     targets = next(targets for targets in ends if all(f".{layer}".endswith(ends[targets]) for layer in layers))
@@ -229,8 +233,8 @@ def adapter_file(path: Path) -> Path:
 
 def _run_config(folder: Path) -> dict[str, Any]:
     """The run's configuration by Flower's names: from its provenance, its history, or as much as PEFT's file says."""
-    for notes in (folder / "provenance.json", folder.parent / "provenance.json", folder.parent / "history.json"):
-        if notes.exists() and isinstance(config := json_object(notes).get("config"), dict):
+    for notes in (folder / history.PROVENANCE, folder.parent / history.PROVENANCE, folder.parent / history.FILE):
+        if notes.exists() and (config := json_object(notes).get("config")) and isinstance(config, dict):
             known = {key.replace("_", "-"): value for key, value in config.items()}
             prompts = str(known.get("sample-prompts", "")).split("|")[:MOST_PROMPTS]  # an older run's may be more
             return known | {"sample-prompts": "|".join(prompt.strip()[:LONGEST_PROMPT] for prompt in prompts)}

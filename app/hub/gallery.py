@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image, PngImagePlugin
 
+from app import files
 from app.adapter import sample
 from app.config import RunConfig
 from app.model import Adapter
@@ -84,9 +86,9 @@ class Gallery:
         sheet = sample.grid([self.rows[number] for number in numbers], names, self.config.prompts, cell=self.cell)
         notes = PngImagePlugin.PngInfo()
         notes.add_text("rounds", " ".join(map(str, numbers)))
-        temporary = self.file.with_name(f".{FILE}")
-        sheet.save(temporary, format="PNG", pnginfo=notes)
-        temporary.replace(self.file)
+        drawn = BytesIO()
+        sheet.save(drawn, format="PNG", pnginfo=notes)
+        files.write(self.file, drawn.getvalue())
 
     def _give_up(self, error: Exception) -> None:
         print(f"bouquet: no more sample pictures ({type(error).__name__})", flush=True)

@@ -1,4 +1,5 @@
-"""What the hub writes about a run: history.json, a round's metrics.json, status.json; docs/records.md has every field.
+"""What the hub writes about a run: history.json, a round's metrics.json, status.json, and an adapter's provenance.json;
+docs/records.md has every field.
 
 Enters: what the run knows, or a file of any run. Leaves: the file, or the record. Errors: REPORT-02 (it is no such
 record), REPORT-05 (a newer version wrote it).
@@ -17,8 +18,8 @@ from app.records import entry
 
 VERSION = 1
 STATES = ("running", "finished", "failed")
-FILE, STATUS = "history.json", "status.json"
-Kind = TypeVar("Kind", "History", "Status")
+FILE, STATUS, PROVENANCE = "history.json", "status.json", "provenance.json"
+Kind = TypeVar("Kind", "History", "Status", "Provenance")
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,35 @@ class Status:
     version: int = entry("of this format", default=VERSION)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a site gave to an adapter."""
+
+    images: int | None = entry("images that it says that it has", "images", default=None)
+    counted: int | None = entry("images that it counted for in the last round's mean", "images", default=None)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an adapter was made of: provenance.json beside its files, which goes wherever they go."""
+
+    run: str = entry("the run's id", default="")
+    made: str = entry("when, in UTC", default="")
+    adapter_sha256: str = entry("of its numbers", default="")
+    base: Base | None = entry("the base model", default=None)
+    rounds: int | None = entry("rounds that it was trained", default=None)
+    sites: dict[str, Given] = entry(
+        "whoever took part in the last round, by name; as published, by a number", default={}
+    )
+    images: int | None = entry("of all these sites, by their word", "images", default=None)
+    config: dict[str, Any] = entry("the run's configuration, with _ for -", default={})
+    versions: dict[str, str] = entry("of the hub's libraries, by name", default={})
+    version: int = entry("of this format", default=VERSION)
+
+
+UNKNOWN = Provenance()  # of an adapter that has none
+
+
 def read(path: Path) -> History:
     """A run's history.json. Errors: REPORT-02, REPORT-05."""
     return _read(History, path)
@@ -182,7 +212,12 @@ def read_status(path: Path) -> Status:
     return _read(Status, path)
 
 
-def write(path: Path, record: History | Status) -> None:
+def read_provenance(path: Path) -> Provenance:
+    """An adapter's provenance.json. Errors: REPORT-02, REPORT-05."""
+    return _read(Provenance, path)
+
+
+def write(path: Path, record: History | Status | Provenance) -> None:
     """In one step. Errors: OSError; ValueError for a number that is none."""
     files.write_json(path, records.told(record))
 

@@ -22,14 +22,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from app import audit, bundle, families, lora, metrics, model, quiet, records, text, wire
+from app import audit, bases, bundle, families, lora, metrics, model, quiet, records, text, wire
 from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
 from app.hub import ema, guard, history, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
-from app.hub.history import Base, Begun, History, Part, Resumed, Round, Validation
+from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Validation
 from app.hub.strategy import Strategy
 from app.hub.sums import Sums
 
@@ -69,7 +69,7 @@ class Run:
         quiet.libraries()
         adapters, models = (_folder(name) for name in ("BOUQUET_ADAPTERS", "BOUQUET_MODELS"))
         self.folder = adapters / str(context.run_id)
-        self.base = model.locate(self.config.base_model, models)
+        self.base = bases.locate(self.config.base_model, models)
         self.family = families.of(self.base)
         self.family.check_run(self.config)
         model.check(self.base)
@@ -257,20 +257,20 @@ class Run:
         self.history = replace(self.history, validation=(*self.history.validation, told))
         self.tracker.validation(told)
 
-    def provenance(self, adapter: model.Adapter) -> dict[str, Any]:
+    def provenance(self, adapter: model.Adapter) -> Provenance:
         last = self.history.rounds[-1].sites
         images = {site: int(part.numbers["num-examples"]) for site, part in last.items()}
-        return {
-            "run": self.history.run,
-            "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "adapter_sha256": model.adapter_hash(adapter),
-            "base": records.told(self.history.base),
-            "rounds": self.config.rounds,
-            "sites": {site: {"images": images[site], "counted": int(part.counted)} for site, part in last.items()},
-            "images": sum(images.values()),
-            "config": self.history.config,
-            "versions": self.history.versions,
-        }
+        return Provenance(
+            self.history.run,
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            model.adapter_hash(adapter),
+            self.history.base,
+            self.config.rounds,
+            {site: Given(images[site], int(part.counted)) for site, part in last.items()},
+            sum(images.values()),
+            self.history.config,
+            self.history.versions,
+        )
 
     def deed(self, did: str, **facts: Any) -> None:
         """A line of the audit log of all runs, beside them; a full disk does not stop the run."""

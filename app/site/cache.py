@@ -11,8 +11,6 @@ Errors: MODEL-06 (numbers that are not finite are never kept).
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from app import families, model
@@ -32,6 +28,7 @@ from app.site.photos.data import Partition, Photo
 from app.site.photos.images import READING, BadImage, upright
 from app.site.photos.views import Plan, Size, View, is_small
 from app.site.photos.wording import AS_WRITTEN, Wording
+from app.site.shelf import Notes, Rows, read_rows, write_rows
 
 BATCH = 16  # captions encoded at a time
 PIXELS = 2 * 128**2  # pixels encoded at a time: 8 at 64, one at 512, where it takes the autoencoder about a gigabyte
@@ -39,10 +36,6 @@ PART = 16  # photos that a site encodes again, at most, when it was killed
 FORM = 4  # the version of the files
 # may be mended without a change to the photo's bytes: tried again every time
 PASSING = ("changed", "outside", "unreadable")
-
-
-Rows = dict[str, Conditions]  # by a photo's hash or a caption's digest
-Notes = dict[str, str]  # by such a key: why there is no row, or what is said about it
 
 
 @dataclass(frozen=True)
@@ -236,19 +229,19 @@ def _latents(
     now, rows, bad = f"{kept}-{READING}-{FORM}", Rows(), Notes()
     whole, parts = cache / f"{now}.safetensors", sorted(cache.glob(f"{now}.part*"))
     for path in (whole, *parts):
-        some, spoiled = _read(path)
+        some, spoiled = read_rows(path)
         rows, bad = rows | some, bad | spoiled
     views = plan.views([p.key for p in photos if p.key not in bad], _sizes(photos, rows, bad))
     lacks = {p.key: [view for view in views.get(p.key, ()) if _row(p.key, view) not in rows] for p in photos}
     todo = [(p, lacks[p.key]) for p in photos if lacks[p.key] and p.key not in bad]
     for number, (some, spoiled) in enumerate(_encode_photos(todo, base, device) if todo else ()):
-        _write(cache / f"{now}.part-{os.getpid()}-{number}", some, _lasting(spoiled))
+        write_rows(cache / f"{now}.part-{os.getpid()}-{number}", some, _lasting(spoiled))
         rows, bad = rows | some, bad | spoiled
     if todo or parts:
         keep = {_row(key, view) for key, some in views.items() for view in some}
         keys = {p.key for p in photos}
         lasting = {k: v for k, v in _lasting(bad).items() if k in keys}
-        _write(whole, {k: v for k, v in rows.items() if k in keep}, lasting)
+        write_rows(whole, {k: v for k, v in rows.items() if k in keep}, lasting)
         former = (cache / f"{kept}.safetensors", *cache.glob(f"{kept}-{READING}.*"))  # other versions'
         for path in (*cache.glob(f"{now}.*"), *former):
             if path != whole:
@@ -262,16 +255,16 @@ def _texts(
     """Conditions by the caption's digest, mapped from the file, and which captions are cut."""
     kept = "text-" + "".join(sums[part][:8] for part in families.of(base).words)
     path = cache / f"{kept}-{FORM}.safetensors"
-    texts, cut = _read(path)
+    texts, cut = read_rows(path)
     if missing := [caption for caption in captions if _digest(caption) not in texts]:
         fresh, too_long = _encode_captions(missing, base, device)
         texts, cut = texts | fresh, cut | too_long
         keep = {_digest(caption) for caption in captions}
         noted = {k: v for k, v in cut.items() if k in keep}
-        _write(path, {k: v for k, v in texts.items() if k in keep}, noted)
+        write_rows(path, {k: v for k, v in texts.items() if k in keep}, noted)
         for former in (cache / f"{kept}{end}.safetensors" for end in ("", "-2", "-3")):  # other versions'
             former.unlink(missing_ok=True)
-        texts, cut = _read(path)
+        texts, cut = read_rows(path)
     return texts, cut
 
 
@@ -380,36 +373,3 @@ def _too_long(captions: list[str], tokenizer: Any, length: int) -> list[str]:
 
 def _short(captions: list[str]) -> list[str]:
     return [caption[:MAX_CAPTION] for caption in captions]  # a template may have made them longer
-
-
-def _read(path: Path) -> tuple[Rows, Notes]:
-    """Rows by key and notes by key; nothing where there is no file, or one that was cut off (it is encoded again)."""
-    try:
-        with safe_open(path, "pt") as file:
-            note = file.metadata()
-            keys, shapes = json.loads(note["keys"]), json.loads(note["shapes"])
-            columns = {name: _apart(file.get_tensor(name), shapes[name]) for name in shapes}
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return dict(zip(keys, rows, strict=True)), json.loads(note["bad"])
-    except FileNotFoundError:
-        return {}, {}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
-        print(f"bouquet: {path.name} is damaged, and what it held is encoded again", flush=True)
-        return {}, {}
-
-
-def _apart(column: Tensor, shapes: list[list[int]]) -> list[Tensor]:
-    rows = torch.split(column, [math.prod(shape) for shape in shapes])
-    return [row.view(shape) for row, shape in zip(rows, shapes, strict=True)]
-
-
-def _write(path: Path, rows: Rows, bad: Notes) -> None:
-    """Each name's rows one after another, flat, and the shape of each: they may differ."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    names = list(next(iter(rows.values()), {}))
-    shapes = {name: [list(row[name].shape) for row in rows.values()] for name in names}
-    columns = {name: torch.cat([row[name].flatten() for row in rows.values()]) for name in names}
-    note = {"keys": list(rows), "shapes": shapes, "bad": bad}
-    save_file(columns, temporary, metadata={key: json.dumps(value) for key, value in note.items()})
-    temporary.replace(path)

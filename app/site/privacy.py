@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app import files
 from app.errors import SiteError
 
 if TYPE_CHECKING:
@@ -166,12 +166,7 @@ def _secret(file: Path, make: bool) -> bytes:
     """The secret, made at a site's first round: whole or not at all, readable by the site alone."""
     if make and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            out.write(secrets.token_hex(32) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
+        files.write(file, secrets.token_hex(32) + "\n", 0o600)
     try:
         secret = bytes.fromhex(file.read_text(encoding="ascii"))
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from app import families, model
+from app import bases, families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
@@ -100,7 +100,7 @@ class Site:
         """
         self.clock = Clock(self.accelerator.device, began)
         self.clock.lap("start")
-        base = model.locate(self.config.base_model, self.models)
+        base = bases.locate(self.config.base_model, self.models)
         sums = model.fingerprint(base, self.cached)
         check_base(self.config.base_model, base, sums["base"], base_fingerprint)
         family = families.of(base)

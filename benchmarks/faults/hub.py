@@ -86,8 +86,9 @@ class Hub(Control, ABC):
             return (said.get("round"), said.get("state")) == (number, "waiting")
 
         self.until(waiting, LIMIT, f"round {number}")
-        heard = self.log(site).count("usable .png")
-        self.until(lambda: self.log(site).count("usable .png") > heard, LIMIT, f"{site} at work in round {number}")
+        own = f"bouquet: {site}: "  # how its two lines a message begin: what it has read, what has come of it
+        heard = self.log(site).count(own)
+        self.until(lambda: self.log(site).count(own) > heard, LIMIT, f"{site} at work in round {number}")
 
     def evidence(self, run: str, **other) -> check.Evidence:
         return check.Evidence(self.adapters / run, self.caches, ROOT / "models", **other)

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from app import model, wire
+from app import bases, model, wire
 from app.config import RunConfig
 from app.site import client_app
 
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     from safetensors.torch import save_file
 
     config = RunConfig.read(context.run_config)
-    base = model.locate(config.base_model, Path(os.environ["BOUQUET_MODELS"]))
+    base = bases.locate(config.base_model, Path(os.environ["BOUQUET_MODELS"]))
     order = ConfigRecord({"base-fingerprint": model.fingerprint(base)["base"]})
     start = ArrayRecord(model.new_adapter(base, config))
     result = FedAvg().start(grid, start, num_rounds=config.rounds, train_config=order, evaluate_config=order)

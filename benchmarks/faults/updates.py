@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from app import model
+from app import bases, model
 from app.config import RunConfig
 from app.site import journal
 from benchmarks import check
@@ -32,8 +32,8 @@ from bouquet import ROOT
 REFUSED = [*lies.LIES, *lies.WIRE, "no GPU memory, nor with half"]  # that round goes on without the site
 TAKEN = ["a replayed reply", "no GPU memory at first"]  # the site's true reply counts
 ALL = REFUSED + TAKEN
-# in that site's log, once it was so
-SEEN = {"a replayed reply": "hostile: the first", "no GPU memory at first": "once more with 2 images a pass"}
+# in that site's log, once it was so: what hostile/ says of itself
+SEEN = {"a replayed reply": "hostile: the first", "no GPU memory at first": "hostile: memory again, for 2 images"}
 FIRST = 2  # round 1 is honest: there must be something to replay
 # bytes of address space that the hub's ServerApp may have: what holds a bomb where nothing else does
 MEMORY = 12 << 30
@@ -133,7 +133,7 @@ def against_the_honest(bench: Bench, run: str) -> list[str]:
             if line["run"] == run and line["sent"]:
                 sent[site] = line["images"], load_file(bench.caches[site] / "sent" / f"{line['sent']}.safetensors")
     config = RunConfig.read(RUN)
-    like = model.new_adapter(model.locate(config.base_model, ROOT / "models"), config)
+    like = model.new_adapter(bases.locate(config.base_model, ROOT / "models"), config)
     file = bench.adapters / f"stock-{run}.safetensors"
     problems = check.check_stock(file, like, check.mean(list(sent.values())))
     file.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
 from app.families.base import Family
+from app.hub.history import Provenance
 from bouquet.adapter.sample import loading
 
 OTHER = "other"
@@ -51,7 +52,7 @@ def tags(family: Family) -> list[str]:
 def card(
     repo: str,
     config: RunConfig,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     pictures: Sequence[tuple[str, str]],
     under: str,
     base_id: str,
@@ -89,7 +90,7 @@ def card(
         call=call(prompt, config, family),
         tools=(UNETS if family.kohya else TRANSFORMERS).format(base=base),
         side=config.resolution,
-        table=table(config, provenance, len(provenance.get("sites", {})), family),
+        table=table(config, provenance, family),
         under=called or under,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
@@ -102,33 +103,31 @@ def call(prompt: str, config: RunConfig, family: Family) -> str:
     return ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in typed.items())])
 
 
-def table(config: RunConfig, provenance: dict[str, Any], sites: int, family: Family) -> str:
-    part = formats.net_of(family)
-    known = provenance.get("versions", {})
+def table(config: RunConfig, provenance: Provenance, family: Family) -> str:
+    part, unknown = formats.net_of(family), "not recorded"
+    rounds = config.rounds if provenance.rounds is None else provenance.rounds
     rows = {
-        "sites": sites or "not recorded",
+        "sites": len(provenance.sites) or unknown,
         "training images": images(provenance),
-        "rounds × local steps × batch": (
-            f"{provenance.get('rounds', config.rounds)} × {config.local_steps} × {config.batch_size}"
-        ),
+        "rounds × local steps × batch": f"{rounds} × {config.local_steps} × {config.batch_size}",
         "LoRA": f"{lora.told(config)}, {config.lora_targets} of the {part}",
         **({"trigger word": config.trigger_word} if config.trigger_word.strip() else {}),
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",
-        "base model's SHA-256": f"`{provenance.get('base', {}).get('fingerprint', 'not recorded')}`",
-        "adapter's SHA-256": f"`{provenance.get('adapter_sha256', 'not recorded')}`",
-        "made": f"{provenance.get('made', 'not recorded')}, run {provenance.get('run', 'not recorded')}",
-        "versions": ", ".join(f"{name} {version}" for name, version in known.items()) or "not recorded",
+        "base model's SHA-256": f"`{provenance.base.fingerprint if provenance.base else unknown}`",
+        "adapter's SHA-256": f"`{provenance.adapter_sha256 or unknown}`",
+        "made": f"{provenance.made or unknown}, run {provenance.run or unknown}",
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()) or unknown,
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {cell(value)} |" for name, value in rows.items())])
 
 
-def images(provenance: dict[str, Any]) -> str:
+def images(provenance: Provenance) -> str:
     """As the sites say; and how many counted, where the hub believed fewer."""
-    said = provenance.get("images", "not recorded")
-    counted = [site["counted"] for site in provenance.get("sites", {}).values() if "counted" in site]
-    if not counted or sum(counted) == said:
-        return str(said)
+    said = "not recorded" if provenance.images is None else str(provenance.images)
+    counted = [site.counted for site in provenance.sites.values() if site.counted is not None]
+    if not counted or sum(counted) == provenance.images:
+        return said
     return f"{said} by the sites' word, {sum(counted)} of them counted in the mean"
 
 

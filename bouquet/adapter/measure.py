@@ -18,86 +18,100 @@ Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from app import files
 from app.errors import BouquetError
+from bouquet import progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from app.adapter.sample import Pipeline
+    from app.config import RunConfig
+    from app.model import Adapter
 
 
-def measure(asked: SimpleNamespace) -> list[str]:
+def measure(
+    run: Path, models: Path, count: int, judge: bool, photos: Path | None, kid: str, clip: Path | None
+) -> list[str]:
     """measures.json of a run."""
-    from app import model
+    from app import bases, model
     from app.adapter import formats, sample
     from bouquet.adapter import pictures
 
-    if asked.photos:
-        pictures.need_kid(asked.kid)
-    if asked.clip:
-        pictures.need_clip(asked.clip)
-    adapter, config = formats.open_adapter(asked.run, models=asked.models)
-    base = model.locate(config.base_model, asked.models)
+    if photos:
+        pictures.need_kid(kid)
+    if clip:
+        pictures.need_clip(clip)
+    adapter, config = formats.open_adapter(run, models=models)
+    base = bases.locate(config.base_model, models)
     pipe = sample.pipeline(base, config)
-    drawn = {
-        name: [sample.render(pipe, which, [prompt] * asked.count, config) for prompt in config.prompts]
-        for name, which in (("base", None), ("adapter", adapter))
-    }
+    drawn = pairs(pipe, adapter, config, count)
     told: dict[str, Any] = {
-        "run": asked.run.resolve().name,
+        "run": run.resolve().name,
         "adapter": model.adapter_hash(adapter),
         "prompts": list(config.prompts),
-        "count": asked.count,
-        "seeds": [config.seed, config.seed + asked.count - 1],
+        "count": count,
+        "seeds": [config.seed, config.seed + count - 1],
         "diversity": {name: pictures.diversity(pipe, rows) for name, rows in drawn.items()},
     }
-    if asked.judge:
+    if judge:
         told["judge"] = {name: pictures.judged(config.prompts, rows) for name, rows in drawn.items()}
-    if asked.photos:
-        photos = pictures.photos(asked.photos, config.resolution)
-        told["kid"] = {
-            name: pictures.kid(sum(rows, []), photos, asked.kid, config.seed) for name, rows in drawn.items()
+    if photos:
+        real = pictures.photos(photos, config.resolution)
+        told["kid"] = {name: pictures.kid(sum(rows, []), real, kid, config.seed) for name, rows in drawn.items()}
+        told["kid"] |= {"features": kid, "photos": len(real)}
+    if clip:
+        told["clip"] = {name: pictures.clip(config.prompts, rows, clip) for name, rows in drawn.items()} | {
+            "model": clip.name
         }
-        told["kid"] |= {"features": asked.kid, "photos": len(photos)}
-    if asked.clip:
-        told["clip"] = {name: pictures.clip(config.prompts, rows, asked.clip) for name, rows in drawn.items()} | {
-            "model": asked.clip.name
-        }
-    folder = asked.run if asked.run.is_dir() else asked.run.parent
+    folder = run if run.is_dir() else run.parent
     target = (folder.parent if folder.name == "final" else folder) / "measures.json"
-    target.write_text(json.dumps(told, indent=1) + "\n")
+    files.write_json(target, told)
     kinds = [kind for kind in ("diversity", "judge", "kid", "clip") if kind in told]
     lines = [f"{kind:<10} base {shown(told[kind]['base'])}  adapter {shown(told[kind]['adapter'])}" for kind in kinds]
     return [
         *lines,
         (
-            f"measured   {target}   {asked.count} pictures for each of {len(config.prompts)} prompts, seeds"
+            f"measured   {target}   {count} pictures for each of {len(config.prompts)} prompts, seeds"
             f" {told['seeds'][0]} to {told['seeds'][1]}"
         ),
     ]
+
+
+def pairs(pipe: Pipeline, adapter: Adapter, config: RunConfig, count: int) -> dict[str, list[list[Image.Image]]]:
+    """`count` pictures a prompt, of the base model and of the adapter, from the same seeds."""
+    from app.adapter import sample
+
+    drawn: dict[str, list[list[Image.Image]]] = {"base": [], "adapter": []}
+    for name, prompt in progress.steps("drawing", [(name, prompt) for name in drawn for prompt in config.prompts]):
+        drawn[name].append(sample.render(pipe, None if name == "base" else adapter, [prompt] * count, config))
+    return drawn
 
 
 def shown(value: float | dict[str, float]) -> str:
     return f"{value['mean']:.4f} ± {value['std']:.4f}" if isinstance(value, dict) else f"{value:.4f}"
 
 
-def remember(asked: SimpleNamespace) -> list[str]:
+def remember(
+    name: str, run: Path, data: Path, models: Path, count: int, cache: Path | None, out: Path | None
+) -> list[str]:
+    """A site's column of memory.json, in a file of its own."""
     from bouquet.adapter import memorised
     from bouquet.report import memorisation
 
-    out = asked.out or Path(f"{asked.name}.memory.json")
+    out = out or Path(f"{name}.memory.json")
     with tempfile.TemporaryDirectory() as scratch:
-        column = memorised.look(
-            asked.name, asked.data, asked.run, asked.models, asked.cache or Path(scratch), asked.count
-        )
-    out.write_text(json.dumps(column, indent=1) + "\n")
-    return [memorisation.found(asked.name, column).sentence, f"measured   {out}"]
+        column = memorised.look(name, data, run, models, cache or Path(scratch), count)
+    memorisation.write(out, column)
+    return [memorisation.found(name, column).sentence, f"measured   {out}"]
 
 
 def collect(run: Path, columns_at: list[Path]) -> list[str]:
@@ -106,16 +120,15 @@ def collect(run: Path, columns_at: list[Path]) -> list[str]:
     """
     from bouquet.report import memorisation
 
-    columns = [json.loads(file.read_text()) for file in columns_at]
-    if len({column.get("adapter") for column in columns}) > 1 or len({column.get("site") for column in columns}) < len(
-        columns
-    ):
+    columns = [memorisation.read_column(file) for file in columns_at]
+    if len({column.adapter for column in columns}) > 1 or len({column.site for column in columns}) < len(columns):
         raise BouquetError(
             "MEASURE-02",
-            found=", ".join(f"{c.get('site')}: adapter {str(c.get('adapter'))[:12]}" for c in columns),
+            found=", ".join(f"{column.site}: adapter {column.adapter[:12]}" for column in columns),
             fix="let every site measure the same run once: bouquet measure memory",
         )
-    told = {"run": run.resolve().name, "sites": {column.pop("site"): column for column in columns}}
+    sites = {column.site: column.distances for column in columns}
+    told = memorisation.check(memorisation.Memory(sites, run.resolve().name))
+    memorisation.write(run / memorisation.FILE, told)
     found = memorisation.all_found(told)
-    files.write_json(run / "memory.json", told)
-    return [*(f"{one.site}  {one.sentence}" for one in found), f"measured   {run / 'memory.json'}"]
+    return [*(f"{one.site}  {one.sentence}" for one in found), f"measured   {run / memorisation.FILE}"]

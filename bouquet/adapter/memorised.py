@@ -15,7 +15,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +22,7 @@ from PIL import Image
 from app.adapter.sample import Pipeline
 from app.site.limits import Limits
 from app.site.photos.wording import Wording
+from bouquet.report.memorisation import SiteMemory
 
 NEIGHBOURS = 50
 SPACE = "latents of the base model's autoencoder"
@@ -48,9 +48,9 @@ def latents(pipe: Pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.cat(rows).flatten(1)
 
 
-def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: int) -> dict[str, Any]:
+def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: int) -> SiteMemory:
     """One site's column of memory.json: sorted, so that no number belongs to a photo."""
-    from app import model
+    from app import bases, model
     from app.adapter import formats, sample
     from app.site import train
 
@@ -59,20 +59,22 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     site = train.Site(config, models, folder, cached, "", limits=Limits.read(os.environ.get("SITE_LIMITS", "")))
     photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))
-    pipe = sample.pipeline(model.locate(config.base_model, models), config)
+    pipe = sample.pipeline(bases.locate(config.base_model, models), config)
     wording = Wording.of(config)
     texts = [wording.texts(photo.captions)[0][0] for photo in chosen]
     drawn = sample.render(pipe, adapter, texts, replace(config, sample_prompts=""))
     known = site.train.latents_NChw.flatten(1)
-    return {
-        "site": name,
-        "run": run.resolve().name,
-        "adapter": model.adapter_hash(adapter),
-        "space": SPACE,
-        "seed": config.seed,
-        "photos": len(photos),
-        "held_out": sorted(
-            site.privacy.number(round(value, 5)) for value in numbers(site.held_out.latents_NChw.flatten(1), known)
-        ),
-        "samples": sorted(site.privacy.number(round(value, 5)) for value in numbers(latents(pipe, drawn), known)),
-    }
+    held_out, samples = (
+        tuple(sorted(site.privacy.number(round(value, 5)) for value in numbers(rows, known)))
+        for rows in (site.held_out.latents_NChw.flatten(1), latents(pipe, drawn))
+    )
+    return SiteMemory(
+        photos=len(photos),
+        space=SPACE,
+        samples=samples,
+        held_out=held_out,
+        run=run.resolve().name,
+        adapter=model.adapter_hash(adapter),
+        seed=config.seed,
+        site=name,
+    )

@@ -29,6 +29,7 @@ from app.adapter.lora_files import LoraFile
 from app.adapter.sample import Pipeline
 from app.config import RunConfig
 from app.errors import AdapterError
+from bouquet import progress
 
 LIMIT = {"fp32": 0.001, "fp16": 0.005}
 STEPS, SIDE = 4, 256  # denoising steps, and the largest side in pixels: a wrong file shows at once
@@ -84,7 +85,7 @@ def check(final: Path, base: Path, config: RunConfig) -> list[Drawn]:
     """Draw through every path and compare. Errors: EXPORT-01 when one differs, EXPORT-05 when the adapter changes
     nothing.
     """
-    rows = list(differences(final, base, config))
+    rows = list(progress.steps("comparing", differences(final, base, config), len(ways(base)) + 1))
     if wrong := [row for row in rows if not row.same]:
         shares = ", ".join(
             f"{row.path} {row.precision} {row.difference:.2%} (at most {LIMIT[row.precision]:.1%})" for row in wrong
@@ -97,6 +98,12 @@ def check(final: Path, base: Path, config: RunConfig) -> list[Drawn]:
     return rows
 
 
+def ways(base: Path) -> list[tuple[str, str]]:
+    """(precision, path) of every file and way to load it."""
+    paths = [path for path in PATHS if path != "kohya" or families.of(base).kohya]
+    return [(precision, path) for precision in ("fp32", "fp16") for path in paths]
+
+
 def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
     """A row for each path. One pipeline is in memory at a time."""
     config = replace(config, sample_steps=STEPS, resolution=min(config.resolution, SIDE))
@@ -106,15 +113,12 @@ def differences(final: Path, base: Path, config: RunConfig) -> Iterator[Drawn]:
     if effect < 1 / 255:
         found = f"the picture with it and without it differ by {effect * 255:.2f} of 255 in the mean"
         raise AdapterError("EXPORT-05", found=found, fix="train it first")
-    for precision, folder in (("fp32", final), ("fp16", final / "fp16")):
-        for path, load in PATHS.items():
-            if load is with_kohya and not families.of(base).kohya:
-                continue
-            pipe = stock(base)
-            load(pipe, folder)
-            yield Drawn(path, precision, float(np.abs(drawn(pipe, config) - expected).mean() / effect))
-            del pipe
-            gc.collect()
+    for precision, path in ways(base):
+        pipe = stock(base)
+        PATHS[path](pipe, final / "fp16" if precision == "fp16" else final)
+        yield Drawn(path, precision, float(np.abs(drawn(pipe, config) - expected).mean() / effect))
+        del pipe
+        gc.collect()
     with tempfile.TemporaryDirectory(prefix="bouquet-merged-") as scratch:
         merged = Path(scratch)
         formats.merge(base, LoraFile(lora.folded(adapter, config), {}), merged)

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from app import text
+from app import records
 from app.errors import AdapterError, ModelError
-from bouquet.adapter.sample import chosen
+from app.hub import history
+from app.hub.history import PROVENANCE, Provenance
+from bouquet.adapter.sample import Which
 
 if TYPE_CHECKING:
     from app.config import RunConfig
@@ -28,52 +30,57 @@ if TYPE_CHECKING:
     from app.model import Adapter
     from bouquet.adapter.parity import Drawn
 
-CARD, PROVENANCE, SHEET = "README.md", "provenance.json", "images/before-after.png"
-# what of the provenance goes out
-PUBLIC = ("run", "made", "adapter_sha256", "base", "rounds", "sites", "images", "config", "versions")
+CARD, SHEET = "README.md", "images/before-after.png"
 
 
-def publish(args: SimpleNamespace) -> None:
-    from app import model
+@dataclass(frozen=True)
+class Titled:
+    """What a person says of a published adapter: its repository; licence and base model, where the card cannot know."""
+
+    repo: str
+    licence: str | None
+    base_id: str
+
+
+def publish(which: Which, titled: Titled, *, upload: bool, public: bool, name_sites: bool) -> None:
+    from app import bases, model
     from bouquet import audit
     from bouquet.adapter import card, parity
     from bouquet.hub import admission
 
-    final, adapter, config, family = whole(args)
-    base, provenance = (
-        model.locate(config.base_model, args.models),
-        text.tidy(json.loads((final / PROVENANCE).read_text())),
-    )
-    under = card.licence(config, args.licence)
+    final, adapter, config, family = whole(which)
+    base, provenance = bases.locate(config.base_model, which.models), history.read_provenance(final / PROVENANCE)
+    under = card.licence(config, titled.licence)
     check_origin(final, adapter, base, provenance)
     alike(parity.check(final, base, config))
     pictures = draw(final, adapter, base, config)
-    public = provenance_for(provenance, args.name_sites)
-    base_id = args.base_id or model.origin(config.base_model)
-    (final / CARD).write_text(card.card(args.repo, config, public, pictures, under, base_id, family), encoding="utf-8")
+    told = provenance_for(provenance, name_sites)
+    base_id = titled.base_id or bases.origin(config.base_model)
+    page = card.card(titled.repo, config, told, pictures, under, base_id, family)
+    (final / CARD).write_text(page, encoding="utf-8")
     if not base_id:
         print(
             f"note     the card names no base model of the hub; --base-id OWNER/NAME says where {config.base_model} is"
         )
-    files = contents(final, public, [path for _, path in pictures], family)
+    files = contents(final, told, [path for _, path in pictures], family)
     for path, content in files.items():
         print(f"file     {len(content) if isinstance(content, bytes) else content.stat().st_size:>11,}   {path}")
-    if args.upload:
-        print(f"sent     {upload(args.repo, files, private=not args.public)}")
+    if upload:
+        print(f"sent     {send(titled.repo, files, private=not public)}")
         if admission.ADMITTED.is_dir():  # else this machine is no hub's
-            told = {"repository": args.repo, "adapter": model.adapter_hash(adapter), "public": args.public}
-            audit.note(admission.ADMITTED, "published", **told)
+            facts = {"repository": titled.repo, "adapter": model.adapter_hash(adapter), "public": public}
+            audit.note(admission.ADMITTED, "published", **facts)
     else:
-        print(f"nothing was sent. Look at {final / CARD}, then: bouquet adapter publish {args.repo} --upload")
+        print(f"nothing was sent. Look at {final / CARD}, then: bouquet adapter publish {titled.repo} --upload")
 
 
-def compare(args: SimpleNamespace) -> None:
+def compare(which: Which) -> None:
     """Whether every file of a final folder draws the same picture, and nothing else. Errors: EXPORT-01, -02, -05."""
-    from app import model
+    from app import bases
     from bouquet.adapter import parity
 
-    final, _, config, _ = whole(args)
-    alike(parity.check(final, model.locate(config.base_model, args.models), config))
+    final, _, config, _ = whole(which)
+    alike(parity.check(final, bases.locate(config.base_model, which.models), config))
 
 
 def alike(rows: list[Drawn]) -> None:
@@ -86,34 +93,34 @@ def alike(rows: list[Drawn]) -> None:
         print(f"same     {row.path:<10}{row.precision}   {differs}")
 
 
-def write_card(args: SimpleNamespace) -> None:
+def write_card(which: Which, titled: Titled, out: Path) -> None:
     """The model card alone, without pictures. Errors: EXPORT-02, EXPORT-06."""
-    from app import files, model
+    from app import bases, files
     from bouquet.adapter import card
 
-    final, _, config, family = whole(args)
-    provenance = text.tidy(json.loads((final / PROVENANCE).read_text()))
-    under = card.licence(config, args.licence)
-    base_id = args.base_id or model.origin(config.base_model)
-    page = card.card(args.repo, config, provenance_for(provenance, named=False), [], under, base_id, family)
-    if str(args.out) == "-":
+    final, _, config, family = whole(which)
+    provenance = history.read_provenance(final / PROVENANCE)
+    under = card.licence(config, titled.licence)
+    base_id = titled.base_id or bases.origin(config.base_model)
+    page = card.card(titled.repo, config, provenance_for(provenance, named=False), [], under, base_id, family)
+    if str(out) == "-":
         print(page, end="")
     else:
-        files.write(args.out, page)
-        print(f"card     {args.out}")
+        files.write(out, page)
+        print(f"card     {out}")
 
 
-def whole(args: SimpleNamespace) -> tuple[Path, Adapter, RunConfig, Family]:
+def whole(which: Which) -> tuple[Path, Adapter, RunConfig, Family]:
     """(the final folder, with every file that one of its family has; its adapter, its run's configuration, its family).
 
     Errors: EXPORT-02, EXPORT-03.
     """
     from app.adapter import formats
 
-    path = chosen(args)
+    path = which.place
     final = path / "final" if (path / "final").is_dir() else path
-    adapter, config = formats.open_adapter(final, args.base, args.models)
-    family, _ = formats.family_of(config.base_model, args.models)
+    adapter, config = formats.open_adapter(final, which.base, which.models)
+    family, _ = formats.family_of(config.base_model, which.models)
     missing = [name for name in (*both(family), PROVENANCE) if not (final / name).is_file()]
     if missing:
         fix = (
@@ -131,18 +138,18 @@ def both(family: Family) -> list[str]:
     return [f"{folder}{name}" for folder in ("", "fp16/") for name in formats.files(family)]
 
 
-def check_origin(final: Path, adapter: Any, base: Path, provenance: dict[str, Any]) -> None:
+def check_origin(final: Path, adapter: Any, base: Path, provenance: Provenance) -> None:
     """The adapter is the one that the provenance tells of, and the base model is the one it was trained on."""
     from app import model
 
-    if (ours := model.adapter_hash(adapter)) != (run := provenance.get("adapter_sha256", ours)):
+    if (ours := model.adapter_hash(adapter)) != (run := provenance.adapter_sha256 or ours):
         found = f"{final}: adapter {ours[:12]}, but {PROVENANCE} tells of {run[:12]}"
         raise AdapterError(
             "EXPORT-01",
             found=found,
             fix="copy the run's final folder again",
         )
-    ours, run = model.fingerprint(base)["base"], provenance.get("base", {}).get("fingerprint", "")
+    ours, run = model.fingerprint(base)["base"], provenance.base.fingerprint if provenance.base else ""
     if run and not model.is_base(base, ours, run):
         found = f"{base} is {ours[:12]}, the run used {run[:12]}"
         raise ModelError("MODEL-04", found=found, fix="copy the hub's version")
@@ -165,23 +172,26 @@ def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, 
     return pictures
 
 
-def provenance_for(provenance: dict[str, Any], named: bool) -> dict[str, Any]:
+def provenance_for(provenance: Provenance, named: bool) -> Provenance:
     """What of the provenance is for everybody: no site's name, unless that was asked for."""
-    public = {key: provenance[key] for key in PUBLIC if key in provenance}
-    if not named and "sites" in public:
-        public["sites"] = {f"site {number}": facts for number, facts in enumerate(public["sites"].values(), start=1)}
-    if not named and "config" in public:  # which may name the sites that the run asked
-        public["config"] = {key: value for key, value in public["config"].items() if key != "sites"}
-    return public
+    if named:
+        return provenance
+    return replace(
+        provenance,
+        sites={f"site {number}": given for number, given in enumerate(provenance.sites.values(), start=1)},
+        config={key: value for key, value in provenance.config.items() if key != "sites"},  # those that the run asked
+    )
 
 
-def contents(final: Path, public: dict[str, Any], pictures: list[str], family: Family) -> dict[str, Path | bytes]:
+def contents(final: Path, public: Provenance, pictures: list[str], family: Family) -> dict[str, Path | bytes]:
     """Every file that goes up, by its path in the repository. Whatever else lies in the folder stays."""
     names = [CARD, *both(family), *pictures, *([SHEET] if pictures else [])]
-    return {name: final / name for name in names} | {PROVENANCE: (json.dumps(public, indent=1) + "\n").encode()}
+    return {name: final / name for name in names} | {
+        PROVENANCE: (json.dumps(records.told(public), indent=1) + "\n").encode()
+    }
 
 
-def upload(repo: str, files: dict[str, Path | bytes], private: bool) -> str:
+def send(repo: str, files: dict[str, Path | bytes], private: bool) -> str:
     """One commit with all files; returns its address. Errors: EXPORT-07."""
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, get_token

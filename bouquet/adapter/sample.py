@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from app.errors import BouquetError
-from bouquet import ROOT
+from bouquet import ROOT, progress
 
 if TYPE_CHECKING:
     from app.adapter.lora_files import LoraFile
@@ -34,49 +33,61 @@ VOLUME = [Path(os.environ["BOUQUET_ADAPTERS"])] if os.environ.get("BOUQUET_ADAPT
 LATEST = [folder / "latest" for folder in VOLUME + FOLDERS]
 
 
-def chosen(args: SimpleNamespace) -> Path:
-    """The adapter that was named, else the last run's."""
-    return args.adapter or next((folder for folder in LATEST if folder.exists()), LATEST[0])
+@dataclass(frozen=True)
+class Which:
+    """An adapter: its folder or file, the base model of one that does not name it, and where base models are."""
+
+    named: Path | None
+    base: str
+    models: Path
+
+    @property
+    def place(self) -> Path:
+        """The one that was named, else the last run's."""
+        return self.named or next((folder for folder in LATEST if folder.exists()), LATEST[0])
 
 
-def opened(args: SimpleNamespace) -> tuple[LoraFile, RunConfig, Path]:
+def opened(which: Which) -> tuple[LoraFile, RunConfig, Path]:
     """(what the LoRA file holds, the configuration of its run, its base model's folder)."""
-    from app import model
+    from app import bases
     from app.adapter import formats
 
-    file, config = formats.open_file(chosen(args), args.base, args.models)
-    return file, config, model.locate(config.base_model, args.models)
+    file, config = formats.open_file(which.place, which.base, which.models)
+    return file, config, bases.locate(config.base_model, which.models)
 
 
-def draw(args: SimpleNamespace) -> None:
+def draw(which: Which, prompts: Sequence[str], strengths: Sequence[float], asked: Mapping[str, Any], out: Path) -> None:
+    """A sheet with a row for each strength; `asked` is run-config that takes the place of the run's own."""
     from app.adapter import sample
     from app.config import RunConfig
 
-    file, config, base = opened(args)
-    asked = {"sample-steps": args.steps, "sample-guidance": args.guidance, "resolution": args.size, "seed": args.seed}
-    given = {key: value for key, value in asked.items() if value is not None}
-    RunConfig.read(given)  # CONFIG-02 where one is out of range
-    config = replace(config, **{key.replace("-", "_"): value for key, value in given.items()})
-    prompts, strengths = args.prompt or list(config.prompts), SWEEP if args.grid else (0.0, args.strength)
+    file, config, base = opened(which)
+    RunConfig.read(asked)  # CONFIG-02 where one is out of range
+    config = replace(config, **{key.replace("-", "_"): value for key, value in asked.items()})
+    prompts = prompts or list(config.prompts)
     pipe, rows = sample.dressed(base, file), []
-    for strength in strengths:
+    for strength in progress.steps("drawing", strengths):
         unet, text = (sample.scaled(adapter, strength) if strength else None for adapter in file)
         rows.append(sample.render(pipe, unet, prompts, config, text=text))
-    names = [
-        "base" if not strength else f"{strength:g}" if args.grid else "adapter" + f" × {strength:g}" * (strength < 1)
-        for strength in strengths
-    ]
+    names = [named(strength, swept=len(strengths) > 2) for strength in strengths]
     sheet = sample.grid(rows, names, prompts, cell=max(128, min(256, config.resolution)))
     seeds = f"seed {config.seed}" + f" to {config.seed + len(prompts) - 1}" * (len(prompts) > 1)
-    drawn = f"drawn    {args.out}   {len(prompts)} prompts, {', '.join(names)}, {seeds}, on {pipe.device}"
-    if str(args.out) == "-":
+    drawn = f"drawn    {out}   {len(prompts)} prompts, {', '.join(names)}, {seeds}, on {pipe.device}"
+    if str(out) == "-":
         sheet.save(sys.stdout.buffer, format="PNG")
         print(drawn, file=sys.stderr)
         return
-    with writing(args.out, ValueError):  # of a suffix that is no picture's
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(args.out)
+    with writing(out, ValueError):  # of a suffix that is no picture's
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out)
     print(drawn)
+
+
+def named(strength: float, swept: bool) -> str:
+    """What a row is called."""
+    if not strength:
+        return "base"
+    return f"{strength:g}" if swept else "adapter" + f" × {strength:g}" * (strength < 1)
 
 
 @contextmanager
@@ -94,14 +105,15 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
         ) from None
 
 
-def merge(args: SimpleNamespace) -> None:
+def merge(which: Which, strength: float, into: Path) -> None:
+    """Base model and adapter as one pipeline folder."""
     from app import families
     from app.adapter import formats, sample
 
-    file, _, base = opened(args)
-    with writing(args.merge):
-        formats.merge(base, type(file)(*(sample.scaled(adapter, args.strength) for adapter in file)), args.merge)
-    print(f"merged   {args.merge}   {loading(families.of(base), str(args.merge))}")
+    file, _, base = opened(which)
+    with writing(into):
+        formats.merge(base, type(file)(*(sample.scaled(adapter, strength) for adapter in file)), into)
+    print(f"merged   {into}   {loading(families.of(base), str(into))}")
 
 
 def loading(family: Family, place: str) -> str:

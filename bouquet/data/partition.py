@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from app.errors import SiteError
@@ -28,28 +27,29 @@ from app.site.photos.captions import checked_template
 from app.site.photos.data import scan
 from app.site.photos.images import BadImage, check, kind
 from app.site.privacy import PUBLIC_LIST, declare_public
-from bouquet.data.sources import Sample, dataset_samples
+from bouquet import progress
+from bouquet.data.sources import Division, Sample, dataset_samples
 
 MINI_IMAGES = 200  # mini draws as many as it is asked for
 
 
-def divide(args: SimpleNamespace) -> None:
+def divide(asked: Division) -> None:
     """Make the sites' folders, and say what comes next."""
     print(
         "next     flwr run . remote-deployment --stream"
-        if partition(args)
+        if partition(asked)
         else "nothing to do: the same partition is there"
     )
 
 
-def partition(args: SimpleNamespace) -> bool:
+def partition(asked: Division) -> bool:
     """Make the missing sites; say whether there were any. Errors: SITE-04, SITE-05, SITE-08 to SITE-11."""
-    wanted = {args.out / f"site-{number}": recipe(args, number) for number in range(1, args.sites + 1)}
+    wanted = {asked.out / f"site-{number}": recipe(asked, number) for number in range(1, asked.sites + 1)}
     missing = [folder for folder, made_from in wanted.items() if not already(folder, made_from)]
     if missing:
-        with mini_samples(args) if args.dataset == "mini" else dataset_samples(args) as samples:
+        with mini_samples(asked) if asked.dataset == "mini" else dataset_samples(asked) as samples:
             for folder in missing:
-                write(folder, wanted[folder], samples(wanted[folder]["site"]), args.public or args.dataset == "mini")
+                write(folder, wanted[folder], samples(wanted[folder]["site"]), asked.public or asked.dataset == "mini")
     for folder in wanted:
         counts = json.loads((folder / "partition.json").read_text())["counts"]
         aside = "".join(f", {count} {reason}" for reason, count in counts.items() if reason != "images")
@@ -58,16 +58,15 @@ def partition(args: SimpleNamespace) -> bool:
     return bool(missing)
 
 
-def recipe(args: SimpleNamespace, site: int) -> dict[str, Any]:
+def recipe(asked: Division, site: int) -> dict[str, Any]:
     """What a site's folder is made from. Mini's sites don't depend on how many there are, so one more may join them."""
-    common = {"dataset": args.dataset, "site": site, "seed": args.seed, "images_per_site": args.images_per_site}
-    if args.dataset == "mini":
-        return common | {"images_per_site": args.images_per_site or MINI_IMAGES}
-    by = args.by or "iid"
-    name = str(Path(args.dataset).resolve()) if Path(args.dataset).is_dir() else args.dataset
-    template = checked_template(args.caption_template) if args.caption_template is not None else None
-    ours = {"dataset": name, "sites": args.sites, "split": args.split, "by": by, "caption_template": template}
-    return common | ours | ({"alpha": args.alpha} if by == "dirichlet" else {})
+    common = {"dataset": asked.dataset, "site": site, "seed": asked.seed, "images_per_site": asked.images_per_site}
+    if asked.dataset == "mini":
+        return common | {"images_per_site": asked.images_per_site or MINI_IMAGES}
+    name = str(Path(asked.dataset).resolve()) if Path(asked.dataset).is_dir() else asked.dataset
+    template = checked_template(asked.caption_template) if asked.caption_template is not None else None
+    ours = {"dataset": name, "sites": asked.sites, "split": asked.split, "by": asked.by, "caption_template": template}
+    return common | ours | ({"alpha": asked.alpha} if asked.by == "dirichlet" else {})
 
 
 def already(folder: Path, made_from: dict[str, Any]) -> bool:
@@ -106,7 +105,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
     counts: Counter[str] = Counter(images=0)
     keys: set[str] = set()
     with (partial / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for load, caption in samples:
+        for load, caption in progress.steps(folder.name, samples, made_from["images_per_site"]):
             try:
                 data = load()
                 check(data)
@@ -135,12 +134,12 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
 
 
 @contextmanager
-def mini_samples(args: SimpleNamespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+def mini_samples(asked: Division) -> Iterator[Callable[[int], Iterator[Sample]]]:
     """A function from site number to the flowers drawn for it, as PNG."""
     from models.mini.draw import site_photos
 
     def draw(site: int) -> Iterator[Sample]:
-        for image, caption in site_photos(site, args.images_per_site or MINI_IMAGES, args.seed):
+        for image, caption in site_photos(site, asked.images_per_site or MINI_IMAGES, asked.seed):
             png = BytesIO()
             image.save(png, "PNG")
             yield png.getvalue, caption

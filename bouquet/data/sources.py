@@ -12,9 +12,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from app.errors import SiteError
@@ -26,42 +26,58 @@ Caption = str | list[str] | None  # or several
 Sample = tuple[Callable[[], bytes], Caption]  # gives the encoded picture or raises BadImage; caption
 
 
+@dataclass(frozen=True)
+class Division:
+    """What is divided, and how: the command's options, as its help says them."""
+
+    dataset: str
+    sites: int
+    out: Path
+    images_per_site: int | None = None
+    seed: int = 0
+    caption_template: str | None = None
+    by: str = "iid"
+    alpha: float = 0.5
+    public: bool = False
+    split: str = "train"
+
+
 @contextmanager
-def dataset_samples(args: SimpleNamespace) -> Iterator[Callable[[int], Iterator[Sample]]]:
+def dataset_samples(asked: Division) -> Iterator[Callable[[int], Iterator[Sample]]]:
     """A function from site number to that site's samples, for as long as the context lasts."""
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = load(args, scratch)
-        captions = captioner(dataset, args)
-        part = divide(dataset, args)
-        yield lambda site: samples_of(part(site - 1), captions, args)
+        dataset = load(asked, scratch)
+        captions = captioner(dataset, asked)
+        part = divide(dataset, asked)
+        yield lambda site: samples_of(part(site - 1), captions, asked)
 
 
-def load(args: SimpleNamespace, scratch: str) -> Any:
+def load(asked: Division, scratch: str) -> Any:
     """The data set, shuffled, its pictures not decoded; a folder's never touches the network. Errors: SITE-08."""
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    local = Path(args.dataset).is_dir()
+    local = Path(asked.dataset).is_dir()
     os.environ.update(quiet | ({"HF_HUB_OFFLINE": "1"} if local else {}))
-    if not local and args.dataset.startswith(("/", ".", "~")):
-        raise load_error(args, "no such folder")
+    if not local and asked.dataset.startswith(("/", ".", "~")):
+        raise load_error(asked, "no such folder")
     import datasets
 
     datasets.disable_progress_bars()
     cache = scratch if local else None  # what comes over the network stays in the hub's own cache
     try:
-        name = str(Path(args.dataset).resolve()) if local else args.dataset
-        dataset = datasets.load_dataset(name, split=args.split, cache_dir=cache)
+        name = str(Path(asked.dataset).resolve()) if local else asked.dataset
+        dataset = datasets.load_dataset(name, split=asked.split, cache_dir=cache)
         image = column(dataset, "image", datasets.Image)
         if isinstance(dataset.features.get(image), datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
     except Exception as error:  # not found, no network, no such split, a damaged file: `datasets` has no common base
-        raise load_error(args, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
+        raise load_error(asked, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
     if image is None:
-        raise load_error(args, f"no image column among {dataset.column_names}")
-    return dataset.shuffle(seed=args.seed)
+        raise load_error(asked, f"no image column among {dataset.column_names}")
+    return dataset.shuffle(seed=asked.seed)
 
 
-def load_error(args: SimpleNamespace, found: str) -> SiteError:
-    found = f"{args.dataset}, split {args.split}: {found}"
+def load_error(asked: Division, found: str) -> SiteError:
+    found = f"{asked.dataset}, split {asked.split}: {found}"
     fix = "check the name and the network, or give a folder with the data set's parquet files"
     return SiteError("SITE-08", found=found, fix=fix)
 
@@ -72,24 +88,24 @@ def column(dataset: Any, name: str, kind: type) -> str | None:
     return name if name in dataset.features else of_kind[0] if of_kind else None
 
 
-def divide(dataset: Any, args: SimpleNamespace) -> Callable[[int], Any]:
+def divide(dataset: Any, asked: Division) -> Callable[[int], Any]:
     """A function from partition number (from 0) to its rows. Errors: SITE-10."""
     import datasets
     import numpy as np
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     label = column(dataset, "label", datasets.ClassLabel)
-    if args.by in ("dirichlet", "label") and label is None:
+    if asked.by in ("dirichlet", "label") and label is None:
         raise divide_error(f"no label column among {dataset.column_names}", "divide it with --by iid")
     try:
-        if args.by == "label":  # Flower's PathologicalPartitioner lets sites share classes; here they don't
+        if asked.by == "label":  # Flower's PathologicalPartitioner lets sites share classes; here they don't
             classes, labels = sorted(dataset.unique(label)), np.array(dataset[label])
-            groups = np.array_split(classes, args.sites)
+            groups = np.array_split(classes, asked.sites)
             return lambda index: dataset.select(np.flatnonzero(np.isin(labels, groups[index])))
-        partitioner = IidPartitioner(args.sites)
-        if args.by == "dirichlet":
-            skew = {"alpha": args.alpha, "min_partition_size": 2, "seed": args.seed}
-            partitioner = DirichletPartitioner(args.sites, label, **skew)
+        partitioner = IidPartitioner(asked.sites)
+        if asked.by == "dirichlet":
+            skew = {"alpha": asked.alpha, "min_partition_size": 2, "seed": asked.seed}
+            partitioner = DirichletPartitioner(asked.sites, label, **skew)
         partitioner.dataset = dataset
         partitioner.load_partition(0)
     except (ValueError, IndexError) as error:
@@ -102,15 +118,15 @@ def divide_error(found: str, fix: str) -> SiteError:
     return SiteError("SITE-10", found=found, fix=fix)
 
 
-def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]], Caption]:
+def captioner(dataset: Any, asked: Division) -> Callable[[dict[str, Any]], Caption]:
     """A function from row to its caption, or captions: the text column, or the template over the class name. Errors:
     SITE-04.
     """
     import datasets
 
     label = column(dataset, "label", datasets.ClassLabel)
-    text = [name for name in TEXTS if name in dataset.features] if args.caption_template is None else []
-    template = checked_template(args.caption_template or LABEL_TEMPLATE)
+    text = [name for name in TEXTS if name in dataset.features] if asked.caption_template is None else []
+    template = checked_template(asked.caption_template or LABEL_TEMPLATE)
     if label is None and "{label}" in template and not text:
         found = f"no text, caption, prompt or label column among {dataset.column_names}"
         fix = 'give one caption for all: --caption-template "a photo of a flower"'
@@ -127,12 +143,12 @@ def captioner(dataset: Any, args: SimpleNamespace) -> Callable[[dict[str, Any]],
     return caption
 
 
-def samples_of(part: Any, caption: Callable[[dict[str, Any]], Caption], args: SimpleNamespace) -> Iterator[Sample]:
+def samples_of(part: Any, caption: Callable[[dict[str, Any]], Caption], asked: Division) -> Iterator[Sample]:
     """The rows of one part, in their shuffled order."""
     import datasets
 
     image = column(part, "image", datasets.Image)
-    for row in part.select(range(min(len(part), args.images_per_site or len(part)))):
+    for row in part.select(range(min(len(part), asked.images_per_site or len(part)))):
         yield partial(encoded, row[image]), caption(row)
 
 

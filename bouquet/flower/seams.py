@@ -2,8 +2,8 @@
 
 A seam says what it is, why it is, what would make it needless, and the contract: the parameters of what is there, who
 looks it up when, and what else its use takes for granted. superlink.py, supernode.py, superexec.py, serverapp.py and
-database.py have what goes there, and take() of contracts.py puts it in. Seams that are not `ours` are read, called or
-counted on; two of them the app replaces itself, as its bundle brings no other file along.
+database.py have what goes there, and take() of contracts.py puts it in. What is not replaced and still counted on is in
+relied.py.
 Enters: nothing. Leaves: the seams; `python -m bouquet.flower.seams` holds all of them against the Flower that is
 installed, starts nothing, and exits 1 where one does not fit.
 """
@@ -14,7 +14,6 @@ import re
 import sys
 
 from bouquet.flower.contracts import (
-    Fact,
     Seam,
     begin,
     called_with,
@@ -27,13 +26,13 @@ from bouquet.flower.contracts import (
     uses_only,
     wrong,
 )
+from bouquet.flower.relied import HANDLERS, RELIED, ROUTER
 
 __all__ = ["Seam", "begin", "check", "declared", "hold", "take"]
 
 # --- the SuperLink ---------------------------------------------------------------------------------------------------
 
-MAIN, ROUTER = "flwr.superlink.main", "flwr.superlink.routers.fleet.router"
-HANDLERS, SQL = "flwr.superlink.servicer.fleet.fleet_handlers", "flwr.supercore.sql_mixin"
+MAIN, SQL = "flwr.superlink.main", "flwr.supercore.sql_mixin"
 KEYS = "flwr.superlink.routers.fleet.node_auth"
 
 GET_FAB = Seam(
@@ -301,94 +300,7 @@ SERVERAPPS_INSTALL = Seam(
     seen=((f"{SERVE}:run_serverapp", "install_from_fab"),),
 )
 
-# --- relied on, not replaced -----------------------------------------------------------------------------------------
-
-CALLS = (  # gateway.conf
-    "register-node unregister-node activate-node deactivate-node send-node-heartbeat pull-messages push-messages "
-    "get-run get-fab push-object pull-object confirm-message-received"
-)
-CONSTANT, STRATEGY = "flwr.common.constant", "flwr.serverapp.strategy"
-GRID = "flwr.superlink.grid.http_grid"
-PROGRAMS = (
-    *("flwr.superlink.cli.flower_superlink:flower_superlink", "flwr.supernode.cli.flower_supernode:flower_supernode"),
-    *("flwr.superlink.cli.flwr_serverapp:flwr_serverapp", "flwr.supernode.cli.flwr_clientapp:flwr_clientapp"),
-    "flwr.supercore.cli.flower_superexec:flower_superexec",
-)
-WAY = "nothing: it is the way"
-
-
-def relied(place: str, why: str, *facts: Fact, takes: str | None = None, instead: str = WAY) -> Seam:
-    return Seam(place, why, instead, takes, facts=facts, ours=False)
-
-
-RELIED = (
-    *(relied(place, "a program of Flower's is called, and reads sys.argv", takes="") for place in PROGRAMS),
-    relied(
-        f"{HANDLERS}:activate_node",
-        "reach.py: a question with a heartbeat of 0 s tells a known key from an unknown one and changes nothing",
-        fact(in_order, "", "get_node_id_by_public_key", "_validate_heartbeat_interval", "state.activate_node"),
-        instead="a call that says whether a key is admitted",
-    ),
-    relied(f"{CONSTANT}:TIMESTAMP_TOLERANCE", "reach.py: BEHIND", fact(says, CONSTANT, "TIMESTAMP_TOLERANCE = 300")),
-    relied(f"{CONSTANT}:SYSTEM_TIME_TOLERANCE", "reach.py: AHEAD", fact(says, CONSTANT, "SYSTEM_TIME_TOLERANCE = 5")),
-    relied(
-        f"{CONSTANT}:HEARTBEAT_DEFAULT_INTERVAL",
-        "health.py: LONGEST is two and a half; serverapp.py: a task is given out anew after one",
-        fact(says, CONSTANT, "HEARTBEAT_DEFAULT_INTERVAL = 30"),
-    ),
-    relied(
-        "flwr.supercore.error.base:ApiErrorCode",
-        "register.py: a key that is known already is [code: 23]",
-        fact(says, "", "PUBLIC_KEY_ALREADY_IN_USE = 23", "FORBIDDEN_ACTION"),
-    ),
-    relied(
-        f"{ROUTER}:router",
-        "gateway.conf: ten calls of a SuperNode pass, two stay shut",
-        fact(called_with, ROUTER, "router.post", *(f"'/{call}'" for call in CALLS.split())),
-    ),
-    relied(
-        "flwr.app.message.array:Array.inflate",
-        "wire.py: no array of more than so many bytes is built out of what arrived",
-        fact(says, "", "array_metadata['arraychunk_ids']", "get_object_body(object_content, cls)"),
-        takes="cls, object_content, children",
-        instead="a limit in Flower, which may be told to repeat one chunk a million times",
-    ),
-    relied(
-        f"{GRID}:pull_objects",
-        "bounds.py: a reply's objects are counted, and looked for sooner",
-        fact(
-            says, GRID, "all_object_contents = pull_objects(object_ids=", "pull_object_fn=make_pull_object_fn_protobuf"
-        ),
-        instead="limits of a reply in the Grid",
-    ),
-    *(
-        relied(
-            f"{STRATEGY}.{module}:{name}",
-            "strategy.py: what a server optimiser remembers is kept with the run",
-            fact(says, "", *(f"self.{kept}" for kept in names)),
-            instead="a strategy that gives and takes its state",
-        )
-        for module, name, *names in (
-            ("fedavgm", "FedAvgM", "momentum_vector", "current_arrays"),
-            ("fedopt", "FedOpt", "m_t", "v_t", "current_arrays"),
-        )
-    ),
-    relied(
-        "flwr.supercore.inflatable.inflatable_object:iterate_object_tree",
-        "superlink.py: a reply's pieces are counted one by one, not built",
-        fact(says, "", "yield tree"),
-        takes="tree",
-    ),
-    relied(
-        "flwr.supercore.runtime.runtime_http_client:RuntimeHttpClient.SendTaskHeartbeat",
-        "serverapp.py: a run's task is kept while its process starts",
-        fact(says, "flwr.supercore.interceptors.http.runtime_token:RuntimeTokenHttpInterceptor.__init__", "token: str"),
-        takes="self, request",
-        instead="a lease as long as a slow start",
-    ),
-    relied(f"{CONSTANT}:ErrorCode", "supernode.py: a site does not trust a bundle", fact(says, "", "INVALID_FAB")),
-    relied("flwr.common.config:parse_config_args", "supernode.py: --node-config's words", takes="config, flatten"),
-)
+# --- all of them -----------------------------------------------------------------------------------------------------
 
 
 def declared() -> dict[str, Seam]:

@@ -43,7 +43,7 @@ def serve(started: int, arguments: list[str]) -> None:
     import torch  # noqa: F401
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
-    if os.getppid() != options(arguments).parent_pid:
+    if os.getppid() != superexec.parent_of(arguments):
         sys.exit(1)  # nobody kept the task: it is, or will be, another process's
     seams.take(seams.SERVERAPPS_INSTALL, superexec.quietly)
     sys.argv = [RUN, *arguments]
@@ -109,7 +109,6 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--token", required=True)
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--root-certificates")
-    parser.add_argument("--parent-pid", type=int, required=True)
     return parser.parse_known_args(arguments)[0]
 
 

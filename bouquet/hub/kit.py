@@ -137,12 +137,12 @@ def image() -> str:
 
 def base_model() -> dict[str, str]:
     """Name and fingerprint of the base model that a run takes unless told otherwise."""
-    from app import families, model
+    from app import bases, families, model
 
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]["base-model"]
     models = Path(os.environ.get("BOUQUET_MODELS") or dotenv.path(ROOT, setting("MODELS", "models")))
     # of a kind that can't be trained, no site should get the fingerprint
-    families.check(folder := model.locate(name, models))
+    families.check(folder := bases.locate(name, models))
     return {"BASE_MODEL": name, "BASE_FINGERPRINT": model.fingerprint(folder)["base"]}
 
 

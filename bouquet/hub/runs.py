@@ -20,12 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from app import text
+from app import files, text
 from app.errors import BouquetError
-from bouquet import ROOT
+from bouquet import ROOT, progress
 
 BIN = Path(sys.executable).parent
 CONNECTION = "remote-deployment"
+ROUND = re.compile(r"bouquet: round (\d+)/(\d+)  ")
 OURS = re.compile(r"bouquet: |[A-Z]+-\d\d  |  (found|fix|help) ")  # the server's progress lines and its named errors
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -118,6 +119,18 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
         time.sleep(2)
 
 
+def watch(run_id: str) -> tuple[str, str]:
+    """The same for a person: the lines on standard output, and at a terminal how many rounds are done."""
+    with progress.Bar("rounds", lines=False) as bar:
+
+        def show(line: str) -> None:
+            print(line, flush=True)
+            if found := ROUND.match(line):
+                bar.to(int(found[1]), int(found[2]))
+
+        return follow(run_id, show, timeout=float("inf"))
+
+
 def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
     """Write [superlink.remote-deployment] to Flower's config.toml; everything else in the file stays as it is.
 
@@ -149,10 +162,7 @@ def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
             )
         elif "#" in before and after == tomli_w.dumps(wanted):
             say(f"connection: {file} is written anew, without its comments; what it was is now {kept(file, before)}")
-        half = file.with_name(f".{file.name}.{os.getpid()}")
-        half.write_text(after, encoding="utf-8")
-        half.chmod(file.stat().st_mode & 0o777)
-        half.replace(file)
+        files.write(file, after, file.stat().st_mode & 0o777)
     except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8
         fix = "mend that file or move it away (Flower makes a new one), then again"
         raise BouquetError("HOST-16", found=f"{file}: {error}", fix=fix) from None

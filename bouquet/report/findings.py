@@ -88,7 +88,7 @@ def broken_chain(run: Run) -> Iterator[str]:
     for before, after in zip(run.rounds, run.rounds[1:], strict=False):
         if after.started_from != before.adapter:
             yield f"Round {after.round} did not start from round {before.round}'s adapter."
-    final = run.provenance.get("adapter_sha256")
+    final = run.provenance.adapter_sha256
     if not final or not run.rounds:
         return
     last = run.rounds[-1]

@@ -1,8 +1,8 @@
 """Does the adapter remember photos? Each site's distances in; a sentence a site, and what is suspicious, out.
 
-Enters: `memory.json` in a run's folder (made by bouquet measure), for each site the sorted numbers of `samples` and of
-`held_out` photos: near 0 is a copy of one training photo, 1 is near to all alike. Leaves: `Found`s. Errors:
-MEASURE-02.
+Enters: what sites measured (NAME.memory.json, and memory.json in a run's folder; docs/records.md), for each the sorted
+numbers of `samples` and of `held_out` photos: near 0 is a copy of one training photo, 1 is near to all alike. Leaves:
+the files, `Found`s. Errors: MEASURE-02, REPORT-05 (a newer version wrote it).
 
 A sample is suspicious when its number is smaller than every held-out photo's. If samples were like held-out photos, n
 samples and H photos would come in any order, and the s smallest would all be samples with probability n(n−1)…(n−s+1) /
@@ -13,12 +13,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
 
+from app import files, records, text
 from app.errors import BouquetError
+from app.hub import history
+from app.records import entry
 
+VERSION = 1
+FILE = "memory.json"
 RARE = 0.05
+Kind = TypeVar("Kind", "Memory", "SiteMemory")
+
+
+@dataclass(frozen=True)
+class Distances:
+    """What one site measured."""
+
+    photos: int = entry("photos that it trained on", "photos")
+    space: str = entry("what the distances are taken in")
+    samples: tuple[float, ...] = entry(
+        "of each drawn picture, sorted: distance to the nearest photo over that to others"
+    )
+    held_out: tuple[float, ...] = entry("of each photo that it held out, likewise")
+    run: str = entry("id of the run", default="")
+    adapter: str = entry("SHA-256 of its adapter", default="")
+    seed: int | None = entry("of the pictures' noise", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMemory(Distances):
+    """NAME.memory.json: what a site sends to the hub."""
+
+    site: str = entry("the site's name")
+    version: int = entry("of this format", default=VERSION)
+
+    @property
+    def distances(self) -> Distances:
+        return Distances(**{field.name: getattr(self, field.name) for field in fields(Distances)})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """memory.json in a run's folder."""
+
+    sites: dict[str, Distances] = entry("by name")
+    run: str = entry("id of the run", default="")
+    version: int = entry("of this format", default=VERSION)
 
 
 @dataclass(frozen=True)
@@ -34,28 +77,42 @@ class Found:
     sentence: str
 
 
-def need(true: object) -> None:
-    """What a file must have. Errors: ValueError."""
-    if not true:
-        raise ValueError
+def read(path: Path) -> Memory | None:
+    """A run's memory.json, checked; None where there is none. Errors: MEASURE-02, REPORT-05."""
+    return check(_read(Memory, path)) if path.is_file() else None
 
 
-def check(memory: Any) -> None:
-    """Errors: MEASURE-02 unless every site has finite numbers of samples and of held-out photos."""
+def read_column(path: Path) -> SiteMemory:
+    """A site's. Errors: MEASURE-02, REPORT-05."""
+    return _read(SiteMemory, path)
+
+
+def write(path: Path, record: Memory | SiteMemory) -> None:
+    """In one step. Errors: OSError; ValueError for a number that is none."""
+    files.write_json(path, records.told(record))
+
+
+def check(memory: Memory) -> Memory:
+    """The same. Errors: MEASURE-02 unless every site has numbers of samples and of held-out photos that can be."""
+    for site in memory.sites.values():
+        for values in (site.samples, site.held_out):
+            if not values or not all(0 <= value < text.LARGEST for value in values):  # what is no number (text.tidy)
+                raise unfit("a site's numbers are missing or impossible")
+    return memory
+
+
+def _read(kind: type[Kind], path: Path) -> Kind:
     try:
-        for site in memory["sites"].values():
-            need(isinstance(site["photos"], int) and isinstance(site["space"], str))
-            for kind in ("samples", "held_out"):
-                need(
-                    site[kind]
-                    and all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in site[kind])
-                )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise BouquetError(
-            "MEASURE-02",
-            found="a site's numbers are missing or impossible",
-            fix="let the sites measure again: bouquet measure memory; or take memory.json out of the run's folder",
-        ) from None
+        return records.read(kind, path)
+    except (records.Unfit, OSError) as error:
+        if isinstance(error, records.Unfit) and error.newer:
+            raise history.refusal(error, str(path)) from None
+        raise unfit(text.line(f"{path.name}: {error}")) from None
+
+
+def unfit(found: str) -> BouquetError:
+    fix = "let the sites measure again: bouquet measure memory; or take memory.json out of the run's folder"
+    return BouquetError("MEASURE-02", found=found, fix=fix)
 
 
 def chance(samples: int, held_out: int, suspicious: int) -> float:
@@ -63,8 +120,8 @@ def chance(samples: int, held_out: int, suspicious: int) -> float:
     return math.prod((samples - i) / (samples + held_out - i) for i in range(suspicious))
 
 
-def found(site: str, measured: dict[str, Any]) -> Found:
-    samples, held_out = measured["samples"], measured["held_out"]
+def found(site: str, measured: Distances) -> Found:
+    samples, held_out = measured.samples, measured.held_out
     count = suspicious(samples, held_out)
     luck = chance(len(samples), len(held_out), count)
     rare = count > 0 and luck < RARE
@@ -88,7 +145,6 @@ def suspicious(samples: Sequence[float], held_out: Sequence[float]) -> int:
     return sum(value < min(held_out) for value in samples)
 
 
-def all_found(memory: dict[str, Any]) -> list[Found]:
+def all_found(memory: Memory) -> list[Found]:
     """One for each site, by name."""
-    check(memory)
-    return [found(site, measured) for site, measured in sorted(memory["sites"].items())]
+    return [found(site, measured) for site, measured in sorted(memory.sites.items())]

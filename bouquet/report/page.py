@@ -10,6 +10,7 @@ import base64
 import hashlib
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,12 @@ def remembering(run: Run) -> list[dict[str, Any]]:
         return []
     rows = []
     for i, found in enumerate(memorisation.all_found(run.memory)):
-        measured = run.memory["sites"][found.site]
-        values = {"held-out photos": measured["held_out"], "samples": measured["samples"]}
+        measured = run.memory.sites[found.site]
+        values: dict[str, Sequence[float]] = {"held-out photos": measured.held_out, "samples": measured.samples}
         chart = charts.strip(
-            values, min(measured["held_out"]), f"How near to one training photo, site {i + 1} of the list"
+            values, min(measured.held_out), f"How near to one training photo, site {i + 1} of the list"
         )
-        rows.append({"found": found, "chart": Markup(chart), "photos": measured["photos"], "space": measured["space"]})
+        rows.append({"found": found, "chart": Markup(chart), "photos": measured.photos, "space": measured.space})
     return rows
 
 

@@ -1,25 +1,25 @@
 """A run's folder as the report needs it; nothing here needs torch, and nothing is written.
 
 Enters: a folder of the shared volume (app/hub/volume.py), of a run that is finished, running or failed. Leaves: `Run`.
-Errors: REPORT-01 (no run there), REPORT-02 (its history.json cannot be read), REPORT-04 (its worth.json), REPORT-05.
+Errors: REPORT-01 (no run there), REPORT-02 (its history.json cannot be read), REPORT-04 (its worth.json), MEASURE-02
+(its memory.json), REPORT-05.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from app import text
 from app.errors import BouquetError
 from app.hub import history
-from app.hub.history import History, Part, Round, Status, Validation
-from bouquet.report import comparison
+from app.hub.history import UNKNOWN, History, Part, Provenance, Round, Status, Validation
+from bouquet.report import comparison, memorisation
 from bouquet.report.comparison import Worth
+from bouquet.report.memorisation import Memory
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Run:
     worth: Worth | None = None
     written: float = 0.0  # seconds since 1970: when the run last said something
     now: float = 0.0
-    memory: dict[str, Any] | None = None
+    memory: Memory | None = None
 
     @property
     def state(self) -> str:
@@ -93,12 +93,15 @@ class Run:
         ]
 
     @cached_property
-    def provenance(self) -> dict[str, Any]:
-        return _json(self.folder / "final" / "provenance.json") or {}
+    def provenance(self) -> Provenance:
+        try:
+            return history.read_provenance(self.folder / "final" / history.PROVENANCE)
+        except BouquetError:  # there is none yet; the page is about the run
+            return UNKNOWN
 
 
 def read(folder: Path) -> Run:
-    """The run in a folder. Errors: REPORT-01, -02, -04, -05."""
+    """The run in a folder. Errors: REPORT-01, -02, -04, -05, MEASURE-02."""
     folder = folder.resolve()
     file = folder / history.FILE
     if not file.is_file():
@@ -116,17 +119,8 @@ def read(folder: Path) -> Run:
     except BouquetError:  # it says what the run does now, and no more
         status = Status()
     written = max(path.stat().st_mtime for path in (file, folder / history.STATUS) if path.is_file())
-    worth, memory = comparison.read(folder / comparison.FILE), _json(folder / "memory.json")
+    worth, memory = comparison.read(folder / comparison.FILE), memorisation.read(folder / memorisation.FILE)
     return Run(folder, told, status, worth, written, time.time(), memory)
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none. Sites have a hand in it, and an older version may have written it."""
-    try:
-        value = text.tidy(json.loads(file.read_text()))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _sha256(file: Path) -> str:

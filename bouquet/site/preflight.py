@@ -8,83 +8,26 @@ out decoding every photo and the training step. What is printed may name files o
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from app import families
-from app.config import RunConfig
 from app.errors import BouquetError
-from app.site import consent, gpu, limits, privacy
+from app.site import gpu, privacy
 from app.site.photos import data, folders, prior, views
 from app.site.photos.images import BadImage
 from app.site.photos.wording import Wording
 from bouquet.site import reach
+from bouquet.site.settings import Settings
 
 MIB, GIB = 2**20, 2**30
 DAYS = 30  # left to the hub's certificate
-TIMED = 3  # optimiser steps, after a first one,
-PATIENCE = 60  # unless they would take longer than this many seconds
 COUNTED = 100_000  # files that the fast part looks for; no more
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a site sets, by the variables of its environment."""
-
-    name: str  # SITE_NAME
-    data: Path  # BOUQUET_DATA, /data
-    models: Path  # BOUQUET_MODELS, /models
-    cache: Path  # BOUQUET_CACHE, /cache
-    hub: str  # HUB, host:port
-    ca: Path  # CA, /ca.crt
-    key: Path  # SITE_KEY, /run/secrets/site.key
-    gpu: str  # SITE_GPU: an index, a UUID, or none; else NVIDIA_VISIBLE_DEVICES
-    fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
-    limits: limits.Limits  # SITE_LIMITS
-    peers: str  # SITE_PEERS
-    # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
-    config: RunConfig
-
-    @classmethod
-    def read(cls, env: Mapping[str, str], run_config: str = "") -> Settings:
-        """Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04."""
-        from flwr.common.config import parse_config_args
-
-        values: dict[str, Any] = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
-        if text := run_config or env.get("RUN_CONFIG"):
-            values |= parse_config_args([text])
-        consent.mode(env)
-        if limits.wants_checkpointing(env):
-            values["gradient-checkpointing"] = True
-        paths = {
-            "data": "BOUQUET_DATA",
-            "models": "BOUQUET_MODELS",
-            "cache": "BOUQUET_CACHE",
-            "ca": "CA",
-            "key": "SITE_KEY",
-        }
-        usual = {"ca": "/ca.crt", "key": "/run/secrets/site.key"}
-        pin = env.get("SITE_GPU") or env.get("NVIDIA_VISIBLE_DEVICES", "")
-        return cls(
-            name=env.get("SITE_NAME", ""),
-            hub=env.get("HUB", ""),
-            gpu="" if pin in ("none", "void", "cpu") else pin,
-            fingerprint=env.get("BASE_FINGERPRINT", ""),
-            limits=limits.Limits.read(env.get("SITE_LIMITS", "")),
-            peers=env.get("SITE_PEERS", ""),
-            config=RunConfig.read(values),
-            **{field: Path(env.get(name) or usual.get(field, f"/{field}")) for field, name in paths.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -283,11 +226,11 @@ class Preflight:
     # --------------------------------------------------------------------------------------------------
 
     def check_model(self) -> str:
-        from app import model
+        from app import bases, model
         from app.site import optimisers, train
 
         optimisers.check(self.own.config)
-        self.base = base = model.locate(self.own.config.base_model, self.own.models)
+        self.base = base = bases.locate(self.own.config.base_model, self.own.models)
         families.check(base).check_run(self.own.config)
         name, memory = self.own.config.base_model, self.own.cache if os.access(self.own.cache, os.W_OK) else None
         sums = model.fingerprint(base, memory)["base"]
@@ -347,9 +290,12 @@ class Preflight:
     # --------------------------------------------------------------------------------------------------------
 
     def check_memory(self) -> str:
+        from bouquet.site import trial
+
         config, (free, what) = self.own.config, self._free()
         try:
-            guess = self._estimate()
+            assert self.base is not None  # NEEDS
+            guess = trial.estimated(config, self.base, self.device is not None, self.photos)
         except Exception as error:  # an estimate is not worth a site's round
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise Warn(
@@ -386,67 +332,18 @@ class Preflight:
 
         return (self.device.free, "GPU memory") if self.device else (estimate.free_ram(), "RAM")
 
-    def _estimate(self) -> Any:
-        """memory.Estimate of a round as train.py and cache.py go about it."""
-        from app.site import cache, train
-        from bouquet.site import estimate
-
-        config, base = self.own.config, self.base
-        assert base is not None  # NEEDS
-        return estimate.estimate(
-            base,
-            config,
-            half=train.halved(train.accelerator(config)),
-            on_gpu=self.device is not None,
-            evaluated=min(train.WIDER * config.batch_size, self.photos * config.validation_timesteps),
-            encoded=cache.a_pass(math.prod(views.largest(config, families.of(base).multiple))),
-            photos=self.photos,
-        )
-
     def check_step(self) -> str:
-        """A real step on real photos, encoded afresh in a folder of its own: the site's cache stays as it is."""
+        """A real step on real photos."""
         import torch
 
-        from app import model, quiet
-        from app.site import cache, train
-        from bouquet.site import estimate
+        from bouquet.site import trial
 
-        config, cuda, base, partition = self.own.config, torch.cuda.is_available(), self.base, self.partition
-        assert base is not None and partition is not None  # NEEDS
-        some = replace(partition, photos=partition.photos[: max(2, config.batch_size)], quarantined=())
-        accelerator = train.accelerator(config)
-        quiet.libraries()
+        assert self.base is not None and self.partition is not None  # NEEDS
         try:
-            with (
-                redirect_stdout(sys.stderr),
-                tempfile.TemporaryDirectory(dir=self.own.cache, prefix="preflight-") as folder,
-            ):
-                sums = model.fingerprint(base, self.own.cache)
-                plan = views.Plan((views.largest(config, families.of(base).multiple),))  # what takes the most memory
-                some, rows = cache.encode(some, base, sums, plan, Path(folder), accelerator.device)
-                encoded = rows(some.photos)  # a pass of class images costs what one of photos does
-            objective, net = train.load(base, config, accelerator)
-            seconds = self._seconds(net, objective, encoded, accelerator, 1)
-            if seconds * TIMED < PATIENCE:  # the first step has things to set up
-                seconds = self._seconds(net, objective, encoded, accelerator, TIMED)
+            return trial.step(self.own.config, self.base, self.partition, self.own.cache)
         except torch.OutOfMemoryError as error:
             found = str(error).splitlines()[0]
             raise gpu.GpuError("GPU-05", found=found, fix=self._take_less()) from None
-        peak = torch.cuda.max_memory_allocated() if cuda else estimate.page_peak()
-        return (
-            f"{seconds:.2f} s a step on the {'GPU' if cuda else 'CPU'}, {config.batch_size} images each; peak memory"
-            f" {peak / GIB:.2f} GiB"
-        )
-
-    def _seconds(self, net: Any, objective: Any, encoded: Any, accelerator: Any, steps: int) -> float:
-        """Seconds a step."""
-        from app.site import train
-
-        start = time.monotonic()
-        classes = encoded if self.own.config.prior_loss_weight else None
-        config = replace(self.own.config, local_steps=steps)
-        train.fit(net, objective, encoded, config, accelerator, steps, 1, classes)
-        return (time.monotonic() - start) / steps
 
 
 def check(fast: bool = False, as_json: bool = False, run_config: str = "") -> int:

@@ -35,7 +35,7 @@ TABLES = {".parquet", ".arrow"}
 LISTS = {".jsonl", ".csv", ".tsv", ".txt"}
 BESIDE = (".txt", ".caption")  # caption files; of two the first counts
 LONGEST = 4096  # characters of a name in a list: Linux opens no longer one
-OURS = (".public", "partition.json")  # what privacy.py and scripts/partition write
+OURS = (".public", "partition.json")  # what privacy.py and bouquet data partition write
 CLASS = "class-images"  # pictures for prior preservation
 SYSTEM = {
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler",

@@ -15,6 +15,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from app import files
 from app.metrics import REASONS
 from app.site.photos.images import READING
 
@@ -47,15 +48,9 @@ class Seen:
         """Whole or not at all, and only what was asked for this time."""
         if self.file is None or self.now == self.before:
             return
-        temporary = self.file.with_suffix(f".{os.getpid()}")
-        try:
+        with suppress(OSError):  # a cache that is full or closed: the preflight says so
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-                json.dump(self.now, out)
-            temporary.replace(self.file)
-        except OSError:  # a cache that is full or closed: the preflight says so
-            with suppress(OSError):
-                temporary.unlink()
+            files.write(self.file, json.dumps(self.now), 0o600)
 
     def _key(self, name: str) -> str:
         """'' where the file's status cannot be asked."""

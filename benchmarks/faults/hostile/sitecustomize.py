@@ -55,6 +55,8 @@ def no_memory(also_with_half: bool) -> None:
         tried.append(1)
         if also_with_half or len(tried) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        if len(tried) == 2:
+            print(f"hostile: memory again, for {len(args[2])} images", flush=True)
         return loss(*args, **kwargs)
 
     diffusion.noise_loss = step
