@@ -52,7 +52,7 @@ def append(file: Path, **deed: Any) -> str:
     """Add a line and return its hash, the log's new head. Errors: OSError."""
     target = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        _lock(target)
+        lock(target)
         with os.fdopen(os.dup(target), "rb") as reader:
             content = reader.read()
         last, after = _last(content)
@@ -133,7 +133,7 @@ def _line(entry: Entry) -> bytes:
     return json.dumps({"time": round(time.time(), 3), "by": who(), **entry}, allow_nan=False).encode()
 
 
-def _lock(target: int) -> None:
+def lock(target: int) -> None:
     """Alone until it is closed, or its process killed. A disk that knows no locks is written all the same: two at once
     would break the chain there, where it is found.
     """

@@ -200,6 +200,14 @@ class RunConfig:
     update_clip: float = _key(
         16.0, "", "with masks: a site shortens an update that is longer than this", low=1e-3, high=1e4
     )
+    dp_noise: float = _key(
+        0.0,
+        "",
+        "least noise of sites with differential privacy (SITE_PRIVACY), in units of their clip; other sites refuse;"
+        " 0 is what each says",
+        low=0.0,
+        high=1000.0,
+    )
     largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
     strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
     server_learning_rate: float = _key(

@@ -34,6 +34,7 @@ REASONS = {  # why a file is set aside (quarantined), and what it means to a per
     "unused-caption": "a caption without its picture, of a farther list, beyond the 16th, or in a file's second line",
 }
 NEEDED = ("num-examples", "train-loss", "validation-loss")
+PRIVATE = ("num-examples", "dp-epsilon", "dp-delta")  # of a site with differential privacy, whose losses stay there
 PHASES = ("start", "encode", "load", "evaluate", "train")  # of a message's work, in their order (train.Clock)
 RANGES: dict[str, tuple[float, float]] = {
     "num-examples": (1, 10**9 - 1),
@@ -43,6 +44,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu-peak-mib": (0, 1e8),
     "gpu-utilisation": (0, 100),
     "gpu-joules": (0, 1e12),
+    "dp-epsilon": (0, 1e9),  # spent by the site on all that it has sent, in all runs; of one photo
+    "dp-delta": (0, 1),
+    "dp-noise": (0, 1e6),  # of this round, in units of the clip
     "captions-cut": (0, 10**9),  # captions of which the base model reads only the beginning
     "enlarged": (0, 10**9),  # photos smaller than what is trained on
     **{f"photos-{reason}": (0, 10**9) for reason in REASONS},
@@ -58,6 +62,11 @@ def sane(metrics: Mapping[str, Any]) -> tuple[dict[str, int | float], int]:
         if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
             kept[name] = value
     return kept, len(metrics) - len(kept)
+
+
+def needed(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a reply with these numbers must have."""
+    return PRIVATE if "dp-epsilon" in numbers else NEEDED
 
 
 def most_images(others: int, largest_share: float) -> int:

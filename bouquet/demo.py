@@ -119,7 +119,7 @@ def engine(name: str) -> Compose | Processes:
     running = Processes(
         ROOT / ".bouquet", ROOT / "certs", port, sites, trusted=ROOT / "certs" / "trusted.yaml", gpus=gpus
     )
-    for switch in ("LIMITS", "TRUST_DAYS", "CHECKPOINTING", "CONSENT"):  # each site's own, as compose.yaml gives them
+    for switch in ("LIMITS", "TRUST_DAYS", "CHECKPOINTING", "CONSENT", "PRIVACY"):  # each site's own, as compose.yaml
         for site, value in settings_of_sites(switch, env).items():
             running.pins[site] = running.pins.get(site, {}) | {f"SITE_{switch}": value}
     if "SITE_KEEP" in env:

@@ -33,6 +33,7 @@ from app.config import RunConfig
 from app.errors import BouquetError, ConfigError
 from app.hub import history
 from app.hub.history import History
+from app.site import budget
 from app.site.limits import Limits
 from bouquet import progress
 from bouquet.report import comparison, pictures, worth
@@ -115,7 +116,8 @@ def measure(
     configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
     base, held_out = bases.locate(configs[0].base_model, models), []
     for run, config in zip(runs, configs, strict=True):
-        site = train.Site(config, models, data, cached, "", limits=own)
+        # of whom nothing is sent here; who is held out is as in the run
+        site = train.Site(config, models, data, cached, "", limits=own, promise=budget.of(os.environ, cached))
         held_out.append(len(site.held_out.keys))
         fresh = model.new_adapter(base, config)
         adapters = {

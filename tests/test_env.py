@@ -345,6 +345,7 @@ def test_the_demo_takes_folders_as_people_write_them_and_gives_each_site_its_own
         'export HUB_PORT="8500" # public', "SITE_1_DATA=~/photos", "SITE_2_DATA = '/srv/my photos'",
         "# SITE_3_DATA=/old", "SITE_1_LIMITS='max-local-steps=200 min-batch-size=8'", "SITE_2_TRUST_DAYS=90",
         "SITE_2_CHECKPOINTING=1", "SITE_2_CONSENT=ask", "SITE_2_GPU=none", "SITE_KEEP=0",
+        "SITE_2_PRIVACY='epsilon=8 clip=0.05'",
     ]  # fmt: skip
     (tmp_path / ".env").write_text("\r\n".join(lines) + "\r\n")
     monkeypatch.setattr(demo, "ROOT", tmp_path)
@@ -355,6 +356,7 @@ def test_the_demo_takes_folders_as_people_write_them_and_gives_each_site_its_own
     assert running.sites == {"site-1": Path(HOME) / "photos", "site-2": Path("/srv/my photos")}
     assert running.pins["site-1"] == {"SITE_LIMITS": "max-local-steps=200 min-batch-size=8"}
     own = {"SITE_TRUST_DAYS": "90", "SITE_CHECKPOINTING": "1", "SITE_GPU": "none", "SITE_CONSENT": "ask"}
+    own["SITE_PRIVACY"] = "epsilon=8 clip=0.05"
     assert {key: running.pins["site-2"][key] for key in own} == own
     assert running.site_env["SITE_KEEP"] == "0" and "SITE_KEEP" not in running.env
 

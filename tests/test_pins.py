@@ -260,6 +260,7 @@ def test_a_kits_process_sees_the_gpu_of_its_settings_alone(kit: Path, gpu: str) 
     ("words", "program"),
     [
         (("runs",), "site runs"),
+        (("privacy", "--run-config", "rounds=8"), "site privacy --run-config rounds=8"),
         (("approve", "7"), "site approve 7"),
         (("decline", "7"), "site decline 7"),
         (("audit", "--json"), "audit --json"),
@@ -451,5 +452,5 @@ def test_every_site_of_a_compose_file_is_told_its_switches(file: str) -> None:
     text = (ROOT / file).read_text()
     sites = text.count("SITE_LIMITS: ${")
     assert text.count("SITE_CHECKPOINTING: ${SITE_") == text.count("SITE_TRUST_DAYS: ${SITE_") == sites >= 1
-    assert text.count("SITE_CONSENT: ${SITE_") == sites
+    assert text.count("SITE_CONSENT: ${SITE_") == text.count("SITE_PRIVACY: ${SITE_") == sites
     assert text.count("SITE_KEEP: ${SITE_KEEP:-}") == 1

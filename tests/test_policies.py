@@ -31,7 +31,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
     {"text", "quiet", "codes"},
     {"errors"},
-    {"config", "metrics", "files", "gpu", "unpacked", "settings", "audit", "bundle"},
+    {"config", "metrics", "files", "gpu", "unpacked", "settings", "audit", "bundle", "accountant"},
     {"images", "records"},
     {"limits", "captions", "seen", "views", "history", "wording"},
     {"tables"},
@@ -43,6 +43,7 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"model", "bases", "diffusion", "lora_names", "quantised", "shelf"},
     {"masks"},
     {"cache", "wire", "journal", "privacy", "prior", "rate", "optimisers", "lora_files", "store"},
+    {"dp", "budget"},
     {"train", "guard", "ema", "volume", "sample", "secrecy", "consent"},
     {"formats", "bounds", "spool", "gallery", "tracking"},
     {"strategy"},

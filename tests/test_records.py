@@ -25,6 +25,7 @@ from app.hub.history import (
     Refused,
     Resumed,
     Round,
+    Spent,
     Status,
     Validation,
 )
@@ -38,12 +39,12 @@ from tests.kit.runs import compared, written
 from tests.kit.runs import history as a_history
 
 PAGE_RECORDS = (
-    *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given),
+    *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given, Spent),
     *(Worth, Measured, Column, Memory, Distances, SiteMemory),
 )
 PART = Part({"num-examples": 40, "train-loss": 0.5, "seconds-train": 9.0}, 30, "largest-share", 1.5, "NVIDIA L4", 2)
 LATE = Refused("lily", "HUB-03  Late.")
-ROUND = Round(1, "a" * 64, "b" * 64, 0.25, 12.5, {"rose": PART}, {"rose": "c" * 64}, (LATE,))
+ROUND = Round(1, "a" * 64, "b" * 64, 12.5, {"rose": PART}, 0.25, {"rose": "c" * 64}, (LATE,))
 WHOLE = History(
     run="7",
     state="failed",

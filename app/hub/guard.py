@@ -74,7 +74,7 @@ def accept(
     told: Mapping[str, object] = content.config_records.get("info", ConfigRecord())
     info = {name: value for name in ("site", "applied", "gpu") if isinstance(value := told.get(name), str)}
     numbers, left_out = metrics.sane(content.metric_records.get("metrics", {}))
-    wrong = [name for name in metrics.NEEDED if name not in numbers]
+    wrong = [name for name in metrics.needed(numbers) if name not in numbers]
     images = numbers.get("num-examples")
     if wrong or type(images) is not int:
         found = f"{', '.join(wrong) or 'num-examples'} is not a sensible number"
@@ -199,7 +199,7 @@ def _at_most(reply: Reply, most: int, bound: str) -> Reply:
     return replace(reply, images=most, bound=bound) if reply.images > most else reply
 
 
-def weighted(replies: Iterable[Reply], name: str) -> float:
-    """Mean of a metric, weighted by images."""
-    replies = list(replies)
-    return sum(r.metrics[name] * r.images for r in replies) / sum(r.images for r in replies)
+def weighted(replies: Iterable[Reply], name: str) -> float | None:
+    """Mean of a metric over who tells it, weighted by images; None where nobody does."""
+    telling = [reply for reply in replies if name in reply.metrics]
+    return sum(r.metrics[name] * r.images for r in telling) / sum(r.images for r in telling) if telling else None

@@ -84,9 +84,9 @@ class Round:
     round: int = entry("its number, from 1")
     started_from: str = entry("SHA-256 of the adapter that the sites got")
     adapter: str = entry("SHA-256 of the adapter that came out")
-    train_loss: float = entry("mean training loss, by the images that count")
     seconds: float = entry("from the first message to the whole adapter", "s")
     sites: dict[str, Part] = entry("whoever took part, by name")
+    train_loss: float | None = entry("mean training loss of who tells it, by the images that count", default=None)
     adapters: dict[str, str] = entry("SHA-256 of each accepted reply's adapter, by site", default={})
     refused: tuple[Refused, ...] = entry("whose reply did not count, in every try", default=())
     average: str = entry("with ema-decay, SHA-256 of the moving average that this round left", default="")
@@ -100,7 +100,7 @@ class Validation:
     """The loss of a global adapter on the photos that the sites hold out."""
 
     after_round: int = entry("rounds that it was trained, from 0")
-    weighted: float = entry("mean over the sites, by the images that count")
+    weighted: float = entry("mean over the sites that tell it, by the images that count")
     sites: dict[str, float] = entry("by site")
 
 
@@ -182,6 +182,16 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What was given away of each photo of sites with differential privacy, by their own account."""
+
+    sites: int = entry("how many of them had it in every round")
+    of: int = entry("how many took part")
+    epsilon: float = entry("the most that one of them has spent, on all that it has sent")
+    delta: float = entry("the largest of theirs")
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What an adapter was made of: provenance.json beside its files, which goes wherever they go."""
 
@@ -196,6 +206,7 @@ class Provenance:
     images: int | None = entry("of all these sites, by their word", "images", default=None)
     config: dict[str, Any] = entry("the run's configuration, with _ for -", default={})
     versions: dict[str, str] = entry("of the hub's libraries, by name", default={})
+    privacy: Spent | None = entry("where sites had differential privacy", default=None)
     version: int = entry("of this format", default=VERSION)
 
 

@@ -29,7 +29,7 @@ from app.errors import BouquetError, HubError
 from app.hub import ema, guard, history, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
-from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Validation
+from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Spent, Validation
 from app.hub.strategy import Strategy
 from app.hub.sums import Sums
 
@@ -48,6 +48,7 @@ quiet.flower()
 text.tidy_log("flwr")  # Flower's own lines about a site's reply, and the traceback of a run that failed
 app = ServerApp()
 AUDIT = "audit.jsonl"  # beside the runs
+WITHHELD = "is told by no site"  # a loss, where all sites have differential privacy
 # a run that goes on cannot change these
 SAME = ("base_model", "lora_rank", "lora_alpha", "lora_scaling", "rank_pattern", "lora_targets", "strategy")
 
@@ -166,7 +167,7 @@ class Run:
             self.history,
             resumed=Resumed(source.name, done),
             rounds=earlier.rounds[:done],
-            validation=earlier.validation[:done],
+            validation=tuple(entry for entry in earlier.validation if entry.after_round < done),
         )
         self.save()
         print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
@@ -193,9 +194,10 @@ class Run:
             print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
             return
         self.history = replace(self.history, refused_final_evaluation=tuple(refused))
-        self.note_validation(self.weigh(replies))
-        first, last = self.history.validation[0].weighted, self.history.validation[-1].weighted
-        print(f"bouquet: validation {first:.4f} -> {last:.4f} over {self.config.rounds} rounds", flush=True)
+        self.note_validation(self.config.rounds, self.weigh(replies))
+        losses = [entry.weighted for entry in self.history.validation]
+        numbers = f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else WITHHELD
+        print(f"bouquet: validation {numbers} over {self.config.rounds} rounds", flush=True)
 
     def round(self, number: int, adapter: model.Adapter, strategy: Strategy) -> model.Adapter:
         """Send the global adapter, take the sites' adapters, aggregate, write the round."""
@@ -207,7 +209,7 @@ class Run:
         new = wire.rounded(new, self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.average.take(new)
-        self.note_validation(weighed)
+        self.note_validation(number - 1, weighed)
         entry = Round(
             round=number,
             started_from=model.adapter_hash(adapter),
@@ -231,10 +233,13 @@ class Run:
         self.tracker.round(entry)
         self.gallery.draw(number, new)
         self.gallery.tell()
+        now = self.history.validation[-1:]
+        losses = [entry.train_loss, now[0].weighted if now and now[0].after_round == number - 1 else None]
+        train, validation = (WITHHELD if loss is None else f"{loss:.4f}" for loss in losses)
         pace = (time.time() - self.began) / (number - (self.history.resumed.after_round if self.history.resumed else 0))
         print(
-            f"bouquet: round {number}/{self.config.rounds}  train {entry.train_loss:.4f}  validation"
-            f" {self.history.validation[-1].weighted:.4f}  sites {len(replies)}  images"
+            f"bouquet: round {number}/{self.config.rounds}  train {train}  validation {validation}"
+            f"  sites {len(replies)}  images"
             f" {sum(r.images for r in weighed)}  {entry.seconds:.0f} s  ETA"
             f" {pace * (self.config.rounds - number):.0f} s",
             flush=True,
@@ -250,10 +255,13 @@ class Run:
                 self.exchange.say(f"bouquet: bounded  {said}")
         return weighed
 
-    def note_validation(self, replies: Iterable[guard.Reply]) -> None:
-        """The arriving adapter's loss at each site: entry k is after k rounds."""
-        sites = {r.site: r.metrics["validation-loss"] for r in replies}
-        told = Validation(len(self.history.validation), guard.weighted(replies, "validation-loss"), sites)
+    def note_validation(self, after: int, replies: Iterable[guard.Reply]) -> None:
+        """The arriving adapter's loss, after so many rounds, at each site that tells it."""
+        replies = list(replies)
+        if (mean := guard.weighted(replies, "validation-loss")) is None:
+            return
+        sites = {r.site: r.metrics["validation-loss"] for r in replies if "validation-loss" in r.metrics}
+        told = Validation(after, mean, sites)
         self.history = replace(self.history, validation=(*self.history.validation, told))
         self.tracker.validation(told)
 
@@ -270,7 +278,19 @@ class Run:
             sum(images.values()),
             self.history.config,
             self.history.versions,
+            self.privacy(),
         )
+
+    def privacy(self) -> Spent | None:
+        """What sites with differential privacy say of it; nothing where there are none."""
+        parts = [(site, part.numbers) for entry in self.history.rounds for site, part in entry.sites.items()]
+        private = [numbers for _, numbers in parts if "dp-epsilon" in numbers]
+        if not private:
+            return None
+        with_it = {site for site, numbers in parts if "dp-epsilon" in numbers}
+        without = {site for site, numbers in parts if "dp-epsilon" not in numbers}
+        epsilon, delta = (max(numbers[f"dp-{name}"] for numbers in private) for name in ("epsilon", "delta"))
+        return Spent(len(with_it - without), len(with_it | without), epsilon, delta)
 
     def deed(self, did: str, **facts: Any) -> None:
         """A line of the audit log of all runs, beside them; a full disk does not stop the run."""

@@ -88,11 +88,12 @@ class Tracker:
     def round(self, entry: Round) -> None:
         """A round: an entry of history.json's `rounds`."""
         values = {
-            "train/all": entry.train_loss,
             "round/seconds": entry.seconds,
             "round/refused": len(entry.refused),
             "round/sites": len(entry.sites),
         }
+        if entry.train_loss is not None:
+            values["train/all"] = entry.train_loss
         for site, part in entry.sites.items():
             numbers = {name: value for name, value in part.told().items() if type(value) in (int, float)}
             values |= {f"{place(name)}/{plain(site)}": value for name, value in numbers.items()}

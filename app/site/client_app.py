@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from app import bundle, quiet
 from app.config import RunConfig
 from app.errors import BouquetError, SiteError, public
-from app.site import consent, journal, limits
+from app.site import budget, consent, journal, limits
 from app.site.privacy import Secret
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class MadeFrom(NamedTuple):
     cached: Path
     limits: str
     secret: Secret
+    promise: budget.Promise | None
 
 
 quiet.flower()
@@ -96,9 +97,13 @@ def ask_operator(message: Message, context: Context) -> None:
     """
     config, own = RunConfig.read(context.run_config), str(context.node_config.get("limits", ""))
     limits.Limits.read(own).check(config)
+    cached = places(context)[3]
+    budget.check(config, promise := budget.of(os.environ, cached))
     if (how := consent.mode(os.environ)) != "always":
-        cached, base = places(context)[3], str(message.content.config_records["config"]["base-fingerprint"])
-        consent.obtain(cached, how, consent.asked(cached, str(context.run_id), config, bundle.digest(), base, own))
+        base = str(message.content.config_records["config"]["base-fingerprint"])
+        privacy = budget.outlook(cached, promise, config) if promise else ""
+        asks = consent.asked(cached, str(context.run_id), config, bundle.digest(), base, own, privacy)
+        consent.obtain(cached, how, asks)
 
 
 @app.query()
@@ -113,8 +118,9 @@ def offer(message: Message, context: Context) -> RecordDict:
     own = secrecy.Own.read(context.node_config, asked.name, cached)
     site = take_up(asked.made_from, asked.base)
     site.limits.check_budget(config, run, journal.read(cached))
-    images = int(site.privacy.number(len(site.train.keys)))
-    said = own.offer(config, images, run, asked.number, asked.attempt)
+    if asked.made_from.promise and site.terms:
+        budget.check_room(cached, asked.made_from.promise, site.terms, config, run, asked.number)
+    said = own.offer(config, site.told, run, asked.number, asked.attempt)
     if os.environ.get("BOUQUET_KEEP"):
         kept[asked.made_from] = site
     return RecordDict({"info": ConfigRecord({"offer": said})})
@@ -138,7 +144,8 @@ def read(message: Message, context: Context) -> Asked:
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached, secret = places(context)
-    made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret)
+    promise = budget.of(os.environ, cached)
+    made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret, promise)
     number, attempt = int(str(order["round"])), int(str(order.get("attempt", 0)))
     return Asked(name, number, attempt, str(order["base-fingerprint"]), made_from)
 
@@ -150,7 +157,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     from app.site import gpu, secrecy
 
     name, number, attempt, base, made_from = read(message, context)
-    config, cached = made_from.config, made_from.cached
+    config, cached, promise = made_from.config, made_from.cached, made_from.promise
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
         site = take_up(made_from, base)
@@ -158,11 +165,9 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
         arrived = wire.unpack(message.content.array_records["arrays"], config.wire_precision)
         applied = model.apply_adapter(site.net, arrived)
-        metrics: dict[str, int | float] = {
-            "num-examples": len(site.photos),
-            "train-loss": 0.0,
-            "validation-loss": site.evaluate(),
-        }
+        metrics: dict[str, int | float] = {"num-examples": len(site.photos), "train-loss": 0.0}
+        if not promise:  # else nobody is told
+            metrics["validation-loss"] = site.evaluate()
         if training:
             pact = None
             if config.secrecy == "masks":
@@ -170,7 +175,11 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
                 given = message.content.config_records["config"].get("offers")
                 offers = [str(each) for each in given] if isinstance(given, list) else []
                 pact = own.agree(config, offers, str(context.run_id), number, attempt, applied)
-            metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number), number)
+            if promise and (terms := site.terms):
+                budget.spend(cached, promise, terms, config, str(context.run_id), number)
+                metrics["train-loss"] = site.fit_privately(terms, number)
+            else:
+                metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number), number)
             sent = wire.rounded(model.adapter_of(site.net), config.wire_precision)
             sent = pact.hide(arrived, sent) if pact else sent
             reply["arrays"] = wire.pack(sent, config.wire_precision)
@@ -179,18 +188,17 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
     metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
     metrics |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
-    reply["metrics"] = MetricRecord({**site.privacy.told(metrics)})
+    terms = site.terms  # with such, nothing else leaves that follows from a photo, were it the seconds that it took
+    leaves = budget.told(cached, promise, terms) if promise and terms else site.privacy.told(metrics)
+    reply["metrics"] = MetricRecord({**leaves})
     reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
     told |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")
     if training and os.environ.get("BOUQUET_KEEP"):
         kept[made_from] = site
-    print(
-        f"bouquet: {name}: round {number}  validation {metrics['validation-loss']:.4f}  train"
-        f" {metrics['train-loss']:.4f}",
-        flush=True,
-    )
+    validation = "is told to nobody" if promise else f"{metrics['validation-loss']:.4f}"
+    print(f"bouquet: {name}: round {number}  validation {validation}  train {metrics['train-loss']:.4f}", flush=True)
     return reply
 
 
@@ -206,7 +214,10 @@ def take_up(made_from: MadeFrom, base_fingerprint: str) -> Site:
     if site is None:
         own = limits.Limits.read(made_from.limits)
         config, models, folder, cached = made_from.config, made_from.models, made_from.folder, made_from.cached
-        return train.Site(config, models, folder, cached, base_fingerprint, began, limits=own, secret=made_from.secret)
+        return train.Site(
+            config, models, folder, cached, base_fingerprint, began,
+            limits=own, secret=made_from.secret, promise=made_from.promise,
+        )  # fmt: skip
     site.get_ready(base_fingerprint, began)
     return site
 

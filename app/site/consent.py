@@ -47,6 +47,7 @@ class Asked:
     since: float = entry("when it asked first", "s since 1970")
     base: str = entry("the base model's fingerprint, by the hub", default="")
     limits: str = entry("the site's SITE_LIMITS", default="")
+    privacy: str = entry("what the run would cost the photos, as it was known then", default="")
     state: str = entry("of the decision", choices=STATES, default=WAITING)
     decided: float | None = entry("when", "s since 1970", default=None)
     by: str = entry("who decided", default="")
@@ -76,10 +77,10 @@ def mode(env: Mapping[str, str]) -> str:
     raise SiteError("CHECK-09", found=f"SITE_CONSENT={env['SITE_CONSENT']}", fix=fix)
 
 
-def asked(cached: Path, run: str, config: RunConfig, bundle: str, base: str, limits: str) -> Asked:
+def asked(cached: Path, run: str, config: RunConfig, bundle: str, base: str, limits: str, privacy: str = "") -> Asked:
     """What a run asks, as the site sees it now."""
     publishers = tuple(sorted(name for name, one in _ran(cached).items() if one == bundle))
-    return Asked(run, bundle, publishers, asdict(config), round(time.time(), 3), base, limits)
+    return Asked(run, bundle, publishers, asdict(config), round(time.time(), 3), base, limits, privacy)
 
 
 def obtain(cached: Path, how: str, now: Asked) -> None:
@@ -180,6 +181,9 @@ def words(one: Asked) -> list[str]:
     images = config["batch_size"] * config["gradient_accumulation"]
     publishers = ", ".join(one.publishers) or "nobody that this site pins"
     floors = ", ".join(f"{name} {value}" for name, (value, _) in PRIVATE.items())
+    numbers = "losses, counts, seconds, GPU figures"
+    if one.privacy:
+        numbers = "how many photos, as you let it be told, and epsilon"
     lines = [
         state_of(one),
         f"  base model  {config['base_model']}, fingerprint {one.base[:12] or 'not said'}",
@@ -189,8 +193,9 @@ def words(one: Asked) -> list[str]:
         f"  also        {', '.join(others) or 'everything else as usual'}",
         f"  limits      SITE_LIMITS: {one.limits or 'none of your own'}; where photos are private also {floors}, unless"
         " that says otherwise",
-        f"  leaves      after each round the adapter ({config['wire_precision']}) and rounded numbers: losses, counts,"
-        " seconds, GPU figures; your site's and GPU's name, error codes",
+        f"  leaves      after each round the adapter ({config['wire_precision']}) and rounded numbers: {numbers};"
+        " your site's and GPU's name, error codes",
+        *([f"  privacy     {one.privacy}"] if one.privacy else []),
         "  stays       photos, captions, file names, your site's secret, this decision's file and the journal",
     ]
     return [text.printable(line[: text.LONGEST]) for line in lines]

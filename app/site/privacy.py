@@ -64,7 +64,7 @@ class Privacy:
         return int.from_bytes(self.digest(repr(parts))[:8], "big") >> 1
 
     def split(
-        self, photos: Iterable[Photo], fraction: float, seed: int, group: int = 1
+        self, photos: Iterable[Photo], fraction: float, seed: int, group: int = 1, *, each: bool = False
     ) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
         """(training, validation) with about `fraction` of the photos held out, at least one in each, in their given
         order.
@@ -75,6 +75,8 @@ class Privacy:
         Private: the side depends on the secret and not on the run's seed, and the number held out is a multiple of
         `group`. Two runs with different fractions thus differ by a group of photos or by none, and no run trains on
         what another held out.
+        each: private photos as public ones are, each by itself, so that one more is one more on one side and nothing
+        else; whoever is the nearest to the line stays the only one there as long as nobody is nearer.
         """
         photos = tuple(photos)
         assert len(photos) >= 2 and 0 < fraction < 1
@@ -82,7 +84,7 @@ class Privacy:
         # in [0, 1)
         score = {photo.key: int.from_bytes(self.digest(f"{of}:{photo.key}")[:8], "big") / 2**64 for photo in photos}
         ranked = sorted(photos, key=lambda photo: score[photo.key])
-        if self.secret:
+        if self.secret and not each:
             count = group * max(1, round(fraction * len(photos) / group))
         else:
             count = max(1, sum(score[photo.key] < fraction for photo in photos))
@@ -119,13 +121,14 @@ def of(folder: Path, photos: Iterable[Photo], cached: Path, secret: Secret) -> P
 
 
 def divide(
-    partition: Partition, privacy: Privacy, limits: Limits, config: RunConfig
+    partition: Partition, privacy: Privacy, limits: Limits, config: RunConfig, *, each: bool = False
 ) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
     """(training, validation) as a run asks and the site's floors allow. Errors: SITE-02, TRUST-03 where a round would
     be about too few photos.
     """
     photos = partition.require(limits.least_photos).photos
-    train, held_out = privacy.split(photos, config.validation_fraction, config.seed, limits.floor("min-held-out"))
+    group = limits.floor("min-held-out")
+    train, held_out = privacy.split(photos, config.validation_fraction, config.seed, group, each=each)
     limits.check_photos(config, len(train), len(held_out))
     return train, held_out
 

@@ -18,7 +18,9 @@ from app import bases, families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
-from app.site import cache, diffusion, optimisers, privacy, quantised, rate
+from app.site import cache, diffusion, dp, optimisers, privacy, quantised, rate
+from app.site.accountant import Terms
+from app.site.budget import Promise
 from app.site.limits import NO_LIMITS, Limits
 from app.site.photos import data, prior
 from app.site.photos.views import Plan
@@ -82,10 +84,11 @@ class Site:
         *,
         limits: Limits = NO_LIMITS,
         secret: privacy.Secret = privacy.Secret.KEPT,
+        promise: Promise | None = None,
     ) -> None:
         """As `get_ready`, for the first time."""
         self.config, self.models, self.folder, self.cached = config, models, folder, cached
-        self.limits, self.secret = limits, secret
+        self.limits, self.secret, self.promise = limits, secret, promise
         self.fits = config  # the images a pass that fit into the GPU's memory
         self.accelerator = accelerator(config)
         self.encoded_from: tuple[object, ...] = ()  # what the encoded photos, and the net, were made from
@@ -128,10 +131,13 @@ class Site:
         self.privacy = privacy.of(self.folder, everything, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()
+        if self.promise:
+            self.limits = self.limits.silent()
         left, multiple = len(partition.photos) + 1, families.of(base).multiple
         while len(partition.photos) < left:  # again where some cannot be decoded: who is trained on follows from all
             left = len(partition.photos)
-            self.photos, held_out = privacy.divide(partition, self.privacy, self.limits, self.config)
+            how = {"each": self.promise is not None}
+            self.photos, held_out = privacy.divide(partition, self.privacy, self.limits, self.config, **how)
             trained, least = frozenset(p.key for p in self.photos), self.limits.floor("min-step-images")
             plan, wording = Plan.of(self.config, multiple, trained, least), Wording.of(self.config)
             partition, rows = cache.encode(partition, base, sums, plan, self.cached, self.accelerator.device, wording)
@@ -144,6 +150,16 @@ class Site:
             found, rows = cache.encode(classes, base, sums, plan, cached, self.accelerator.device)
             print(f"bouquet: class images: {found.report()}", flush=True)
             self.prior = rows(found.photos)
+
+    @property
+    def told(self) -> int:
+        """How many photos the site says that it trains on."""
+        return (self.promise.photos if self.promise else 0) or int(self.privacy.number(len(self.train.keys)))
+
+    @property
+    def terms(self) -> Terms | None:
+        """On which a round is trained here, where the site has promised anything. Errors: TRUST-16, TRUST-18."""
+        return self.promise.terms(self.config, self.told) if self.promise else None
 
     def evaluate(self) -> float:
         """Loss on the held-out photos, over fixed noise and timesteps."""
@@ -178,7 +194,21 @@ class Site:
             model.apply_adapter(self.net, start)
             loss = self._try_to_fit(seed, number)
         if loss is None:
-            raise self._out_of_memory()
+            raise self._out_of_memory(f"also with half of {self.config.batch_size} images a pass")
+        self.clock.lap("train")
+        return loss
+
+    def fit_privately(self, terms: Terms, number: int = 1) -> float:
+        """The same on these terms, which have been paid (budget.py); nothing of it can be repeated. Out of GPU memory
+        is SITE-13: a pass has one image already, and what was drawn is not drawn again.
+        """
+        try:
+            one = accelerator(self.config)
+            loss = dp.fit(self.net, self.objective, self.train, self.config, one, terms, number)
+        except torch.OutOfMemoryError:
+            loss = None
+        if loss is None:
+            raise self._out_of_memory("with one image a pass")
         self.clock.lap("train")
         return loss
 
@@ -192,13 +222,10 @@ class Site:
         except torch.OutOfMemoryError:
             return None
 
-    def _out_of_memory(self) -> SiteError:
+    def _out_of_memory(self, how: str) -> SiteError:
         return SiteError(
             "SITE-13",
-            found=(
-                f"out of memory also with half of {self.config.batch_size} images a pass at {self.config.resolution}"
-                " pixels"
-            ),
+            found=f"out of memory {how} at {self.config.resolution} pixels",
             fix=(
                 "free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or"
                 " resolution"

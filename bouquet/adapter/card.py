@@ -16,7 +16,7 @@ from app.config import RunConfig
 from app.errors import AdapterError
 from app.families import sd
 from app.families.base import Family
-from app.hub.history import Provenance
+from app.hub.history import Provenance, Spent
 from bouquet.adapter.sample import loading
 
 OTHER = "other"
@@ -111,6 +111,7 @@ def table(config: RunConfig, provenance: Provenance, family: Family) -> str:
         "training images": images(provenance),
         "rounds × local steps × batch": f"{rounds} × {config.local_steps} × {config.batch_size}",
         "LoRA": f"{lora.told(config)}, {config.lora_targets} of the {part}",
+        **({"differential privacy": privacy(provenance.privacy)} if provenance.privacy else {}),
         **({"trigger word": config.trigger_word} if config.trigger_word.strip() else {}),
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",
@@ -129,6 +130,14 @@ def images(provenance: Provenance) -> str:
     if not counted or sum(counted) == provenance.images:
         return said
     return f"{said} by the sites' word, {sum(counted)} of them counted in the mean"
+
+
+def privacy(told: Spent) -> str:
+    """What holds of each photo of how many sites."""
+    return (
+        f"{told.sites} of {told.of} sites, by their own account: epsilon {told.epsilon:.3g} of each photo"
+        f" at delta {told.delta:g}, for all that they have sent in this run and before"
+    )
 
 
 def cell(value: Any) -> str:

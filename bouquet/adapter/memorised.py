@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from app.adapter.sample import Pipeline
+from app.site import budget
 from app.site.limits import Limits
 from app.site.photos.wording import Wording
 from bouquet.report.memorisation import SiteMemory
@@ -56,7 +57,8 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
 
     adapter, config = formats.open_adapter(run, models=models)
     config = replace(config, aspect_buckets=False, random_crops=0)  # the squares that pictures are drawn in
-    site = train.Site(config, models, folder, cached, "", limits=Limits.read(os.environ.get("SITE_LIMITS", "")))
+    own, promise = Limits.read(os.environ.get("SITE_LIMITS", "")), budget.of(os.environ, cached)
+    site = train.Site(config, models, folder, cached, "", limits=own, promise=promise)
     photos = site.photos
     chosen = random.Random(config.seed).sample(photos, min(count, len(photos)))
     pipe = sample.pipeline(bases.locate(config.base_model, models), config)

@@ -65,6 +65,22 @@ def journal(cache: Cache = CACHE) -> None:
     print("\n".join(journal.told(journal.read(cache), time.time())))
 
 
+@site.command("privacy")
+def site_privacy(
+    run_config: Annotated[
+        str, typer.Option(help='what the hub will run, as in flwr run: "rounds=8 batch-size=16"')
+    ] = "",
+) -> None:
+    """What this site's photos have given away, and what a planned run would cost them (SITE_PRIVACY)."""
+    import os
+
+    from bouquet.site import cost
+    from bouquet.site.settings import Settings
+
+    own = Settings.read(os.environ, run_config)
+    print("\n".join(cost.told(own.promise, own.config, own.data, own.cache, own.limits, own.models)))
+
+
 @site.command("runs")
 def site_runs(cache: Cache = CACHE) -> None:
     """Runs that wait for this site's consent, in plain words, and what was decided on others."""

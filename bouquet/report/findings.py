@@ -41,6 +41,8 @@ def outcome(run: Run) -> str:
         )
         return f"Not known yet: the run is working, {done} are done{so_far}."
     if len(run.validation) < 2:
+        if any("dp-epsilon" in part.numbers for entry in run.rounds for part in entry.sites.values()):
+            return f"The run finished {done}. Its sites have differential privacy, and tell no losses."
         return f"The run finished {done}, but the result was not measured."
     first, last = run.validation[0].weighted, run.validation[-1].weighted
     numbers = f"from {first:.4f} to {last:.4f} ({percent(last, first)})"

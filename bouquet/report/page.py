@@ -95,7 +95,10 @@ def loss(run: Run) -> dict[str, Any] | None:
         ),
         "train": Markup(
             charts.lines(
-                train, [(e.round, e.train_loss) for e in run.rounds], "round", "Training loss by site and round"
+                train,
+                [(e.round, e.train_loss) for e in run.rounds if e.train_loss is not None],
+                "round",
+                "Training loss by site and round",
             )
         ),
     }
@@ -118,6 +121,7 @@ def site(run: Run, name: str) -> dict[str, Any]:
         "images": last.images,
         "weight": last.counted / total if total else None,
         "rounds": len(parts),
+        "epsilon": last.numbers.get("dp-epsilon"),
         "refused": sum(who == name for _, who, _ in run.refused),
         "first": losses[0][1] if losses else None,
         "last": losses[-1][1] if losses else None,

@@ -18,7 +18,7 @@ from typing import Any
 
 from app import families
 from app.errors import BouquetError
-from app.site import gpu, privacy
+from app.site import budget, gpu, privacy
 from app.site.photos import data, folders, prior, views
 from app.site.photos.images import BadImage
 from app.site.photos.wording import Wording
@@ -280,11 +280,18 @@ class Preflight:
         them.
         """
         public = privacy.is_public(partition.folder, (*partition.photos, *classes))
-        rules = self.own.limits if public else self.own.limits.private()
+        rules, promise, config = self.own.limits, self.own.promise, self.own.config
+        rules = rules if public else rules.private()
+        rules = rules.silent() if promise else rules
         # how many are held out does not depend on the secret
         some = privacy.PUBLIC if public else privacy.Privacy(bytes(32))
-        privacy.divide(partition, some, rules, self.own.config)
-        return str(some)
+        train, _ = privacy.divide(partition, some, rules, config, each=promise is not None)
+        budget.check(config, promise)
+        if promise is None:
+            return str(some)
+        terms = promise.terms(config, int(some.number(len(train))))
+        budget.check_room(self.own.cache, promise, terms, config, run="", number=1)
+        return f"{some}, each of them promised epsilon {promise.epsilon:g} (bouquet site privacy says what is spent)"
 
     # --- training
     # --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a site's operator sets, by the variables of its environment, as the kit's .env and Compose give them.
 
-Enters: an environment. Leaves: `Settings`. Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04.
+Enters: an environment. Leaves: `Settings`. Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04, TRUST-16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import RunConfig
-from app.site import consent, limits
+from app.site import budget, consent, limits
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Settings:
     fingerprint: str  # BASE_FINGERPRINT, the hub's; '' where it is not known
     limits: limits.Limits  # SITE_LIMITS
     peers: str  # SITE_PEERS
+    promise: budget.Promise | None  # SITE_PRIVACY
     # BASE_MODEL and RUN_CONFIG, as in `flwr run --run-config`; SITE_CHECKPOINTING forces gradient-checkpointing
     config: RunConfig
 
     @classmethod
     def read(cls, env: Mapping[str, str], run_config: str = "") -> Settings:
-        """Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04."""
+        """Errors: CONFIG-01, CONFIG-02, CHECK-09, TRUST-04, TRUST-16."""
         from flwr.common.config import parse_config_args
 
         values: dict[str, Any] = {"base-model": env["BASE_MODEL"]} if env.get("BASE_MODEL") else {}
@@ -51,6 +52,7 @@ class Settings:
             "key": "SITE_KEY",
         }
         usual = {"ca": "/ca.crt", "key": "/run/secrets/site.key"}
+        found = {field: Path(env.get(name) or usual.get(field, f"/{field}")) for field, name in paths.items()}
         pin = env.get("SITE_GPU") or env.get("NVIDIA_VISIBLE_DEVICES", "")
         return cls(
             name=env.get("SITE_NAME", ""),
@@ -59,6 +61,7 @@ class Settings:
             fingerprint=env.get("BASE_FINGERPRINT", ""),
             limits=limits.Limits.read(env.get("SITE_LIMITS", "")),
             peers=env.get("SITE_PEERS", ""),
+            promise=budget.of(env, found["cache"]),
             config=RunConfig.read(values),
-            **{field: Path(env.get(name) or usual.get(field, f"/{field}")) for field, name in paths.items()},
+            **found,
         )
