@@ -33,6 +33,8 @@ HEADLINES = {
     "EXPORT-06": "The licence is not known.",
     "EXPORT-07": "Hugging Face did not take the adapter.",
     "EXPORT-08": "The result cannot be written there.",
+    "EXPORT-09": "Nobody has measured whether the adapter tells who it was trained on.",
+    "EXPORT-10": "The adapter tells more of who it was trained on than its group lets out.",
     # a site: its photos and settings, what it allows, its GPU, its way to the hub
     "SITE-01": "No training images.",
     "SITE-02": "Too few training images.",
@@ -123,7 +125,7 @@ HEADLINES = {
     "WORTH-01": "These runs cannot be compared.",
     "WORTH-02": "The sites' columns do not fit each other.",
     "MEASURE-01": "This measure cannot be taken here.",
-    "MEASURE-02": "The sites' distances cannot be read, or do not fit each other.",
+    "MEASURE-02": "The sites' figures cannot be read, or do not fit each other.",
     "AUDIT-01": "The audit log is not as it was written.",
     "AUDIT-02": "There is no audit log here.",
     # a host and its set-up

@@ -208,6 +208,14 @@ class RunConfig:
         low=0.0,
         high=1000.0,
     )
+    release_auc: float = _key(
+        1.0,
+        "",
+        "most that the sites' membership figures may say, at the upper end of their intervals, of an adapter that is"
+        " published; 0.5 is guessing, 1 lets every one out",
+        low=0.5,
+        high=1.0,
+    )
     largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
     strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
     server_learning_rate: float = _key(

@@ -232,7 +232,7 @@ def test_flow_levels_are_drawn_around_the_middle_and_never_beyond_the_last():
 def test_every_photo_is_validated_once_in_each_equal_part_of_the_familys_own_time():
     flow, seen = diffusion.Objective.of(kit.base("zimage")).schedule, []
     for key in ("rose", "lily"):
-        _, t = diffusion._fixed_noise(diffusion.sha256(key), torch.Size((4, 2, 2)), 4, flow.steps)
+        _, t = diffusion.fixed_noise(diffusion.sha256(key), torch.Size((4, 2, 2)), 4, flow.steps)
         seen.append((t // 250).tolist())
     assert seen == [[0, 1, 2, 3]] * 2
 

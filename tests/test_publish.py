@@ -28,8 +28,9 @@ from app.errors import AdapterError
 from app.families import sd
 from app.hub.history import Base, Given, Provenance
 from bouquet import ROOT, cli
-from bouquet.adapter import card, parity
+from bouquet.adapter import card, membership, parity
 from bouquet.adapter import publish as publishing
+from bouquet.adapter.membership import Attack, Membership
 from bouquet.hub import admission
 from tests.kit import tiny
 from tests.kit.hugging_face import TOKEN, Hub
@@ -47,6 +48,12 @@ CONFIG = RunConfig.read(
     }
 )
 SITES = {"rose garden": {"images": 40}, "lily clinic": {"images": 24}}
+
+
+def figures(site: str) -> Membership:
+    """What a site found of the tiny run's adapter."""
+    attacks = {"loss": Attack(0.52, 0.45, 0.59), "pia": Attack(0.5, 0.4, 0.6)}
+    return Membership(site, "12", model.adapter_hash(tiny.adapter(3)), 200, 60, attacks)
 
 
 def run(adapters: Path, config: RunConfig, base: Path, adapter: model.Adapter) -> Path:
@@ -113,11 +120,15 @@ def publish(tiny_run, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parity, "check", once)
     monkeypatch.setattr(admission, "ADMITTED", tmp_path / "admitted")
     final = shutil.copytree(tiny_run / "final", tmp_path / "run" / "final")
+    files = [tmp_path / f"{number}.membership.json" for number in range(len(SITES))]
+    for file, site in zip(files, SITES, strict=True):
+        membership.write(file, figures(site))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
-    def call(*options: str, repo: str = "garden/flowers"):
+    def call(*options: str, repo: str = "garden/flowers", measured: bool = True):
         given = ["publish", repo, "--adapter", str(final), "--models", str(tiny.models()), "--licence", "mit", *options]
+        given += [f"--membership={file}" for file in files if measured]
         code = cli.main(["adapter", *given])
         shown = capsys.readouterr()
         return code, shown.out + shown.err, final
@@ -171,8 +182,9 @@ def test_the_pages_commands_run_as_printed(copy):
     for command in typed:
         shown = sh(command.replace("OWNER/", "garden/"), copy).stdout
         assert "Traceback" not in shown
-    assert len(typed) == 10
+    assert len(typed) == 11
     names = ["sample.png", "sweep.png", "lily.png", "merged/model_index.json", "site-1.memory.json"]
+    names += ["site-1.membership.json"]
     names += [f".bouquet/adapters/latest/{name}" for name in ("final/README.md", "measures.json", "memory.json")]
     assert [name for name in names if not (copy / name).is_file()] == []
     for tool in ("ComfyUI/models/loras", "stable-diffusion-webui/models/Lora"):
@@ -360,6 +372,31 @@ def test_what_was_published_is_a_line_of_the_hubs_log_and_a_look_at_it_is_none(p
     told = json.loads((final / "provenance.json").read_text())
     assert (entry["did"], entry["repository"], entry["public"]) == ("published", "garden/flowers", False)
     assert entry["adapter"] == told["adapter_sha256"]
+    assert entry["membership"].startswith("lily clinic: loss 0.52 [0.45, 0.59]; pia")
+
+
+def test_without_the_sites_figures_a_look_is_free_and_sending_is_refused_before_anything_is_drawn(
+    publish, hub, monkeypatch
+):
+    code, shown, final = publish(measured=False)
+    assert code == 0 and "no membership figures of lily clinic, rose garden" in shown
+    assert "**Not measured.**" in card_of(final)[1]
+    monkeypatch.setattr(parity, "check", lambda *_: pytest.fail("something was drawn"))
+    code, shown, _ = publish("--upload", measured=False)
+    assert code == 1 and "EXPORT-09" in shown and "--without-membership" in shown and hub.asked == []
+
+
+def test_sent_with_figures_the_card_has_them_and_with_a_threshold_below_them_nothing_is_sent(publish, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    final = publish.final
+    told = json.loads((final / "provenance.json").read_text())
+    (final / "provenance.json").write_text(json.dumps(told | {"config": told["config"] | {"release_auc": 0.55}}))
+    code, shown, _ = publish("--upload")
+    assert code == 1 and "EXPORT-10" in shown and "rose garden loss 0.52 [0.45, 0.59]" in shown and hub.asked == []
+    (final / "provenance.json").write_text(json.dumps(told | {"config": told["config"] | {"release_auc": 0.6}}))
+    assert publish("--upload")[0] == 0
+    sent = hub.repos["garden/flowers"]["files"]["README.md"].decode()
+    assert "| site 2 | 200 / 60 | 0.52 [0.45, 0.59] | 0.50 [0.40, 0.60] |" in sent and "above 0.6." in sent
 
 
 @pytest.mark.slow

@@ -121,6 +121,9 @@ COMMANDS = {
     "bouquet report --out FILE": (
         f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told",
         "scripts/bouquet report {folder} --out"),
+    "bouquet measure membership": (
+        "tests/test_membership.py::test_a_sites_file_has_numbers_alone_of_the_photos_that_its_run_trained_on",
+        '"measure", "membership"'),
     "bouquet worth": (
         f"{WORTH}::test_measured_at_two_sites_and_collected_at_the_hub_the_report_has_a_sentence_a_site",
         "scripts/bouquet worth measure"),

@@ -30,6 +30,7 @@ from app.hub.history import (
     Validation,
 )
 from bouquet import ROOT
+from bouquet.adapter.membership import Attack, Membership
 from bouquet.report import comparison, memorisation
 from bouquet.report.comparison import Column, Measured, Worth
 from bouquet.report.memorisation import Distances, Memory, SiteMemory
@@ -40,7 +41,7 @@ from tests.kit.runs import history as a_history
 
 PAGE_RECORDS = (
     *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given, Spent),
-    *(Worth, Measured, Column, Memory, Distances, SiteMemory),
+    *(Worth, Measured, Column, Memory, Distances, SiteMemory, Membership, Attack),
 )
 PART = Part({"num-examples": 40, "train-loss": 0.5, "seconds-train": 9.0}, 30, "largest-share", 1.5, "NVIDIA L4", 2)
 LATE = Refused("lily", "HUB-03  Late.")
@@ -100,6 +101,7 @@ def table(kind: type) -> str:
         Worth(
             (1, 2), {"rose": Measured(20, {"alone": (0.2, 0.2), "federated": (0.1, 0.1)}, None, "cGljdHVyZQ==")}, "7", 6
         ),
+        Membership("rose", "7", "a" * 64, 200, 60, {"loss": Attack(0.6, 0.5, 0.7, 0.02), "pia": Attack(0.5, 0.4, 0.6)}),
         Column("rose", (1,), 20, {"alone": (0.2,), "federated": (0.1,)}, {"alone": (0.5,), "federated": (0.9,)}, 6),
         Provenance("7", "2026-11-28T20:00:00Z", "a" * 64, Base("mini", "d" * 64), 3, {"rose": Given(40, 30)}, 40),
         Memory({"rose": NEAR}, "7"),

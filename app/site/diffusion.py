@@ -121,7 +121,7 @@ def validation_loss(
         keys = (photos.keys[number] for number in bucket.tolist())
         noise, t = (
             torch.cat(part)
-            for part in zip(*(_fixed_noise(digest(key), shape, timesteps, steps) for key in keys), strict=True)
+            for part in zip(*(fixed_noise(digest(key), shape, timesteps, steps) for key in keys), strict=True)
         )
         image = bucket.repeat_interleave(timesteps)
         for part in torch.split(torch.arange(len(image)), batch_size):
@@ -131,7 +131,8 @@ def validation_loss(
     return float(sum(torch.stack(totals).tolist())) / (len(photos.keys) * timesteps)
 
 
-def _fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[Tensor, Tensor]:
+def fixed_noise(digest: bytes, shape: torch.Size, strata: int, steps: int) -> tuple[Tensor, Tensor]:
+    """An image's noise and its noise level in each of `strata` equal parts of the schedule, by its key's digest."""
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     where = (torch.arange(strata) + torch.rand(strata, generator=generator)) / strata
     return torch.randn((strata, *shape), generator=generator), (where * steps).long().clamp(max=steps - 1)

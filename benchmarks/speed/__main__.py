@@ -30,6 +30,7 @@ from bouquet import ROOT
 CONTENDERS = ("naive", "ours", "floor")
 TINY = (12, 4, 2)  # images to train on and held out, steps: to see that it runs
 GPU = ("gpu", "gpu-tries", "gpu-families", "accept")  # what benchmarks/gpu has
+ELSEWHERE = dict.fromkeys(GPU, "gpu") | {"privacy": "learning"}  # the folder of what is not in this one
 MORE = {
     "sites": "a round with 2, 4 and 8 sites; the hub's time and memory with hundreds",
     "sizes": "what a site's round costs by images, rank and resolution",
@@ -40,6 +41,7 @@ MORE = {
     "gpu-tries": "what was tried to make the loop on a GPU cheaper",
     "gpu-families": "what SDXL's and Z-Image's nets cost on a GPU, with and without gradient checkpointing",
     "accept": "does a deployment work on this machine's GPU, and is it as fast as it should be: six minutes",
+    "privacy": "what differential privacy costs with 200, 2,000 and 10,000 photos a site, and what it hides: hours",
 }
 
 
@@ -186,6 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 metavar="SECONDS",
                 help="what does not end by then is left out (360)",
             )
+        if name == "privacy":
+            command.add_argument("--quick", action="store_true", help="a few photos and steps: minutes")
+            command.add_argument("--photos", type=int, nargs="+", default=[200, 2000, 10_000], metavar="N")
+            command.add_argument("--epsilon", nargs="+", default=["none", "8", "3", "1"], metavar="E")
+            command.add_argument("--sites", type=int, default=2)
+            command.add_argument("--steps", type=int, default=480, help="of each site, all rounds together (480)")
+            command.add_argument("--held-out", type=int, default=200, help="photos of each site, about (200)")
+            command.add_argument("--seed", type=int, default=42)
+            command.add_argument("--docs", type=Path, metavar="FILE", help="the table into this page")
         if name == "sites":
             command.add_argument(
                 "--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites"
@@ -204,9 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the phases as stacked bars")
     args = parser.parse_args(arguments)
     if args.command:
-        return import_module(
-            f"benchmarks.{'gpu' if args.command in GPU else 'speed'}.{args.command.replace('-', '_')}"
-        ).main(args)
+        folder = ELSEWHERE.get(args.command, "speed")
+        return import_module(f"benchmarks.{folder}.{args.command.replace('-', '_')}").main(args)
     return compare(args)
 
 

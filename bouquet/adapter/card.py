@@ -34,6 +34,10 @@ LICENCE_NAMES = {  # of those that it has no name of its own for
     "stable-diffusion-3.5-medium": "stabilityai-ai-community",
     "flux.1-dev": "flux-1-dev-non-commercial-license",
 }
+NOT_MEASURED = (  # whether photos that it was trained on can be told from others
+    "**Not measured.** Nobody looked before this adapter was published whether it tells a photo that it was trained on"
+    " from one that it was not."
+)
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora", "federated-learning", "flower", "bouquet")
 
 
@@ -57,9 +61,10 @@ def card(
     under: str,
     base_id: str,
     family: Family = sd.FAMILY,
+    membership: str = "",
 ) -> str:
     """`pictures` are (prompt, path in the repository); the instance prompt is the trigger word, else the first prompt.
-    `base_id`: or ''.
+    `base_id`: or ''. `membership`: what is known of who can be told to have been in it (release.py); '' is nothing.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -91,6 +96,7 @@ def card(
         tools=(UNETS if family.kohya else TRANSFORMERS).format(base=base),
         side=config.resolution,
         table=table(config, provenance, family),
+        membership=membership or NOT_MEASURED,
         under=called or under,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
@@ -174,6 +180,10 @@ picture, which was checked before they were uploaded.
 {table}
 
 `provenance.json` has the whole configuration.
+
+## Who was in it
+
+{membership}
 
 ## Limits
 

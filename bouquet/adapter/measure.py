@@ -2,6 +2,7 @@
 
   bouquet measure pictures RUN [--count N] [--judge] [--photos DIR [--kid inception|judge]] [--clip DIR] [--models DIR]
   bouquet measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
+  bouquet measure membership NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
   bouquet measure collect RUN COLUMN...
 
 pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the
@@ -11,6 +12,8 @@ pictures  of the base model and of RUN's adapter, N for each of the run's prompt
           RUN/measures.json.
 memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training
           photo. Only distances are in FILE (default: NAME.memory.json).
+membership  at the site NAME: how well photos that the run trained on are told from held-out ones (membership.py), into
+          FILE (default: NAME.membership.json), which bouquet adapter publish asks for.
 collect   at the hub: memory.json in RUN's folder, for bouquet report.
 
 Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that cannot be read or do not fit).
@@ -112,6 +115,17 @@ def remember(
         column = memorised.look(name, data, run, models, cache or Path(scratch), count)
     memorisation.write(out, column)
     return [memorisation.found(name, column).sentence, f"measured   {out}"]
+
+
+def tell(name: str, run: Path, data: Path, models: Path, count: int, cache: Path | None, out: Path | None) -> list[str]:
+    """A site's membership figures, in a file of their own."""
+    from bouquet.adapter import membership
+
+    out = out or Path(f"{name}.membership.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        found = membership.look(name, data, run, models, cache or Path(scratch), count)
+    membership.write(out, found)
+    return [f"{found.site}  {membership.sentence(found)}", f"measured   {out}"]
 
 
 def collect(run: Path, columns_at: list[Path]) -> list[str]:

@@ -1,15 +1,16 @@
 """An adapter's way to Hugging Face: a final folder in; a repository with files, card and pictures out.
 
-The steps: the base model is the run's, every file draws the same picture (parity.py), pictures and README.md are
-written into the folder, and the files that are named here, no others, go up in one commit. Without `--upload` it stops
-before that. The token is read by huggingface_hub alone and never printed. Errors: EXPORT-01 to EXPORT-07, MODEL-01,
-MODEL-02, MODEL-04.
+The steps: the base model is the run's, the sites' membership figures let it out (release.py), every file draws the same
+picture (parity.py), pictures and README.md are written into the folder, and the files that are named here, no others,
+go up in one commit. Without `--upload` it stops before that. The token is read by huggingface_hub alone and never
+printed. Errors: EXPORT-01 to EXPORT-07, EXPORT-09, EXPORT-10, MEASURE-02, MODEL-01, MODEL-02, MODEL-04, REPORT-05.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,21 +43,34 @@ class Titled:
     base_id: str
 
 
-def publish(which: Which, titled: Titled, *, upload: bool, public: bool, name_sites: bool) -> None:
+def publish(
+    which: Which,
+    titled: Titled,
+    membership: Collection[Path] = (),
+    *,
+    upload: bool,
+    public: bool,
+    name_sites: bool,
+    without_membership: bool = False,
+) -> None:
+    """`membership`: the sites' files."""
     from app import bases, model
     from bouquet import audit
-    from bouquet.adapter import card, parity
+    from bouquet.adapter import card, parity, release
     from bouquet.hub import admission
 
     final, adapter, config, family = whole(which)
     base, provenance = bases.locate(config.base_model, which.models), history.read_provenance(final / PROVENANCE)
     under = card.licence(config, titled.licence)
     check_origin(final, adapter, base, provenance)
+    sites, figures = provenance.sites, release.figures(membership, model.adapter_hash(adapter), provenance.sites)
+    release.check(figures, sites, config.release_auc, without=without_membership, sending=upload)
     alike(parity.check(final, base, config))
     pictures = draw(final, adapter, base, config)
     told = provenance_for(provenance, name_sites)
     base_id = titled.base_id or bases.origin(config.base_model)
-    page = card.card(titled.repo, config, told, pictures, under, base_id, family)
+    measured = release.section(figures, called(provenance, name_sites), config.release_auc)
+    page = card.card(titled.repo, config, told, pictures, under, base_id, family, measured)
     (final / CARD).write_text(page, encoding="utf-8")
     if not base_id:
         print(
@@ -69,8 +83,10 @@ def publish(which: Which, titled: Titled, *, upload: bool, public: bool, name_si
         print(f"sent     {send(titled.repo, files, private=not public)}")
         if admission.ADMITTED.is_dir():  # else this machine is no hub's
             facts = {"repository": titled.repo, "adapter": model.adapter_hash(adapter), "public": public}
-            audit.note(admission.ADMITTED, "published", **facts)
+            audit.note(admission.ADMITTED, "published", **facts, membership=release.words(figures, sites))
     else:
+        if lacking := release.missing(figures, sites):
+            print(f"note     no membership figures of {', '.join(lacking)}; --upload asks for them")
         print(f"nothing was sent. Look at {final / CARD}, then: bouquet adapter publish {titled.repo} --upload")
 
 
@@ -93,16 +109,18 @@ def alike(rows: list[Drawn]) -> None:
         print(f"same     {row.path:<10}{row.precision}   {differs}")
 
 
-def write_card(which: Which, titled: Titled, out: Path) -> None:
+def write_card(which: Which, titled: Titled, out: Path, membership: Collection[Path] = ()) -> None:
     """The model card alone, without pictures. Errors: EXPORT-02, EXPORT-06."""
-    from app import bases, files
-    from bouquet.adapter import card
+    from app import bases, files, model
+    from bouquet.adapter import card, release
 
-    final, _, config, family = whole(which)
+    final, adapter, config, family = whole(which)
     provenance = history.read_provenance(final / PROVENANCE)
     under = card.licence(config, titled.licence)
     base_id = titled.base_id or bases.origin(config.base_model)
-    page = card.card(titled.repo, config, provenance_for(provenance, named=False), [], under, base_id, family)
+    figures = release.figures(membership, model.adapter_hash(adapter), provenance.sites)
+    measured = release.section(figures, called(provenance, named=False), config.release_auc)
+    page = card.card(titled.repo, config, provenance_for(provenance, named=False), [], under, base_id, family, measured)
     if str(out) == "-":
         print(page, end="")
     else:
@@ -172,13 +190,18 @@ def draw(final: Path, adapter: Any, base: Path, config: Any) -> list[tuple[str, 
     return pictures
 
 
+def called(provenance: Provenance, named: bool) -> dict[str, str]:
+    """What each site is called for everybody: by a number, unless its name was asked for."""
+    return {site: site if named else f"site {number}" for number, site in enumerate(provenance.sites, start=1)}
+
+
 def provenance_for(provenance: Provenance, named: bool) -> Provenance:
     """What of the provenance is for everybody: no site's name, unless that was asked for."""
     if named:
         return provenance
     return replace(
         provenance,
-        sites={f"site {number}": given for number, given in enumerate(provenance.sites.values(), start=1)},
+        sites={name: provenance.sites[site] for site, name in called(provenance, named).items()},
         config={key: value for key, value in provenance.config.items() if key != "sites"},  # those that the run asked
     )
 

@@ -23,6 +23,10 @@ BaseId = Annotated[
     str,
     typer.Option(metavar="OWNER/NAME", help="where Hugging Face has the base model, where Bouquet does not know it"),
 ]
+Membership = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="a site's membership figures; may be given again, one of each site"),
+]
 adapter = common.group("What is done with a run's adapter.")
 
 
@@ -89,6 +93,7 @@ def card(
     models: Models = MODELS,
     licence: Licence = None,
     base_id: BaseId = "",
+    membership: Membership = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="where the card goes; default: standard output")] = Path(
         "-"
     ),
@@ -96,7 +101,9 @@ def card(
     """The model card alone: what the adapter is, how to load it, what it was made from; no site's name."""
     from bouquet.adapter import publish, sample
 
-    publish.write_card(sample.Which(adapter, base, models), publish.Titled(repo, licence, base_id), out)
+    publish.write_card(
+        sample.Which(adapter, base, models), publish.Titled(repo, licence, base_id), out, membership or []
+    )
 
 
 @adapter.command()
@@ -112,8 +119,14 @@ def publish(
     licence: Licence = None,
     base_id: BaseId = "",
     name_sites: Annotated[bool, typer.Option("--name-sites", help="leave the sites' names in provenance.json")] = False,
+    membership: Membership = None,
+    without_membership: Annotated[
+        bool, typer.Option("--without-membership", help="send it although nobody measured that; the card says so")
+    ] = False,
 ) -> None:
-    """To Hugging Face, with its card and pictures, after every file was seen to draw the same."""
+    """To Hugging Face, with its card and pictures, after every file was seen to draw the same and the sites' membership
+    figures let it out.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -126,4 +139,5 @@ def publish(
     except HFValidationError as error:
         raise wrong(str(error)) from None
     which, titled = sample.Which(adapter, base, models), publish.Titled(repo, licence, base_id)
-    publish.publish(which, titled, upload=upload, public=public, name_sites=name_sites)
+    asked = {"upload": upload, "public": public, "name_sites": name_sites, "without_membership": without_membership}
+    publish.publish(which, titled, membership or [], **asked)

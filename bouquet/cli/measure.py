@@ -52,6 +52,22 @@ def measure_memory(
     print(*measure.remember(name, run, data, models, count, cache, out), sep="\n")
 
 
+@measure.command("membership")
+def measure_membership(
+    name: Name,
+    run: Run,
+    data: Photos,
+    models: Models = HERE,
+    count: Annotated[int, typer.Option(min=2, help="photos trained on, and as many held out, at most")] = 1000,
+    cache: Cache = None,
+    out: Annotated[Path | None, typer.Option(help="default: NAME.membership.json")] = None,
+) -> None:
+    """At a site: does the adapter tell photos that it was trained on from others? A few numbers are in the file."""
+    from bouquet.adapter import measure
+
+    print(*measure.tell(name, run, data, models, count, cache, out), sep="\n")
+
+
 @measure.command("collect")
 def measure_collect(run: Run, columns: Columns) -> None:
     """At the hub: the sites' distances into the run's folder, for the report."""

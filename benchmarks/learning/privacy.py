@@ -1,0 +1,178 @@
+"""What differential privacy at the sites costs, and what it hides: drawn flowers, N photos a site, epsilon or none.
+
+  scripts/bench privacy [--quick] [--photos 200 2000 10000] [--epsilon none 8 3 1] [--sites N] [--steps N] [--docs FILE]
+
+Each cell trains the demo's base model with N photos a site (in one process; after a round the mean of the sites), under
+so much noise that the whole training costs each photo epsilon, and then tells how much of the gain in validation loss
+is kept and how well membership.py tells photos that were trained on from held-out ones. Cells are written down one by
+one, so that who is interrupted goes on with the next. --docs writes the table into a page, between its marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.__main__ import keep, machine, show
+from bouquet import ROOT
+
+MARKS = ("<!-- privacy-cost -->", "<!-- /privacy-cost -->")
+DELTA = 1e-5
+ROUNDS = 3
+Cell = dict[str, Any]
+
+
+def noise_for(epsilon: float, rate: float, steps: int, delta: float = DELTA) -> float:
+    """The least noise multiplier, to a hundredth, at which so many steps cost epsilon at most."""
+    from app.site import accountant
+
+    low, high = 0.0, 1.0
+    costs = lambda noise: accountant.epsilon([accountant.Steps(rate, noise, steps)], delta)  # noqa: E731
+    while costs(high) > epsilon:
+        low, high = high, 2 * high
+    while high - low > 0.005:
+        middle = (low + high) / 2
+        low, high = (middle, high) if costs(middle) > epsilon else (low, middle)
+    return round(high + 0.005, 2)
+
+
+def photos(folder: Path, site: int, count: int, seed: int) -> Path:
+    """A site's folder of so many drawn flowers that the base model has never seen, which everybody may have."""
+    from app.site import privacy
+    from app.site.photos import data
+    from models.mini import draw
+
+    if not folder.exists():
+        beside = folder.with_name(f".{folder.name}")
+        beside.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, (image, caption) in enumerate(draw.site_photos(site, count, seed)):
+            image.save(beside / f"{number:05}.png")
+            lines.append(json.dumps({"file_name": f"{number:05}.png", "text": caption}))
+        (beside / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        privacy.declare_public(beside, data.scan(beside).photos)
+        beside.rename(folder)
+    return folder
+
+
+def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell:
+    """One training, and what it gave away."""
+    from app import model
+    from app.config import RunConfig
+    from app.site import train
+    from app.site.accountant import Terms
+    from app.site.budget import Promise
+    from bouquet.adapter import membership
+
+    began, steps = time.monotonic(), args.steps // ROUNDS
+    fraction = args.held_out / (count + args.held_out)
+    known = {"local-steps": steps, "rounds": ROUNDS, "validation-fraction": fraction, "precision": "fp32"}
+    config = RunConfig.read(known | {"seed": args.seed})
+    sites = [
+        train.Site(
+            config, ROOT / "models", photos(home / f"photos-{count}-{n}", n, count + args.held_out, args.seed),
+            home / f"cache-{count}-{n}", "",
+        )
+        for n in range(1, args.sites + 1)
+    ]  # fmt: skip
+    adapter = model.adapter_of(sites[0].net)
+    before = [site.evaluate() for site in sites]
+    trained = [len(site.photos) for site in sites]
+    noise = clip = None
+    if epsilon != "none":
+        clip = Promise(1.0).clip
+        noise = noise_for(float(epsilon), max(min(1.0, config.batch_size / n) for n in trained), ROUNDS * steps)
+    for number in range(1, ROUNDS + 1):
+        replies = []
+        for site in sites:
+            model.apply_adapter(site.net, adapter)
+            if noise is None:
+                site.fit(site.privacy.seed(args.seed, site.folder.name, number), number)
+            else:
+                site.fit_privately(Terms(len(site.photos), config.batch_size, noise, clip), number)
+            replies.append(model.adapter_of(site.net))
+        adapter = {key: sum(reply[key] for reply in replies) / len(replies) for key in adapter}
+    after, attacks = [], []
+    for site in sites:
+        model.apply_adapter(site.net, adapter)
+        after.append(site.evaluate())
+        ours, others = (
+            membership.scores(
+                site.net, site.objective, of, range(min(args.held_out, len(of.keys))), adapter, site.privacy.digest, 64
+            )
+            for of in (site.train, site.held_out)
+        )
+        attacks.append({kind: vars(membership.attack(ours[kind], others[kind])) for kind in membership.ATTACKS})
+    return {
+        "photos": count, "epsilon": epsilon, "sites": args.sites, "steps": ROUNDS * steps, "held-out": args.held_out,
+        "seed": args.seed, "trained": trained, "noise": noise, "clip": clip, "before": before, "after": after,
+        "attacks": attacks, "seconds": round(time.monotonic() - began), "machine": machine(),
+    }  # fmt: skip
+
+
+def kept(found: Cell, without: Cell | None) -> float | None:
+    """The share of the gain in loss that a training without noise has; None where there was none to compare with."""
+    gains = [statistics.fmean(one["before"]) - statistics.fmean(one["after"]) for one in (found, without or found)]
+    return None if without is None else gains[0] / gains[1]
+
+
+def table(cells: list[Cell]) -> str:
+    """Markdown, a row a cell."""
+    plain = {one["photos"]: one for one in cells if one["epsilon"] == "none"}
+    lines = [
+        "| photos a site | epsilon | noise | loss before → after | gain kept | membership by the loss | by PIA |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in cells:
+        share = kept(one, plain.get(one["photos"]))
+        areas = [
+            ", ".join(f"{a[kind]['auc']:.2f} [{a[kind]['low']:.2f}, {a[kind]['high']:.2f}]" for a in one["attacks"])
+            for kind in ("loss", "pia")
+        ]
+        loss = " → ".join(f"{statistics.fmean(one[when]):.4f}" for when in ("before", "after"))
+        noise = "–" if one["noise"] is None else f"{one['noise']:g}"
+        said = "–" if share is None else f"{100 * share:.0f} %"
+        lines.append(f"| {one['photos']:,} | {one['epsilon']} | {noise} | {loss} | {said} | {areas[0]} | {areas[1]} |")
+    return "\n".join(lines)
+
+
+def write(page: Path, told: str) -> None:
+    """The table into a page, between the marks that it has."""
+    between = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL)
+    text = page.read_text()
+    assert between.search(text), f"{page} has no {MARKS[0]}"
+    page.write_text(between.sub(lambda _: f"{MARKS[0]}\n{told}\n{MARKS[1]}", text))
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.quick or args.tiny:
+        few = (
+            {"photos": [60], "steps": 6, "held_out": 60} if args.quick else {"photos": [16], "steps": 3, "held_out": 16}
+        )
+        args = argparse.Namespace(**vars(args) | few | {"epsilon": ["none", "8"]})
+    home = args.json.with_suffix("")
+    home.mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = json.loads(args.json.read_text()) if args.json.exists() else []
+    alike = ("photos", "epsilon", "sites", "steps", "held-out", "seed")
+    for count in args.photos:
+        for epsilon in args.epsilon:
+            asked = (count, epsilon, args.sites, args.steps // ROUNDS * ROUNDS, args.held_out, args.seed)
+            if any(tuple(one[key] for key in alike) == asked for one in cells):
+                continue
+            show(f"{count} photos a site, epsilon {epsilon}")
+            cells.append(cell(home, args, count, epsilon))
+            keep(args.json, cells)
+    shown = sorted(
+        cells, key=lambda one: (one["photos"], -math.inf if one["epsilon"] == "none" else -float(one["epsilon"]))
+    )
+    print(table(shown))
+    print(f"{args.sites} sites, {args.steps} steps of 16, delta {DELTA:g}; {machine()}; {args.json}")
+    if args.docs:
+        write(args.docs, table(shown))
+    return 0
