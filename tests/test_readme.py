@@ -118,6 +118,9 @@ COMMANDS = {
     "bouquet report": (
         f"{REPORT}::test_the_command_writes_the_page_into_the_last_runs_folder",
         'sh("scripts/bouquet report"'),
+    "bouquet run": (
+        "tests/test_federation.py::test_a_run_that_misses_sites_fails_by_name_within_its_bound",
+        "scripts/bouquet run --run-config"),
     "bouquet report --out FILE": (
         f"{REPORT}::test_the_command_takes_an_id_or_a_folder_and_writes_where_it_is_told",
         "scripts/bouquet report {folder} --out"),
