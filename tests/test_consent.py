@@ -13,7 +13,6 @@ import pytest
 from app import audit, bundle
 from app.config import RunConfig
 from app.errors import ConfigError, SiteError
-from app.hub import exchange
 from app.site import consent, journal
 from bouquet import ROOT, cli
 from bouquet.hub import sign, status
@@ -150,7 +149,7 @@ def test_the_bundle_that_is_shown_is_the_one_that_is_signed():
 def asking(federation, monkeypatch):
     """A federation whose site-2 asks its operator, a clock that only sleeping moves, and that operator."""
     monkeypatch.setattr(bundle, "digest", lambda: "ab" * 32)
-    monkeypatch.setattr(exchange, "time", clock := FakeTime())
+    clock = FakeTime().of_the_hub(monkeypatch)
     federation.run_config["round-timeout"] = 1000
     federation.cached = federation.root / "cache" / "site-2"
     answers = federation.grid.answer
@@ -282,7 +281,7 @@ def test_a_site_that_is_admitted_and_named_and_does_not_come_is_waited_for(feder
     for name in ("site-1.pub", "site-2.pub", "site-9.pub"):
         (tmp_path / name).write_text("")
     monkeypatch.setenv("BOUQUET_ADMITTED", str(tmp_path))
-    monkeypatch.setattr(exchange, "time", FakeTime())
+    FakeTime().of_the_hub(monkeypatch)
     federation.run_config["sites"] = "site-1,site-9"
     assert str(federation.fails(monkeypatch, "HUB-01")).endswith("Here: site-1. Missing: site-9.")
 

@@ -16,7 +16,7 @@ from app import model, wire
 from app.adapter import store
 from app.errors import ConfigError, HubError
 from app.families import sd
-from app.hub import exchange, guard, server_app, spool, volume
+from app.hub import attempt, exchange, guard, server_app, spool, volume
 from tests.kit import tiny
 from tests.kit.memory import FakeTime, Federation, spoil_from
 
@@ -81,7 +81,7 @@ def test_a_site_that_trained_from_another_adapter_is_refused(federation, monkeyp
 def test_too_few_sites_in_time_end_the_run(federation, monkeypatch):
     federation.grid.sites.popitem()
     clock = FakeTime()
-    monkeypatch.setattr(exchange, "time", clock)
+    clock.of_the_hub(monkeypatch)
     error = federation.fails(monkeypatch, "HUB-01")
     assert str(error) == "HUB-01  Only 1 of 2 sites came within 1 s. Here: site-1."
     assert 1 < clock.now < 4 and federation.history()["state"] == "failed"
@@ -92,7 +92,7 @@ def test_a_site_that_was_admitted_and_does_not_come_is_named(federation, monkeyp
         (tmp_path / name).write_text('{"images": 5}')
     monkeypatch.setenv("BOUQUET_ADMITTED", str(tmp_path))
     federation.grid.sites.popitem()
-    monkeypatch.setattr(exchange, "time", FakeTime())
+    FakeTime().of_the_hub(monkeypatch)
     assert str(federation.fails(monkeypatch, "HUB-01")).endswith("Here: site-1. Missing: site-2.")
     assert json.loads((federation.adapters / "7" / "status.json").read_text())["missing"] == ["site-2"]
 
@@ -103,7 +103,7 @@ def test_a_site_that_comes_late_is_waited_for(federation, monkeypatch):
     clock = FakeTime()
     slept = clock.sleep
     clock.sleep = lambda seconds: slept(seconds) or (clock.now > 30 and federation.grid.sites.update(late))
-    monkeypatch.setattr(exchange, "time", clock)
+    clock.of_the_hub(monkeypatch)
     federation.go(monkeypatch)
     assert clock.now > 30 and len(federation.history()["rounds"][0]["sites"]) == 2
 
@@ -112,8 +112,8 @@ def test_a_site_that_never_replies_is_given_up_after_the_rounds_timeout(federati
     federation.run_config["min-sites"] = 1
     federation.grid.tamper = lambda site, number, reply: None if (site, number) == ("site-2", "1") else reply
     clock = FakeTime()
-    monkeypatch.setattr(exchange, "time", clock)
-    monkeypatch.setattr(exchange, "POLL", 5.0)
+    clock.of_the_hub(monkeypatch)
+    monkeypatch.setattr(attempt, "POLL", 5.0)
     federation.go(monkeypatch)
     (entry,) = federation.history()["rounds"]
     assert entry["refused"] == [{"site": "site-2", "reason": "HUB-03  No reply within 10 s."}]
@@ -299,8 +299,8 @@ def test_a_long_wait_is_told_ever_less_often_with_how_long_each_site_took_the_la
         return reply if clock.now - began >= seconds[number].get(site, 0) else None
 
     federation.grid.answer, federation.grid.tamper = once, late
-    monkeypatch.setattr(exchange, "time", clock)
-    monkeypatch.setattr(exchange, "POLL", 5.0)
+    clock.of_the_hub(monkeypatch)
+    monkeypatch.setattr(attempt, "POLL", 5.0)
     federation.go(monkeypatch)
     assert waits(capsys) == [
         "bouquet: round 1 waits  20 s so far  replied 1  not yet site-2",
@@ -326,8 +326,8 @@ def test_a_short_round_is_not_told_of_before_it_ends_and_a_long_one_every_five_m
 ):
     tiny.be_the_hub(monkeypatch, 7)
     federation.grid.pull_messages = lambda ids: []
-    monkeypatch.setattr(exchange, "time", FakeTime())
-    monkeypatch.setattr(exchange, "POLL", 5.0)
+    FakeTime().of_the_hub(monkeypatch)
+    monkeypatch.setattr(attempt, "POLL", 5.0)
     federation.root.joinpath("7").mkdir()
     talk = exchange.Exchange(federation.grid, federation.config(round_timeout=timeout), "", federation.root / "7")
     talk.send("train", 1, tiny.fresh())

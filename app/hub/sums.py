@@ -71,7 +71,7 @@ class Sums(Exchange):
         try:
             mean = total(replies, adapter, self.config.update_clip)
         except HubError as error:
-            return [], [*refused, self._refuse("the sum", str(error))]
+            return [], [*refused, self.refuse("the sum", str(error))]
         self.summed = [Reply("sum", mean, sum(reply.images for reply in replies), {})]
         return replies, refused
 

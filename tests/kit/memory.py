@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from app import model, wire
 from app.config import RunConfig
 from app.errors import BouquetError
-from app.hub import server_app
+from app.hub import attempt, exchange, server_app, sites
 from app.site import client_app
 from tests.kit import tiny
 
@@ -138,6 +138,12 @@ class FakeTime:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+    def of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+        """From now on the hub goes by this clock."""
+        for module in (exchange, attempt, sites):
+            monkeypatch.setattr(module, "time", self)
+        return self
 
     monotonic = time
     strftime, gmtime = staticmethod(lambda *_: "then"), staticmethod(lambda *_: None)
