@@ -12,19 +12,19 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from app.errors import ConfigError
+from app.rules import MOST_RANK, OF_THE_MEAN, WITH_MASKS, are_sides, is_rank_pattern
 
 LORA_TARGETS = ("attention", "attention+resnet", "attention+mlp")  # the second UNets', the third transformers'
 SCHEDULES = ("constant", "linear", "cosine", "tail")
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
 SCALINGS = ("plain", "rs")
-STRATEGIES = ("fedavg", "fedavgm", "fedadam", "median", "trimmed-mean", "krum")
-MOST_RANK = 512  # of any layer
+STRATEGIES = (*OF_THE_MEAN, "median", "trimmed-mean", "krum", "svd")
 EXPECTED = {bool: "true or false", int: "a value of type int", float: "a finite float", str: "a value of type str"}
 MOST_PROMPTS, LONGEST_PROMPT = 16, 500  # a text encoder reads 77 tokens
 PROMPTS = (
@@ -53,6 +53,13 @@ class RunConfig:
 
     base_model: str = _key("mini", "name", "base model; each site maps the name to its own copy", high=100)
     resolution: int = _key(64, "pixels", "side of the square training images, a multiple of 8", low=16, high=2048)
+    resolutions: str = _key(
+        "",
+        "pixels",
+        "train at these sides, with commas between: each photo at each that it is large enough for, one a pass;"
+        " resolution is one of them; empty is it alone",
+        high=100,
+    )
     aspect_buckets: bool = _key(
         False,
         "",
@@ -90,10 +97,10 @@ class RunConfig:
     )
     learning_rate: float = _key(3e-3, "", "the optimiser's learning rate", low=1e-8, high=1.0)
     learning_rate_schedule: str = _key(
-        "constant",
+        "tail",
         "",
-        "how it changes over the steps of the whole run: linear and cosine fall to 0 from the start, tail over the last"
-        " quarter",
+        "how it changes over the steps of the whole run: tail falls to 0 over the last quarter, linear and cosine from"
+        " the start",
         choices=SCHEDULES,
     )
     warmup_steps: int = _key(
@@ -217,7 +224,12 @@ class RunConfig:
         high=1.0,
     )
     largest_share: float = _key(0.8, "share", "most that one site may weigh among several", low=0.5, high=1.0)
-    strategy: str = _key("fedavg", "", "how the hub aggregates", choices=STRATEGIES)
+    strategy: str = _key(
+        "fedavg",
+        "",
+        "how the hub aggregates; svd is the mean of the products B·A, cut to lora-rank, in place of A and B apart",
+        choices=STRATEGIES,
+    )
     server_learning_rate: float = _key(
         1.0, "", "of fedavgm (1 is usual) and fedadam (0.01 is usual)", low=1e-6, high=10.0
     )
@@ -276,7 +288,12 @@ class RunConfig:
         config = cls(**{table[name].name: _checked(name, table[name], value) for name, value in values.items()})
         if config.resolution % 8:
             raise _wrong("resolution", config.resolution, "a multiple of 8")
-        if config.rank_pattern and not _is_rank_pattern(config.rank_pattern):
+        if config.resolutions and not are_sides(config.resolutions):
+            raise _wrong("resolutions", config.resolutions, "multiples of 8 from 16 to 2048, each once: 512,768,1024")
+        if config.resolution not in config.sides:
+            expected = f"one of resolutions ({config.resolutions}): that of validation and of the pictures"
+            raise _wrong("resolution", config.resolution, expected)
+        if config.rank_pattern and not is_rank_pattern(config.rank_pattern):
             raise _wrong(
                 "rank-pattern", config.rank_pattern, f"names with a rank each, 1 to {MOST_RANK}: attn2=32,ff=4"
             )
@@ -293,6 +310,9 @@ class RunConfig:
                 if not fits(value := getattr(config, name)):
                     why = "with secrecy=masks, where the hub sees no site's adapter"
                     raise _wrong(name.replace("_", "-"), value, f"{expected} {why}")
+        if config.strategy == "svd" and config.ema_decay:
+            expected = "0 with strategy=svd, which turns A and B each round, so that they have no average"
+            raise _wrong("ema-decay", config.ema_decay, expected)
         if config.sites and not all(re.fullmatch(r" *[\w-][\w. -]*", name) for name in config.sites.split(",")):
             raise _wrong("sites", config.sites, "names with commas between, and no other character")
         if config.sites and len(config.chosen) < config.min_sites:
@@ -301,6 +321,11 @@ class RunConfig:
             most = f"at most {MOST_PROMPTS} prompts of {LONGEST_PROMPT} characters each"
             raise _wrong("sample-prompts", config.sample_prompts, most)
         return config
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of what is trained on, the smallest first: `resolutions`, or `resolution` alone."""
+        return tuple(sorted(int(side) for side in (self.resolutions or str(self.resolution)).split(",")))
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -316,21 +341,6 @@ class RunConfig:
         """`rank-pattern`, in its order."""
         parts = (part.partition("=") for part in self.rank_pattern.split(",") if part)
         return {name.strip(): int(rank) for name, _, rank in parts}
-
-
-def _is_rank_pattern(value: str) -> bool:
-    parts = [re.fullmatch(r" *([\w.]+)=([0-9]{1,3}) *", part) for part in value.split(",")]
-    return all(part and 1 <= int(part[2]) <= MOST_RANK for part in parts)
-
-
-WITH_MASKS: tuple[
-    tuple[str, Callable[[Any], bool], str], ...
-] = (  # what a run whose sites hide their updates has to be
-    ("min_sites", lambda sites: sites >= 3, "3 or more"),
-    ("strategy", lambda name: name in STRATEGIES[:3], "fedavg, fedavgm or fedadam"),
-    ("norm_bound", lambda bound: bound == 0, "0, as update-clip bounds each update,"),
-    ("wire_precision", lambda precision: precision == "fp32", "fp32"),
-)
 
 
 def _wrong(name: str, value: Any, expected: str) -> ConfigError:

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from app.site.train import Site
 
 
+FORMER = {"learning_rate_schedule": "constant"}  # what runs did before they could say it
+
+
 def measure_to_file(
     out: Path,
     name: str,
@@ -89,7 +92,7 @@ def alike(runs: list[Path]) -> list[RunConfig]:
 def config_of(told: History, run: Path) -> RunConfig:
     """A run's configuration, as this version knows it. Errors: WORTH-01."""
     try:
-        return RunConfig.read({key.replace("_", "-"): value for key, value in told.config.items()})
+        return RunConfig.read({key.replace("_", "-"): value for key, value in (FORMER | told.config).items()})
     except ConfigError as error:
         fix = "compare runs of this version"
         raise BouquetError("WORTH-01", found=f"{run.name}: {error}", fix=fix) from None
@@ -122,7 +125,7 @@ def measure(
         fresh = model.new_adapter(base, config)
         adapters = {
             "base": fresh,
-            "alone": alone(site, fresh, name, config.rounds),
+            "alone": alone(site, fresh, name),
             "federated": store.read_adapter(run / "final"),
         }
         if pool:
@@ -152,8 +155,8 @@ def pooled(site: Site, start: Adapter, folders: list[Path], models: Path) -> Ada
     with tempfile.TemporaryDirectory() as scratch:
         aside = site.held_out.keys if site.privacy.private else ()
         photos = together(folders, Path(scratch) / "photos", aside)
-        everyone = train.Site(site.config, models, photos, Path(scratch) / "cache", "")
-        return alone(everyone, start, "pooled", site.config.rounds * len(folders))
+        longer = replace(site.config, rounds=site.config.rounds * len(folders))
+        return alone(train.Site(longer, models, photos, Path(scratch) / "cache", ""), start, "pooled")
 
 
 def measured_of(column: Column, picture: str = "") -> Measured:
@@ -161,14 +164,15 @@ def measured_of(column: Column, picture: str = "") -> Measured:
     return Measured(column.held_out, column.loss, column.judge, picture)
 
 
-def alone(site: Site, start: Adapter, name: str, rounds: int) -> Adapter:
-    """`rounds` rounds of local steps without a hub, by the seeds that the site has in the run: round 1 is the run's
-    own.
+def alone(site: Site, start: Adapter, name: str) -> Adapter:
+    """All rounds of the site's config without a hub, by the seeds that the site has in the run: round 1 is the run's
+    own. The learning rate falls over the steps of all of them: a contender that was spared it would lose by its noise.
     """
     from app import model
 
     model.apply_adapter(site.net, start)
-    for number in progress.steps(f"{name} alone, seed {site.config.seed}", range(1, rounds + 1)):
+    rounds = range(1, site.config.rounds + 1)
+    for number in progress.steps(f"{name} alone, seed {site.config.seed}", rounds):
         site.fit(site.privacy.seed(site.config.seed, name, number), number)
     return model.adapter_of(site.net)
 

@@ -170,6 +170,7 @@ def test_a_run_may_ask_for_more_noise_and_never_for_less():
 
 def test_what_cannot_be_promised_is_refused_by_name():
     assert code(EIGHT.terms, replace(RUN, prior_loss_weight=1.0), 200) == "TRUST-18"
+    assert code(EIGHT.terms, replace(RUN, resolutions="32,64"), 200) == "TRUST-18"
     assert code(budget.check, replace(RUN, dp_noise=1.0), None) == "TRUST-18"
     assert code(budget.check, RUN, None) == code(budget.check, replace(RUN, dp_noise=1.0), EIGHT) == ""
     assert code(EIGHT.terms, RUN, 100_000) == "TRUST-16"  # with a chance of 1e-5 one whole photo

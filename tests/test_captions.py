@@ -374,9 +374,20 @@ def test_a_template_of_several_lines_is_refused_and_not_joined(tmp_path, text, n
     assert str(tmp_path / name) in error.found and "2 lines" in error.found
 
 
+@pytest.mark.parametrize(("name", "code"), [("caption.txt", "SITE-05"), ("metadata.jsonl", "SITE-06")])
+def test_a_link_that_leads_out_says_so_and_how_the_folder_is_copied(tmp_path, name, code):
+    """As Hugging Face's cache has it: every file of a snapshot is a link to ../../blobs."""
+    put(tmp_path, {"blobs/a": "a flower"})
+    put(two(tmp_path / "snapshot"), {})
+    (tmp_path / "snapshot" / name).symlink_to("../blobs/a")
+    error = refused(tmp_path / "snapshot", code)
+    assert f"{name}: a link or path that leads out of the data folder; copy" in error.found and "cp -rL" in error.found
+
+
 LABELS = {
     "rose/train/1.jpg": "rose", "train/rose/1.jpg": "rose", "data/Images/moon_orchid/1.jpg": "moon orchid",
-    "12_rose/1.jpg": "rose", "2024/1.jpg": "2024", "train/1.jpg": None, "1.jpg": None,
+    "12_rose/1.jpg": "rose", "2024/1.jpg": "2024", "rose/DCIM/100CANON/1.jpg": "rose", "dcim/101_FUJI/1.jpg": None,
+    "100 roses/1.jpg": "100 roses", "train/1.jpg": None, "1.jpg": None,
 }  # fmt: skip
 
 
@@ -399,6 +410,18 @@ def test_a_table_beside_photos_that_is_none_of_pictures_is_counted_and_says_its_
         ("00000.parquet (no image column among url, caption)", "not-a-picture"),
         ("arrays.parquet (its column image holds list<element: list<element: int64>>, no pictures)", "not-a-picture"),
     )
+
+
+def test_of_several_image_columns_none_is_guessed_and_one_that_is_called_image_counts(tmp_path):
+    features = {name: {"_type": "Image"} for name in ("before", "after")}
+    notes = {"huggingface": json.dumps({"info": {"features": features}})}
+    pictures = [{"bytes": picture(number), "path": None} for number in (1, 2)]
+    table = pa.table({"before": pictures, "after": pictures[::-1], "text": ["a", "b"]})
+    pq.write_table(table.replace_schema_metadata(notes), tmp_path / "t.parquet")
+    error = refused(tmp_path, "SITE-01")
+    assert "t.parquet (2 image columns, before and after: nobody knows which; call one image)" in error.found
+    pq.write_table(table.rename_columns(["before", "image", "text"]), tmp_path / "t.parquet")
+    assert [photo.load() for photo in scan(tmp_path).photos] == [picture(2), picture(1)]
 
 
 def test_a_tables_text_is_a_path_from_its_own_folder_or_the_root_and_an_address_is_never_fetched(tmp_path):

@@ -93,7 +93,7 @@ def test_a_sites_adapter_is_what_it_would_train_by_itself_from_the_hubs(finished
         tiny.CONFIG, tiny.models(), federation.root / "data" / "site-2", federation.root / "cache" / "site-2", ""
     )
     model.apply_adapter(here.net, store.read_adapter(folder / "round-0001"))
-    here.fit(here.privacy.seed(42, "site-2", 2))
+    here.fit(here.privacy.seed(42, "site-2", 2), 2)
     assert tiny.equal(model.adapter_of(here.net), federation.grid.adapters("2", federation.grid.came)["site-2"])
 
 

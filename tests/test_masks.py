@@ -26,6 +26,9 @@ from app.hub.strategy import Strategy
 from app.site import secrecy
 from app.site.limits import Limits
 from benchmarks import check
+from bouquet.hub import status
+from bouquet.report.page import averaging, page
+from bouquet.report.reading import read
 from bouquet.site.preflight import Preflight, Settings
 from tests.kit import tiny
 from tests.kit.memory import Federation
@@ -355,6 +358,13 @@ def hidden(tmp_path_factory: pytest.TempPathFactory) -> Federation:
         patch.setenv("BOUQUET_KEEP_SENT", "1")
         ran.go(patch)
     return ran
+
+
+def test_of_what_averaging_lost_it_is_said_that_nobody_knows(hidden):
+    run = read(hidden.adapters / "7")
+    assert [entry.aggregation_error for entry in run.rounds] == [None, None]
+    assert "averaging not known" in status.words(status.tell(run, "finished", "", {}))
+    assert averaging(run) == {"last": None, "chart": None} and "products: not known" in page(run)
 
 
 def test_a_run_with_masks_ends_with_the_adapter_of_a_run_without(hidden, tmp_path, monkeypatch):

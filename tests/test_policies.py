@@ -30,7 +30,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 LAYERS = (  # each imports only from those above it: the order in which one reads the code
     {"text", "quiet", "codes"},
-    {"errors"},
+    {"errors", "rules"},
     {"config", "metrics", "files", "gpu", "unpacked", "settings", "audit", "bundle", "accountant"},
     {"images", "records"},
     {"limits", "captions", "seen", "views", "history", "wording"},
@@ -46,8 +46,8 @@ LAYERS = (  # each imports only from those above it: the order in which one read
     {"dp", "budget"},
     {"train", "guard", "ema", "volume", "sample", "secrecy", "consent"},
     {"formats", "bounds", "spool", "gallery", "tracking"},
-    {"strategy", "sites"},
-    {"attempt"},
+    {"products", "sites"},
+    {"strategy", "attempt"},
     {"exchange"},
     {"sums"},
     {"client_app", "server_app"},

@@ -27,7 +27,7 @@ from PIL import Image
 
 from app import model
 from app.errors import BouquetError
-from app.site import privacy, train
+from app.site import optimisers, privacy, train
 from app.site.photos import data
 from bouquet import cli
 from bouquet.hub.deployment import Processes, free_port
@@ -418,6 +418,18 @@ def test_captions_that_the_base_model_does_not_read_to_their_end_are_counted(
     line = lines(site, "model", "decode")["decode"]
     assert line.state == "warn" and "captions are longer than the 24 tokens" in line.text
     assert f"1 of {len(rows)} captions" in line.text
+
+
+def test_an_optimizer_whose_library_the_site_lacks_fails_before_the_step(
+    site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(optimisers.LIBRARIES, "adamw-8bit", "nobodys_bits")
+    found = lines(site, "step", RUN_CONFIG=f'{RUN} optimizer="adamw-8bit"')
+    assert found["model"].text.startswith("SITE-16  The site lacks nobodys_bits")
+    assert "pip install -c constraints.txt nobodys_bits" in found["model"].fix
+    assert {name: found[name].state for name in ("model", "memory", "decode", "step")} == {
+        "model": "fail", "memory": "skip", "decode": "pass", "step": "skip",
+    }  # fmt: skip
 
 
 def test_limits_with_a_slip_are_named_before_a_site_joins(site: dict[str, str]) -> None:

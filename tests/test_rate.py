@@ -62,7 +62,27 @@ def test_passes_that_are_gathered_into_a_step_share_its_rate(monkeypatch):
 
 
 def test_a_constant_rate_is_the_one_that_was_asked_for_to_the_bit(monkeypatch):
-    assert rates(monkeypatch, 3) == [0.1] * 4
+    assert rates(monkeypatch, 3, learning_rate_schedule="constant") == [0.1] * 4
+
+
+def test_unless_a_run_says_otherwise_the_rate_falls_to_0_over_its_last_quarter(monkeypatch):
+    assert RunConfig().learning_rate_schedule == "tail"
+    assert [list(rates(monkeypatch, number)) for number in (7, 8, 10)] == [
+        [0.1] * 4,
+        pytest.approx([0.1, 0.1, 0.1, 0.09]),  # the 31st and 32nd of 40 steps: 10 and 9 tenths
+        pytest.approx([0.04, 0.03, 0.02, 0.01]),
+    ]
+
+
+def test_a_run_that_goes_on_with_more_rounds_is_where_the_longer_run_is():
+    """After 8 of 10 rounds it goes on to 16: 64 steps, of which the last 16 fall."""
+    factor = rate.factors(tiny.config(**RUN | {"rounds": 16}))
+    assert [factor(step) for step in (32, 47, 48, 56, 63)] == [1.0, 1.0, 1.0, 0.5, 1 / 16]
+
+
+@pytest.mark.parametrize("schedule", ["tail", "linear", "cosine"])
+def test_a_step_beyond_the_run_takes_nothing_back(schedule):
+    assert rate.factors(tiny.config(learning_rate_schedule=schedule, **RUN))(41) >= 0.0
 
 
 def test_a_schedule_that_there_is_none_of_is_refused_with_those_that_there_are():

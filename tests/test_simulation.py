@@ -135,7 +135,7 @@ def trained_here(folder: Path, work: Path, number: int, start: model.Adapter) ->
     for name in ("site-1", "site-2"):
         site = train.Site(config, tiny.models(), folder / name, work / name, "")
         model.apply_adapter(site.net, start)
-        site.fit(site.privacy.seed(config.seed, name, number))
+        site.fit(site.privacy.seed(config.seed, name, number), number)
         trained[name] = len(site.train.keys), model.adapter_of(site.net)
     return trained
 

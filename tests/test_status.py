@@ -70,6 +70,7 @@ def test_a_round_that_waits_says_who_replied_who_is_missing_since_when_and_until
         "missing   orchard  offline since 11:59:00 UTC",
         "refused   orchard  round 1: HUB-03  No reply within 60 s.",
         "adapter   7/round-0001",
+        "averaging not known",
     ]
 
 

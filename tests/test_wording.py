@@ -6,9 +6,11 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from safetensors import safe_open
 
 from app import families, model
@@ -211,7 +213,23 @@ def test_captions_cut_are_counted_with_the_trigger_word_and_once_for_all_their_o
     assert cache.counted(data.scan(folder), tiny.base(), Wording.of(config)).cut == 2
 
 
-@pytest.mark.parametrize("name", ["zimage", "flux2"])
+def with_the_templates_words(parts: dict[str, Any]) -> dict[str, Any]:
+    """Qwen-Image's parts, whose pipeline counts on 34 tokens before the caption: the words of its template are a token
+    each, as its own tokenizer has them.
+    """
+    words = parts["tokenizer"]
+    inner = (
+        "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+    )
+    before = ["system", "Describe", "user", *(f" {word}" for word in inner.split())]
+    words.add_tokens(before)
+    parts["text_encoder"].resize_token_embeddings(len(words))
+    template = QwenImagePipeline(None, None, None, words, None).prompt_template_encode
+    assert len(words(template.partition("{}")[0]).input_ids) == 34
+    return parts
+
+
+@pytest.mark.parametrize("name", ["zimage", "flux2", "qwen-image"])
 def test_a_language_models_caption_counts_as_cut_from_the_first_letter_that_it_does_not_read(name):
     """The family's own encoder is the reference: of the longest caption that fits, it hears the last letter, and of a
     longer one not what is added. A letter is a token here.
@@ -219,6 +237,7 @@ def test_a_language_models_caption_counts_as_cut_from_the_first_letter_that_it_d
     base = kit.base(name)
     family, tokens = families.of(base), families.of(base).tokens(base)
     parts = {part: model.load(base, part) for part in family.words}
+    parts = with_the_templates_words(parts) if name == "qwen-image" else parts
     room = family.room(parts[family.reader], tokens)
     longest = "a" * room
     with torch.no_grad():

@@ -5,10 +5,11 @@ worth.json.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import sh
 from PIL import Image
 
@@ -16,6 +17,7 @@ from app import model, records
 from app.adapter import formats, sample
 from app.errors import BouquetError
 from app.families import sd
+from app.hub import history
 from app.site import train
 from bouquet import ROOT, worth
 from bouquet.report import pictures
@@ -64,13 +66,36 @@ def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_o
     model.apply_adapter(here.net, tiny.fresh(tiny.config(seed=2)))
     assert column["loss"]["base"][1] == here.evaluate()
     for number in (1, 2):
-        here.fit(here.privacy.seed(2, "rose", number))
+        here.fit(here.privacy.seed(2, "rose", number), number)
     assert column["loss"]["alone"][1] == here.evaluate()
 
 
 def test_alone_takes_the_steps_that_a_site_takes_in_the_run(column):
     assert column["steps"] == tiny.CONFIG.rounds * tiny.CONFIG.local_steps == 6
     assert column["seeds"] == [1, 2] and set(column["loss"]) == {"base", "alone", "federated", "pooled"}
+
+
+def test_every_contenders_rate_falls_over_the_last_quarter_of_its_own_steps(site, runs, tmp_path, monkeypatch):
+    """Alone takes 2 rounds of 3 steps, the last 1.5 of which fall; pooled takes 4, the last 3 of which fall."""
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"] / tiny.CONFIG.learning_rate)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    other = tiny.site(tmp_path / "other", 12, seed=5)
+    worth.measure("rose", site, runs[:1], tiny.models(), tmp_path / "cache", [other], 0)
+    assert seen[:6] == pytest.approx([1, 1, 1, 1, 1, 1 / 1.5])
+    assert seen[6:] == pytest.approx([1] * 10 + [2 / 3, 1 / 3])
+
+
+def test_a_run_from_before_there_were_schedules_is_compared_with_a_constant_rate(runs):
+    told = history.read(runs[0] / "history.json")
+    before = {key: value for key, value in told.config.items() if key != "learning_rate_schedule"}
+    assert worth.config_of(told, runs[0]).learning_rate_schedule == "tail"
+    assert worth.config_of(replace(told, config=before), runs[0]).learning_rate_schedule == "constant"
 
 
 def test_a_column_holds_numbers_and_the_sites_name_alone(column):

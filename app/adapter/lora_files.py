@@ -29,12 +29,12 @@ from app.errors import AdapterError
 from app.families import sd
 from app.families.base import Family
 from app.model import Adapter
+from app.rules import MOST_RANK
 
 PEFT, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors names them
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be one of these as well
 MOST_BYTES, MOST_NUMBERS, MOST_TENSORS = 2**31, 2**29, 10_000  # of a file; as float32 it is 2 GiB too
-MOST_RANK = 512  # config.lora_rank's
 MOST_NOTES = 2**26  # bytes of a JSON file beside it; the longest is a run's history
 # settings of PEFT's with which it is no plain LoRA
 UNLIKE = ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save")

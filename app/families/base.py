@@ -14,6 +14,7 @@ result, in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -142,11 +143,12 @@ class Family:
             f"lora-targets = {config.lora_targets!r}, which {self.label} does not have",
             f"choose one of: {known}",
         )
-        yield (
-            config.resolution % self.multiple > 0,
-            f"resolution = {config.resolution}, and a side of {self.label} is a multiple of {self.multiple}",
-            f"choose {-(-config.resolution // self.multiple) * self.multiple}",
-        )
+        for side in config.sides:
+            yield (
+                side % self.multiple > 0,
+                f"resolution = {side}, and a side of {self.label} is a multiple of {self.multiple}",
+                f"choose {-(-side // self.multiple) * self.multiple}",
+            )
 
     # --- encoding, once -----------------------------------------------------------------------------------------------
 
@@ -229,10 +231,11 @@ class FlowFamily(Family):
             kind: Any = FlowMatchEulerDiscreteScheduler  # its from_pretrained has no types
             table = kind.from_pretrained(str(folder), subfolder="scheduler", local_files_only=True)
             sigmas, timesteps = table.sigmas[: len(table.timesteps)].float(), table.timesteps.float()
+            slope = _slope(table.config)
             falling = (sigmas.diff() < 0).all() and sigmas.isfinite().all() and sigmas[-1] > 0 and sigmas[0] <= 1
             if not falling or not 1 < len(sigmas) <= 100_000:
                 raise ValueError("its noise levels do not fall from at most 1 to more than 0")
-        return Flow(sigmas, timesteps)
+        return Flow(sigmas, timesteps, slope)
 
     def misfits(self, own: Settings) -> Iterator[str]:
         schedule = own["scheduler"]
@@ -325,6 +328,17 @@ def betas(folder: Path) -> Schedule:
         if len(signal) != steps or not (signal.isfinite() & (signal >= 0) & (signal < 1)).all():
             raise ValueError(f"{len(signal)} betas for {steps} timesteps, or betas that are none")
     return Betas(scheduler)
+
+
+def _slope(scheduler: Mapping[str, Any]) -> float:
+    """How much a picture's token more moves the shift's logarithm, where the family's pipeline shifts by the size."""
+    if not scheduler["use_dynamic_shifting"] or scheduler["time_shift_type"] != "exponential":
+        return 0.0
+    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+    slope = float((scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)) if high != low else math.nan
+    if not math.isfinite(slope):
+        raise ValueError("its shift by the picture's size is no number")
+    return slope
 
 
 def _words(part: str) -> bool:

@@ -1,12 +1,13 @@
 """How much noise: the two kinds of schedule that base models are made with, as arithmetic on tensors.
 
 Shapes: z_BChw the latents, n_BChw noise, t_B the noise level as an index, 0 <= t < steps, long. Both kinds have the
-same six members, so that the loop, the loss and the validation know neither by name.
+same seven members, so that the loop, the loss and the validation know neither by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ class Schedule(Protocol):
     @property
     def steps(self) -> int:
         """How many noise levels there are."""
+
+    def at(self, tokens: float, usual: float) -> Schedule:
+        """The same for pictures of so many tokens, in a run whose usual ones have `usual`."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Random levels to train at: t_B."""
@@ -50,6 +54,9 @@ class Betas:
     @property
     def steps(self) -> int:
         return int(self.scheduler.config.num_train_timesteps)
+
+    def at(self, tokens: float, usual: float) -> Betas:
+        return self
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.steps, (count,), generator=generator)
@@ -92,17 +99,28 @@ class Flow:
     sigmas_K: float32, from 1 downwards, shifted as the base model's scheduler has them; timesteps_K: what the net is
     told, sigma times the number of steps. A level is drawn logit-normally and then taken from that table, as diffusers'
     training scripts do. Source: Lipman et al. 2022, arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206, section 3.1.
+
+    slope: of a family whose pipeline shifts the levels by the picture's size, how much a token more adds to the
+    logarithm of the shift. A larger picture needs more noise to be as hard to see: levels of another size than the
+    run's usual one are drawn with the shift that the pipeline has more, or less, for it (section 5.3.2 there).
     """
 
     sigmas_K: Tensor
     timesteps_K: Tensor
+    slope: float = 0.0
+    shift: float = 1.0
 
     @property
     def steps(self) -> int:
         return len(self.timesteps_K)
 
+    def at(self, tokens: float, usual: float) -> Flow:
+        return replace(self, shift=math.exp(self.slope * (tokens - usual)))
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """u is 1 - sigma, and sigma becomes shift * sigma / (1 + (shift - 1) * sigma)."""
         u = torch.sigmoid(torch.normal(mean=0.0, std=1.0, size=(count,), generator=generator))
+        u = u / (self.shift - (self.shift - 1) * u)
         return (u * self.steps).long().clamp(max=self.steps - 1)
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:

@@ -92,6 +92,9 @@ class Round:
     average: str = entry("with ema-decay, SHA-256 of the moving average that this round left", default="")
     undecided: tuple[str, ...] = entry("sites whose operator had not decided on the run by its end", default=())
     declined: tuple[str, ...] = entry("sites whose operator has declined the run", default=())
+    aggregation_error: float | None = entry(
+        "what averaging A and B apart loses, as a share of the mean of the products B·A", default=None
+    )
     version: int = entry("of this format", default=VERSION)
 
 

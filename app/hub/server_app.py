@@ -26,7 +26,7 @@ from app import audit, bases, bundle, families, lora, metrics, model, quiet, rec
 from app.adapter import formats, lora_files, sample, store
 from app.config import RunConfig
 from app.errors import BouquetError, HubError
-from app.hub import ema, guard, history, tracking, volume
+from app.hub import ema, guard, history, products, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
 from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Spent, Validation
@@ -222,6 +222,7 @@ class Run:
             average=model.adapter_hash(self.average.held) if self.config.ema_decay else "",
             undecided=tuple(sorted(self.exchange.undecided)),
             declined=tuple(sorted(self.exchange.declined)),
+            aggregation_error=None if self.exchange.summed else products.lost(weighed, adapter, self.config),
         )
         self.history = replace(self.history, rounds=(*self.history.rounds, entry))
         state = strategy.state() | self.average.state()

@@ -1,4 +1,4 @@
-"""From the valid replies of a round to the next global adapter, by one of Flower's own strategies.
+"""From the valid replies of a round to the next global adapter, by one of Flower's own strategies, or by products.py.
 
 Enters: replies that guard.py has accepted and weighed. Leaves: the adapter; and the server optimiser's state as
 tensors, so that a run that is taken up again goes on exactly as it would have.
@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from app.config import RunConfig
+from app.hub import products
 from app.hub.guard import Reply
 from app.hub.spool import some
 from app.model import Adapter
@@ -38,7 +39,7 @@ class _Valid:
 
 def _choose(config: RunConfig) -> flower.FedAvg:
     match config.strategy:
-        case "fedavg":
+        case "fedavg" | "svd":  # the latter takes no mean of Flower's
             return flower.FedAvg()
         case "fedavgm":
             return flower.FedAvgM(
@@ -94,6 +95,7 @@ class Strategy:
     """One run's strategy: Flower's, with its state in and out."""
 
     def __init__(self, config: RunConfig, state: dict[str, torch.Tensor] | None = None) -> None:
+        self.by_products = config.strategy == "svd"
         self.flower: Any = _choose(config)  # its parts differ from strategy to strategy
         state = state or {}
         for name in KEPT:
@@ -103,6 +105,8 @@ class Strategy:
 
     def aggregate(self, number: int, replies: Iterable[Reply], adapter: Adapter) -> Adapter:
         """The global adapter after round `number`, which started from `adapter`. In the order of the sites' names."""
+        if self.by_products:
+            return products.folded(replies, adapter)
         if hasattr(self.flower, "current_arrays"):  # FedAdam wants arrays, FedAvgM a record
             record = ArrayRecord(torch_state_dict=_ordered(adapter))
             self.flower.current_arrays = (

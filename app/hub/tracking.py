@@ -94,6 +94,8 @@ class Tracker:
         }
         if entry.train_loss is not None:
             values["train/all"] = entry.train_loss
+        if entry.aggregation_error is not None:
+            values["round/aggregation error"] = entry.aggregation_error
         for site, part in entry.sites.items():
             numbers = {name: value for name, value in part.told().items() if type(value) in (int, float)}
             values |= {f"{place(name)}/{plain(site)}": value for name, value in numbers.items()}

@@ -98,6 +98,9 @@ def check(config: RunConfig, promise: Promise | None) -> None:
     if promise and config.prior_loss_weight:
         why, fix = "class images are no part of what is promised", "run with prior-loss-weight=0"
         raise _cannot(why, f"prior-loss-weight = {config.prior_loss_weight:g}", fix)
+    if promise and config.resolutions:
+        why, fix = "a photo would be in a step once for each resolution", "run with resolutions=''"
+        raise _cannot(why, f"resolutions = {config.resolutions!r}", fix)
 
 
 def spent(cached: Path) -> list[dict[str, Any]]:

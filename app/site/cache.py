@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ PASSING = ("changed", "outside", "unreadable")
 
 @dataclass(frozen=True)
 class Encoded:
-    """N photos with M distinct texts, in the host's memory: on a GPU a row of text a photo would be gigabytes.
+    """N photos with M distinct texts, in the host's memory: on a GPU a row of text a photo would be gigabytes. A photo
+    that is trained on at several resolutions comes once for each.
 
     latents: float32 [R, C, h, w], or R of them where there are several shapes; texts: the captions' conditions, mapped
     from the cache's file, the empty caption's first; text_N: which of them each photo has, of several the first;
@@ -158,18 +160,20 @@ def encode(
     partition = _told(partition, words, lambda text: _digest(text) in cut, families.of(base).tokens(base))
 
     def rows(photos: tuple[Photo, ...]) -> Encoded:
-        said = [words[p.key] for p in photos]
+        # each photo once a shape
+        entries = [(p, [*some]) for p in photos for _, some in groupby(views[p.key], lambda view: view.shape)]
+        said = [words[p.key] for p, _ in entries]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(["", *_all(said)]))}
         choices = [[[distinct[text] for text in orders] for orders in captions] for captions in said]
-        named = [_row(p.key, view) for p in photos for view in views[p.key]]
+        named = [_row(p.key, view) for p, some in entries for view in some]
         each = [latents[name]["latents"].float() for name in named]
-        counts = torch.tensor([0, *(len(views[p.key]) for p in photos)])
+        counts = torch.tensor([0, *(len(some) for _, some in entries)])
         return Encoded(
             torch.stack(each) if len({row.shape for row in each}) == 1 else [row.clone() for row in each],
             [texts[_digest(text)] for text in distinct],
             torch.tensor([captions[0][0] for captions in choices]),
             torch.stack([latents[name]["size"] for name in named]),
-            [p.key for p in photos],
+            [p.key for p, _ in entries],
             choices if any(len(captions) > 1 or len(captions[0]) > 1 for captions in choices) else [],
             counts.cumsum(0) if counts.max() > 1 else None,
         )

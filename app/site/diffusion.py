@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +61,12 @@ class Objective:
         """Errors: MODEL-03, MODEL-05."""
         family = families.check(base)
         return cls(family, family.schedule(base))
+
+    def at(self, sizes_B6: Tensor, resolution: int) -> Objective:
+        """The same for a batch of these sizes (families/base.py), in a run whose usual pictures are `resolution`²."""
+        height, width = sizes_B6[0, 4:].tolist()
+        a_token = self.family.multiple**2
+        return replace(self, schedule=self.schedule.at(height * width / a_token, resolution**2 / a_token))
 
 
 def noise_loss(

@@ -125,9 +125,12 @@ class Limits:
                     " (docs/security.md says what a number about so few gives away)"
                 ),
             )
-        if config.aspect_buckets:  # a pass whose bucket has been drawn before may show photos that were seen before
-            images = config.gradient_accumulation
-        if (seen := min(trained, images * config.local_steps)) < self.floor("min-photos"):
+        if config.aspect_buckets or config.resolutions:
+            images = (
+                config.gradient_accumulation
+            )  # a pass of a bucket that was drawn before may show photos seen before
+        # a photo comes once at each resolution
+        if (seen := min(trained, images * config.local_steps // len(config.sides))) < self.floor("min-photos"):
             raise _not_allowed(
                 "local-steps",
                 f"{config.local_steps}, which sees {seen} photos",
@@ -166,6 +169,8 @@ def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:
         asked = getattr(config, NUMBERS[name])
         if NUMBERS[name] == "lora_rank":  # rank-pattern gives layers other ones
             asked = (max if name.startswith("max-") else min)((asked, *config.other_ranks.values()))
+        if NUMBERS[name] == "resolution":
+            asked = config.sides[-1 if name.startswith("max-") else 0]
         if not (asked <= bound if name.startswith("max-") else asked >= bound):  # nan allows nothing
             raise _not_allowed(name[4:], asked, f"{name}={bound:g}")
 

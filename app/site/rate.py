@@ -2,7 +2,8 @@
 
 Enters: the run's config. Leaves: a factor of `learning-rate` by the number of optimiser steps that the run took before
 at each site. So a site that joins late, a round that is tried again and a run that is taken up have the same rate at
-the same step; the warm-up and the falling happen once a run and not once a round.
+the same step; the warm-up and the falling happen once a run and not once a round. A run that goes on with other numbers
+of rounds or steps is where these say.
 """
 
 from __future__ import annotations
@@ -35,6 +36,6 @@ def factors(config: RunConfig) -> Callable[[int], float]:
     tail = total / LAST if config.learning_rate_schedule == "tail" else 0.0
 
     def told(step: int) -> float:
-        return min(step / warm if step < warm else 1.0, (total - step) / tail if tail else 1.0)
+        return max(0.0, min(step / warm if step < warm else 1.0, (total - step) / tail if tail else 1.0))
 
     return told

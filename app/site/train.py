@@ -154,7 +154,7 @@ class Site:
     @property
     def told(self) -> int:
         """How many photos the site says that it trains on."""
-        return (self.promise.photos if self.promise else 0) or int(self.privacy.number(len(self.train.keys)))
+        return (self.promise.photos if self.promise else 0) or int(self.privacy.number(len(self.photos)))
 
     @property
     def terms(self) -> Terms | None:
@@ -225,7 +225,7 @@ class Site:
     def _out_of_memory(self, how: str) -> SiteError:
         return SiteError(
             "SITE-13",
-            found=f"out of memory {how} at {self.config.resolution} pixels",
+            found=f"out of memory {how} at {self.config.sides[-1]} pixels",
             fix=(
                 "free the GPU of other programs (nvidia-smi shows them), or ask the hub for a smaller batch-size or"
                 " resolution"
@@ -269,10 +269,11 @@ def fit(
         pick = next(batches)
         blank = torch.rand(len(pick), generator=generator) < config.caption_dropout
         rows, given = encoded.batch(pick, blank, encoded.words(pick, generator), generator)
+        asked = objective.at(given["size"], config.resolution) if config.resolutions else objective
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
         with accelerator.accumulate(net), accelerator.autocast():
             loss = diffusion.noise_loss(
-                net, objective, latents, given, generator,
+                net, asked, latents, given, generator,
                 min_snr_gamma=config.min_snr_gamma, noise_offset=config.noise_offset,
             )  # fmt: skip
             accelerator.backward(loss)
@@ -299,8 +300,9 @@ def _class_losses(
     generator = torch.Generator().manual_seed(seed)
     for pick in in_buckets(prior.buckets, config.batch_size, generator):
         rows, given = prior.batch(pick, None, prior.words(pick, generator), generator)
+        asked = objective.at(given["size"], config.resolution) if config.resolutions else objective
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
-        yield diffusion.noise_loss(net, objective, latents, given, generator, noise_offset=config.noise_offset)
+        yield diffusion.noise_loss(net, asked, latents, given, generator, noise_offset=config.noise_offset)
 
 
 def in_buckets(buckets: list[torch.Tensor], size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -24,7 +24,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -192,6 +192,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     from app.site.limits import Limits
 
     adapter, config = formats.open_adapter(run, models=models)
+    config = replace(config, resolutions="")  # each photo once, as those held out are shown
     if not any(
         (place / told).is_file() for place in (run, run / "final") for told in (history.FILE, history.PROVENANCE)
     ):

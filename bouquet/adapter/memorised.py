@@ -56,7 +56,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
     from app.site import train
 
     adapter, config = formats.open_adapter(run, models=models)
-    config = replace(config, aspect_buckets=False, random_crops=0)  # the squares that pictures are drawn in
+    config = replace(config, resolutions="", aspect_buckets=False, random_crops=0)  # the squares of the pictures
     own, promise = Limits.read(os.environ.get("SITE_LIMITS", "")), budget.of(os.environ, cached)
     site = train.Site(config, models, folder, cached, "", limits=own, promise=promise)
     photos = site.photos

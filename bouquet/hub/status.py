@@ -119,6 +119,7 @@ def early(told: control.Told) -> dict[str, Any]:
         "undecided": [],
         "declined": [],
         "adapter": None,
+        "aggregation_error": None,
     }
 
 
@@ -154,6 +155,7 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
         "undecided": list(status.undecided) if state == "running" else [],
         "declined": list(status.declined),
         "adapter": f"{run.history.run}/round-{run.rounds[-1].round:04d}" if run.rounds else None,
+        "aggregation_error": run.rounds[-1].aggregation_error if run.rounds else None,
     }
 
 
@@ -185,6 +187,11 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
     lines += [f"declined  {site}  its operator wants no part in the run" for site in facts["declined"]]
     lines += [f"refused   {site}  {reason}" for site, reason in facts["errors"].items()]
     lines.append(f"adapter   {facts['adapter']}" if facts["adapter"] else "adapter   none yet")
+    if facts["adapter"]:
+        lost = facts["aggregation_error"]
+        lines.append(
+            f"averaging {'not known' if lost is None else f'lost {lost:.1%} of the mean update in this round'}"
+        )
     if facts["state"] == "failed" and facts["adapter"]:
         lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
     if facts["state"] == "finished":

@@ -65,6 +65,7 @@ def page(run: Run) -> str:
             legend=legend(run),
             loss=loss(run),
             norms=norms(run),
+            averaging=averaging(run),
             sites=[site(run, name) for name in run.names],
             times=times(run),
             gpus=[row for name in run.names if (row := gpu(run, name))],
@@ -108,6 +109,18 @@ def norms(run: Run) -> Markup | None:
     """How far each site moved the adapter in each round, where the hub measured it."""
     found = [[(n, part.norm) for n, part in run.parts(name) if part.norm is not None] for name in run.names]
     return Markup(charts.lines(found, [], "round", "Length of each site's update")) if any(found) else None
+
+
+def averaging(run: Run) -> dict[str, Any] | None:
+    """What averaging A and B apart lost, by round; None before the first round."""
+    if not run.rounds:
+        return None
+    found = [
+        (entry.round, 100 * entry.aggregation_error) for entry in run.rounds if entry.aggregation_error is not None
+    ]
+    last = run.rounds[-1].aggregation_error
+    chart = Markup(charts.lines([], found, "round", "What averaging lost in each round, %")) if len(found) > 1 else None
+    return {"last": None if last is None else f"{100 * last:.2g} %", "chart": chart}
 
 
 def site(run: Run, name: str) -> dict[str, Any]:

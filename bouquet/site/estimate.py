@@ -86,7 +86,7 @@ def estimate(
     own   = net·(4 or 2 bytes; of codes 1, 0.53 and their scales) + adapter·16: its float32 numbers,
           gradients and AdamW's two moments (another optimizer's: optimisers.KEPT); 20 with proximal-mu
             + photos·(4·views·C·h·w + 2·conditions) on a CPU, where the site's memory is the device's
-    with aspect-buckets all of the largest shape.
+    with aspect-buckets and resolutions all of the largest shape; what is kept encoded is of each side.
     floor = own + what a forward pass leaves alive
     peak  = max(own + a step's most, net + the most of an evaluation, net + autoencoder + the most of an encoding,
                 where codes take the place of numbers on a CPU: net + those numbers)
@@ -102,7 +102,7 @@ def estimate(
         if on_gpu
         else photos
         * (
-            4 * most_views(config) * one.latents.numel()
+            4 * most_views(config) * one.latents.numel() * sum(s * s for s in config.sides) // config.sides[-1] ** 2
             + sum(2 * x.numel() for x in one.given.values() if x.is_floating_point())
         )
     )

@@ -251,7 +251,7 @@ class Preflight:
     def check_decode(self) -> str:
         """Every photo to its last pixel, as training will."""
         found, bad, enlarged = data.scan(self.own.data, memory=self.own.cache), {}, 0
-        shapes = views.Plan.of(self.own.config, families.of(self.base).multiple if self.base else 8).shapes
+        shapes = views.Plan.of(self.own.config, families.of(self.base).multiple if self.base else 8).smallest
         for photo in found.photos:
             try:
                 size = photo.read().size
@@ -310,7 +310,7 @@ class Preflight:
                 "the training step of the whole check says for certain",
             ) from None
         text = (
-            f"{config.base_model} at {config.resolution}², {config.batch_size} images a step: about"
+            f"{config.base_model} at {config.sides[-1]}², {config.batch_size} images a step: about"
             f" {guess.need / GIB:.1f} GiB of {what}, {free / GIB:.1f} GiB free"
         )
         if free < guess.floor:

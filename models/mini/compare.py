@@ -13,15 +13,17 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from app import model, records
-from app.adapter import sample
+from app.adapter import sample, store
 from app.config import RunConfig
-from app.hub import history, volume
+from app.hub import history
 from app.site import train
+from bouquet import worth
 from models.mini import draw
 from models.mini.judge import judge
 
@@ -36,13 +38,13 @@ PICTURED = (
 PICTURED += ("a pink lotus, sky background", "a purple thistle, sand background")
 
 
-def alone(folder: Path, config: RunConfig, rounds: int, cached: Path) -> model.Adapter:
-    """`rounds` rounds of local steps on one folder of photos, from the run's first adapter, without a hub."""
+def alone(folder: Path, config: RunConfig, cached: Path) -> model.Adapter:
+    """The config's rounds of local steps on one folder of photos, from the run's first adapter, without a hub."""
     site = train.Site(config, HERE.parent, folder, cached, "")
     model.apply_adapter(site.net, model.new_adapter(HERE, config))
-    for number in range(1, rounds + 1):
+    for number in range(1, config.rounds + 1):
         loss = site.fit(site.privacy.seed(config.seed, folder.name, number), number)
-        print(f"{folder.name}  round {number}/{rounds}  train {loss:.4f}", flush=True)
+        print(f"{folder.name}  round {number}/{config.rounds}  train {loss:.4f}", flush=True)
     return model.adapter_of(site.net)
 
 
@@ -83,15 +85,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="pictures a species")
     asked = parser.parse_args()
     told = history.read(asked.run / history.FILE)
-    config = RunConfig(**told.config)
+    config = worth.config_of(told, asked.run)
     folders = [asked.data / "site-1", asked.data / "site-2"]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         contenders: dict[str, model.Adapter | None] = {"base": None}
         for i, folder in enumerate(folders, 1):
-            contenders[f"site {i} alone"] = alone(folder, config, config.rounds, work / f"cache-{i}")
-        contenders["federated"] = volume.read_adapter(asked.run / "final")
-        contenders["pooled"] = alone(pool(folders, work / "pooled"), config, 2 * config.rounds, work / "cache-pooled")
+            contenders[f"site {i} alone"] = alone(folder, config, work / f"cache-{i}")
+        contenders["federated"] = store.read_adapter(asked.run / "final")
+        longer = replace(config, rounds=2 * config.rounds)
+        contenders["pooled"] = alone(pool(folders, work / "pooled"), longer, work / "cache-pooled")
     pipe = sample.pipeline(HERE, config)
     scores, rows = {}, []
     for name, adapter in contenders.items():

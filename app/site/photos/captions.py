@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import SiteError
+from app.metrics import REASONS
 from app.site.photos.images import MAX_BYTES, BadImage, open_inside, read_inside
 
 MAX_ROWS = 1_000_000  # of any file or list
@@ -44,8 +45,9 @@ LABEL_TEMPLATE = "a photo of a {label}"  # for a table or list that names its cl
 SPLITS = {  # folders whose names are no labels
     "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "data", "dataset", "image",
     "images", "img", "imgs", "photo", "photos", "picture", "pictures", "raw", "original", "originals", "jpg", "jpeg",
-    "png", "webp",
+    "png", "webp", "dcim",
 }  # fmt: skip
+CAMERA = re.compile(r"[1-9]\d\d[A-Z0-9_]{5}")  # a camera's own folders, below DCIM: 100CANON
 REPEATS = re.compile(r"^\d{1,4}_(?=\D)")  # kohya's "10_zwx flower": ten times an epoch there, once here
 
 
@@ -101,9 +103,11 @@ def label(value: object) -> str | None:
 
 
 def folder_label(name: str) -> str | None:
-    """The label of a picture by the folder that it lies in; names of splits are none, and the data folder has none."""
+    """The label of a picture by the folder that it lies in; names of splits and a camera's are none, and the data
+    folder has none.
+    """
     for folder in reversed(Path(os.path.dirname(name)).parts):
-        if folder.lower() not in SPLITS:
+        if folder.lower() not in SPLITS and not CAMERA.fullmatch(folder):
             return label(REPEATS.sub("", folder))
     return None
 
@@ -118,6 +122,14 @@ def _decoded(data: bytes) -> str:
     return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
+def _why(error: Exception) -> str:
+    """For the site's own eyes; of a link that leads out, what to do about it."""
+    if not isinstance(error, BadImage):
+        return str(error)
+    more = "; copy the folder with what its links lead to: cp -rL" if error.reason == "outside" else ""
+    return REASONS[error.reason] + more
+
+
 # --- templates --------------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +138,7 @@ def read_template(root: Path, name: str) -> str:
     try:
         lines = [line for line in _decoded(read_inside(root, name, MAX_TEMPLATE)).split("\n") if line.strip()]
     except (BadImage, UnicodeDecodeError) as error:
-        raise _template_error(f"{root / name}: {error}") from None
+        raise _template_error(f"{root / name}: {_why(error)}") from None
     if len(lines) > 1:
         what = f"{len(lines)} lines; captions of single pictures belong into a list, or into files of their own"
         raise _template_error(f"{root / name}: {what}")
@@ -184,7 +196,7 @@ def read_list(root: Path, name: str, there: Callable[[str], bool]) -> Iterator[M
     except (BadImage, OSError, _Unreadable, csv.Error) as error:
         if not must and not known:
             raise NoList(str(error), error.reason if isinstance(error, BadImage) else "caption-unreadable") from None
-        raise _list_error(f"{root / name}: {error}") from None
+        raise _list_error(f"{root / name}: {_why(error)}") from None
 
 
 def _lines(file: io.BufferedReader) -> Iterator[tuple[int, str]]:

@@ -138,7 +138,11 @@ def _columns(schema: Any) -> _Columns:
     """Errors: NoPictures; TableError where two columns have one name."""
     features = _features((schema.metadata or {}).get(b"huggingface", b"{}"))
     kinds = [(name, feature.get("_type")) for name, feature in features.items() if isinstance(feature, dict)]
-    images = [name for name in ("image", *(n for n, kind in kinds if kind == "Image"), *NAMES) if name in schema.names]
+    own = [name for name, kind in kinds if kind == "Image" and name in schema.names]
+    if "image" not in schema.names and len(own) > 1:
+        said = f"{len(own)} image columns, {' and '.join(own)}"
+        raise NoPictures(f"{said[:200]}: nobody knows which; call one image")
+    images = [name for name in ("image", *own, *NAMES) if name in schema.names]
     labels = [name for name in ("label", *(n for n, kind in kinds if kind == "ClassLabel")) if name in schema.names]
     if not images:
         raise NoPictures(f"no image column among {', '.join(schema.names)}"[:300])

@@ -7,7 +7,9 @@ photo is longer than the shape; where a box lies follows from the photo's hash a
 and one that is taken up again, has the same ones. `flip`: each view mirrored too, as a view of its own. A mirrored
 photo is another picture: what is written in it is no writing any more, and a heart beats on the right; so it is off
 unless a run asks for it, and a site may forbid it (SITE_LIMITS: no-flip). Photos that are held out are always shown
-from their centre, as they are, and in the shape nearest to their own.
+from their centre, as they are, and in the shape nearest to their own. `resolutions`: a view at each of several sides;
+of the larger ones only where the photo need not be enlarged, which would teach what enlarging looks like. Held-out
+photos are shown at `resolution` alone.
 Source: the sizes and crops that SDXL is told: Podell et al. 2023, arXiv:2307.01952, section 2.2.
 """
 
@@ -95,8 +97,12 @@ def nearest(size: Size, shapes: list[Shape]) -> Shape:
 
 def largest(config: RunConfig, multiple: int) -> Shape:
     """The shape of most pixels that a run may train in."""
-    square = (config.resolution, config.resolution)
-    return max(buckets(*square[:1], multiple), key=lambda s: s[0] * s[1]) if config.aspect_buckets else square
+    side = config.sides[-1]
+    return max(_shapes(side, config.aspect_buckets, multiple), key=lambda s: s[0] * s[1])
+
+
+def _shapes(side: int, several: bool, multiple: int) -> tuple[Shape, ...]:
+    return tuple(buckets(side, multiple)) if several else ((side, side),)
 
 
 def is_small(size: Size, shape: Shape) -> bool:
@@ -108,7 +114,8 @@ def is_small(size: Size, shape: Shape) -> bool:
 class Plan:
     """Which views each photo has.
 
-    shapes: the buckets, or the one square; trained: photos to train on, which alone are cropped and mirrored;
+    shapes: the buckets, or the one square; sides: those of each resolution, the smallest first, where there are several
+    (`shapes` is of held-out photos then); trained: photos to train on, which alone are cropped and mirrored;
     least: how many of them a bucket must have, else they go to the nearest that has as many.
     """
 
@@ -117,6 +124,7 @@ class Plan:
     flip: bool = False
     trained: frozenset[str] = field(default=frozenset(), repr=False)
     least: int = 1
+    sides: tuple[tuple[Shape, ...], ...] = ()
 
     @classmethod
     def square(cls, resolution: int) -> Plan:
@@ -124,9 +132,14 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig, multiple: int, trained: frozenset[str] = frozenset(), least: int = 1) -> Plan:
-        side = config.resolution
-        shapes = buckets(side, multiple) if config.aspect_buckets else [(side, side)]
-        return cls(tuple(shapes), config.random_crops, config.flip, trained, least)
+        shapes = {side: _shapes(side, config.aspect_buckets, multiple) for side in (config.resolution, *config.sides)}
+        sides = tuple(shapes[side] for side in config.sides) if config.resolutions else ()
+        return cls(shapes[config.resolution], config.random_crops, config.flip, trained, least, sides)
+
+    @property
+    def smallest(self) -> tuple[Shape, ...]:
+        """The shapes that every trained photo has one of."""
+        return self.sides[0] if self.sides else self.shapes
 
     @property
     def name(self) -> str:
@@ -134,18 +147,36 @@ class Plan:
         others = {"crops": self.crops, "flip": int(self.flip)}
         if len(self.shapes) > 1:
             others["buckets"] = int(hashlib.sha256(repr(self.shapes).encode()).hexdigest()[:6], 16)
+        if self.sides:
+            others["sides"] = int(hashlib.sha256(repr(self.sides).encode()).hexdigest()[:6], 16)
         return "".join([str(self.shapes[0][0]), *(f"-{name}{number}" for name, number in others.items() if number)])
 
     def views(self, keys: list[str], size: Callable[[str], Size]) -> dict[str, tuple[View, ...]]:
-        """Each photo's views, the usual one first where there is one; `size` is asked only where it matters."""
-        if len(self.shapes) == 1 and not self.crops:
+        """Each photo's views, those of a shape together, the smallest first, and of these the usual one where there is
+        one; `size` is asked only where it matters.
+        """
+        if len(self.shapes) == 1 and not self.crops and not self.sides:
             plain = View(*self.shapes[0])
             both = (plain, View(*self.shapes[0], mirrored=True)) if self.flip else (plain,)
             return {key: both if key in self.trained else (plain,) for key in keys}
         sizes = {key: size(key) for key in keys}
-        shapes = {key: nearest(sizes[key], list(self.shapes)) for key in keys}
-        shapes |= self._gathered({key: shapes[key] for key in keys if key in self.trained}, sizes)
-        return {key: self._of(key, shapes[key], sizes[key]) for key in keys}
+        shapes: dict[str, tuple[Shape, ...]] = {key: (nearest(sizes[key], list(self.shapes)),) for key in keys}
+        shapes |= self._trained({key: sizes[key] for key in keys if key in self.trained})
+        return {key: tuple(v for shape in shapes[key] for v in self._of(key, shape, sizes[key])) for key in keys}
+
+    def _trained(self, sizes: Mapping[str, Size]) -> dict[str, tuple[Shape, ...]]:
+        """The shapes of each photo that is trained on: one of the smallest resolution, and one of each other that shows
+        as many photos as a shape must have at least without enlarging them.
+        """
+        found = dict.fromkeys(sizes, tuple[Shape, ...]())
+        for shapes in self.sides or (self.shapes,):
+            near = {key: nearest(size, list(shapes)) for key, size in sizes.items()}
+            if shapes != self.smallest:
+                near = {key: shape for key, shape in near.items() if not is_small(sizes[key], shape)}
+                near = near if len(near) >= self.least else {}
+            for key, shape in self._gathered(near, sizes, shapes).items():
+                found[key] = tuple(dict.fromkeys((*found[key], shape)))
+        return found
 
     def _of(self, key: str, shape: Shape, size: Size) -> tuple[View, ...]:
         plain = View(*shape)
@@ -155,8 +186,12 @@ class Plan:
         crops = range(1, self.crops + 1) if self.crops and has_room else (0,)
         return tuple(View(*shape, crop, side) for crop in crops for side in ((False, True) if self.flip else (False,)))
 
-    def _gathered(self, shapes: Mapping[str, Shape], sizes: Mapping[str, Size]) -> dict[str, Shape]:
-        """The trained photos' shapes, of which each has `least` photos; all are squares where none has."""
-        counts = Counter(shapes.values())
-        enough = [shape for shape in self.shapes if counts[shape] >= self.least] or [self.shapes[0]]
-        return {key: shape if shape in enough else nearest(sizes[key], enough) for key, shape in shapes.items()}
+    def _gathered(
+        self, near: Mapping[str, Shape], sizes: Mapping[str, Size], shapes: tuple[Shape, ...]
+    ) -> dict[str, Shape]:
+        """The photos' shapes among those of a resolution, of which each has `least` photos; all are squares where none
+        has.
+        """
+        counts = Counter(near.values())
+        enough = [shape for shape in shapes if counts[shape] >= self.least] or [shapes[0]]
+        return {key: shape if shape in enough else nearest(sizes[key], enough) for key, shape in near.items()}
