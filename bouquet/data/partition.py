@@ -25,7 +25,7 @@ from typing import Any
 from app.errors import SiteError
 from app.site.photos.captions import checked_template
 from app.site.photos.data import scan
-from app.site.photos.images import BadImage, check, kind
+from app.site.photos.images import FORMATS, BadImage, check, kind
 from app.site.privacy import PUBLIC_LIST, declare_public
 from bouquet import progress
 from bouquet.data.sources import Division, Sample, dataset_samples
@@ -118,8 +118,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
                 continue
             keys.add(key)
             counts["images"] += 1
-            suffix = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind(data[:16])]
-            name = f"{counts['images']:04}.{suffix}"
+            name = f"{counts['images']:04}.{FORMATS[kind(data[:16])]}"
             (partial / name).write_bytes(data)
             lines.write(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
     if counts["images"] < 2:

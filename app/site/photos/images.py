@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READING = 3  # the version of what this module makes of bytes: what was kept of another one's pixels is made anew
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # what is read, and how such a file's name ends
 MAX_PIXELS = 50_000_000  # 200 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
 MAX_JPEG = 4 * MAX_PIXELS  # of a JPEG in one scan, decoded at half its width; of several, all would lie in memory
 MAX_BYTES = 200_000_000
@@ -183,7 +183,7 @@ def _open(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged EXIF block: it does not spoil the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = Image.open(BytesIO(data), formats=tuple(FORMATS))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage("too-large") from None
     except Exception:
