@@ -194,7 +194,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
     shown = sh('scripts/test tests/test_diffusion.py -m "not slow"', copy).stdout
-    asked = re.search(r"2 workers \[(\d+) items\]", shown)[1]
+    asked = re.search(r"\d workers \[(\d+) items\]", shown)[1]
     assert 10 < int(asked) < 100 and re.search(rf"{asked} passed", shown)  # those of one file alone
 
 
