@@ -11,7 +11,7 @@ from app import lora, model
 from app.adapter import store
 from app.config import RunConfig
 from app.errors import ConfigError
-from app.hub import guard, products
+from app.hub import guard, products, spool
 from app.hub.spool import Spool
 from app.hub.strategy import Strategy
 from app.model import Adapter
@@ -102,9 +102,9 @@ def test_a_difference_that_is_a_millionth_is_told_to_its_digits():
 def test_replies_in_files_a_few_layers_at_a_time_and_in_another_order_give_the_same_number(tmp_path, monkeypatch):
     adapters = [tiny.adapter(seed) for seed in (1, 2, 3)]
     whole = products.lost([reply(f"s{n}", n + 1, each) for n, each in enumerate(adapters)], adapters[0], tiny.CONFIG)
-    spool = Spool(tmp_path)
-    kept = [reply(f"s{n}", n + 1, spool.keep(n, each)) for n, each in enumerate(adapters)]
-    monkeypatch.setattr(products, "MOST", 1)
+    folder = Spool(tmp_path)
+    kept = [reply(f"s{n}", n + 1, folder.keep(n, each)) for n, each in enumerate(adapters)]
+    monkeypatch.setattr(spool, "MOST", 1)
     assert products.lost(kept[::-1], adapters[0], tiny.CONFIG) == whole
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.hub import guard, strategy
+from app.hub import guard, spool, strategy
 from app.hub.strategy import Strategy
 from tests.kit import tiny
 
@@ -59,7 +59,7 @@ def test_a_few_tensors_at_a_time_give_the_same_adapter_bit_for_bit(kind, monkeyp
     replies = [reply(f"site-{n}", 10 + n, n) for n in range(1, 6)]
     rounds = []
     for most in (2**27, 1):
-        monkeypatch.setattr(strategy, "MOST", most)
+        monkeypatch.setattr(spool, "MOST", most)
         calls = []
         call = strategy._call
 

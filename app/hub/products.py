@@ -27,12 +27,11 @@ from torch import Tensor
 
 from app import lora
 from app.config import RunConfig
+from app.hub import spool
 from app.hub.guard import Reply
-from app.hub.spool import some
 from app.model import Adapter
 
 ALIKE = ("median", "trimmed-mean")
-MOST = 2**27  # bytes of all sites' tensors that are in memory at once
 WIDEST = 256  # columns of a factor, up to which it is worked out and not probed
 PROBES = 64  # random vectors a layer
 
@@ -111,9 +110,9 @@ def _layers(replies: Sequence[Reply], adapter: Adapter) -> Iterator[tuple[str, T
     layers, part = sorted(lora.ranks_of(adapter)), list[str]()  # a file's order is not a fresh adapter's
     for layer in layers:
         part += (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight")
-        if layer != layers[-1] and len(replies) * sum(adapter[key].nbytes for key in part) < MOST:
+        if layer != layers[-1] and len(replies) * sum(adapter[key].nbytes for key in part) < spool.MOST:
             continue
-        read = [some(reply.trained, part) for reply in replies]
+        read = [spool.some(reply.trained, part) for reply in replies]
         for at in range(0, len(part), 2):
             down, up = (torch.stack([site[key].double().flatten(1) for site in read]) for key in part[at : at + 2])
             yield part[at].removesuffix(".lora_A.weight"), up, down

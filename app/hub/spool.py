@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from app.hub.volume import no_room
 from app.model import Adapter
 
+MOST = 2**27  # bytes of all sites' tensors that are in memory at once
+
 
 class Kept(Mapping[str, torch.Tensor]):
     """An adapter in a file."""

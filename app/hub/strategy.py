@@ -18,12 +18,10 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from app.config import RunConfig
-from app.hub import products
+from app.hub import products, spool
 from app.hub.guard import Reply
-from app.hub.spool import some
 from app.model import Adapter
 
-MOST = 2**27  # bytes of all sites' tensors that are in memory at once
 KEPT = ("momentum_vector", "m_t", "v_t")  # what Flower's server optimisers remember between rounds
 
 
@@ -67,7 +65,7 @@ def _call(strategy: flower.FedAvg, number: int, replies: Sequence[Reply], keys: 
         _Valid(
             RecordDict(
                 {
-                    "arrays": ArrayRecord(torch_state_dict=some(reply.trained, sorted(keys))),
+                    "arrays": ArrayRecord(torch_state_dict=spool.some(reply.trained, sorted(keys))),
                     "metrics": MetricRecord({"num-examples": reply.images}),
                 }
             )
@@ -84,7 +82,7 @@ def _call_by_parts(strategy: flower.FedAvg, number: int, replies: Sequence[Reply
     new: Adapter = {}
     part: list[str] = []
     for key in sorted(adapter):
-        if part and len(replies) * sum(adapter[k].nbytes for k in [*part, key]) > MOST:
+        if part and len(replies) * sum(adapter[k].nbytes for k in [*part, key]) > spool.MOST:
             new |= _call(strategy, number, replies, part)
             part = []
         part.append(key)
