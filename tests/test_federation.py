@@ -258,6 +258,29 @@ def test_a_supernode_that_got_one_bad_answer_ends_its_process(federation: Proces
         del federation.sites["spare"]
 
 
+def test_a_site_with_privacy_stays_away_while_it_cannot_pay_for_the_run_and_pays_for_the_rounds_that_it_can(
+    federation: Processes,
+) -> None:
+    """Rounds of two steps of 4 of 20 photos with noise 1: one costs 2.92 of epsilon, two 3.60; 3.2 was promised."""
+    federation.stop_site("site-2")
+    federation.pins["site-2"] = {"SITE_PRIVACY": "epsilon=3.2 noise=1 photos=20"}
+    federation.start_site("site-2")
+    federation.wait_until_online(2)
+    run = start_run(SMALL.replace("sample-prompts='a red poppy'", "sample-prompts='' min-sites=1 wait-for-sites=30"))
+    state, details = follow(run, lambda line: None)
+    assert state == "finished:completed", details
+    first, second = history(federation.fetch(run))["rounds"]
+    [refused] = first["refused"]
+    assert refused["site"] == "site-2" and "TRUST-15 The site's privacy budget is spent." in refused["reason"]
+    assert list(first["sites"]) == ["site-1"] and list(second["sites"]) == ["site-1", "site-2"]
+    paid = second["sites"]["site-2"]
+    assert {name for name in paid if "loss" in name or "seconds" in name} == set()
+    assert (paid["num-examples"], paid["dp-noise"]) == (20, 1.0)
+    assert paid["dp-epsilon"] == pytest.approx(2.923, abs=1e-3) and "dp-epsilon" not in second["sites"]["site-1"]
+    _, spent = map(json.loads, (federation.home / "cache/site-2/privacy.jsonl").read_text().splitlines())
+    assert (spent["did"], spent["run"], spent["round"], spent["steps"]) == ("spent", run, 2, 2)
+
+
 class BrokenHub:
     """A TLS proxy before the real hub that answers 500 to everything once `broken` is set."""
 
