@@ -7,6 +7,7 @@ import json
 
 import pytest
 from conftest import sh
+from PIL import Image
 
 from benchmarks.learning import privacy
 from bouquet import ROOT
@@ -47,7 +48,7 @@ def test_it_goes_on_with_the_cells_that_are_not_there_and_writes_the_table_betwe
     page.write_text(f"before\n{privacy.MARKS[0]}\nold\n{privacy.MARKS[1]}\nafter\n")
     monkeypatch.setattr(privacy, "cell", lambda *which: asked.append(which[2:]) or found(which[3], 0.16))
     few = {"photos": [200], "epsilon": ["none", "8"], "sites": 1, "steps": 3, "held_out": 16, "seed": 1}
-    given = argparse.Namespace(json=file, docs=page, quick=False, tiny=False, **few)
+    given = argparse.Namespace(json=file, docs=page, picture=None, quick=False, tiny=False, **few)
     assert privacy.main(given) == 0 and asked == [(200, "8")]
     assert privacy.main(given) == 0 and asked == [(200, "8")]
     told = page.read_text()
@@ -56,8 +57,11 @@ def test_it_goes_on_with_the_cells_that_are_not_there_and_writes_the_table_betwe
 
 @pytest.mark.slow
 def test_the_command_trains_and_measures_on_the_demos_base_model(tmp_path):
-    shown = sh(f"scripts/bench privacy --tiny --sites 2 --json {tmp_path}/privacy.json", ROOT).stdout
+    files = f"--json {tmp_path}/privacy.json --picture {tmp_path}/drawn.png"
+    shown = sh(f"scripts/bench privacy --tiny --sites 2 {files}", ROOT).stdout
     rows = [row for row in shown.splitlines() if row.startswith("| 16 |")]
     assert [row.split("|")[2].strip() for row in rows] == ["none", "8"], shown
     cells = json.loads((tmp_path / "privacy.json").read_text())
     assert all(len(one["attacks"]) == len(one["after"]) == 2 for one in cells) and cells[1]["noise"] > 0
+    with Image.open(tmp_path / "drawn.png") as picture:  # the base model and two cells, four flowers each
+        assert picture.height > 3 * 96 and picture.width > 4 * 96

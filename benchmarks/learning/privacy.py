@@ -1,6 +1,7 @@
 """What differential privacy at the sites costs, and what it hides: drawn flowers, N photos a site, epsilon or none.
 
-  scripts/bench privacy [--quick] [--photos 200 2000 10000] [--epsilon none 8 3 1] [--sites N] [--steps N] [--docs FILE]
+  scripts/bench privacy [--quick] [--photos 200 2000 10000] [--epsilon none 8 3 1] [--sites N] [--steps N]
+      [--docs FILE] [--picture FILE]
 
 Each cell trains the demo's base model with N photos a site (in one process; after a round the mean of the sites), under
 so much noise that the whole training costs each photo epsilon, and then tells how much of the gain in validation loss
@@ -64,6 +65,7 @@ def photos(folder: Path, site: int, count: int, seed: int) -> Path:
 def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell:
     """One training, and what it gave away."""
     from app import model
+    from app.adapter import store
     from app.config import RunConfig
     from app.site import train
     from app.site.accountant import Terms
@@ -98,6 +100,7 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
                 site.fit_privately(Terms(len(site.photos), config.batch_size, noise, clip), number)
             replies.append(model.adapter_of(site.net))
         adapter = {key: sum(reply[key] for reply in replies) / len(replies) for key in adapter}
+    store.save_file(adapter, drawn_by(home, count, epsilon, args.seed), {})
     after, attacks = [], []
     for site in sites:
         model.apply_adapter(site.net, adapter)
@@ -114,6 +117,31 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
         "seed": args.seed, "trained": trained, "noise": noise, "clip": clip, "before": before, "after": after,
         "attacks": attacks, "seconds": round(time.monotonic() - began), "machine": machine(),
     }  # fmt: skip
+
+
+def drawn_by(home: Path, count: int, epsilon: str, seed: int) -> Path:
+    """The file of a cell's adapter."""
+    return home / f"adapter-{count}-{epsilon}-{seed}.safetensors"
+
+
+def picture(home: Path, cells: list[Cell], file: Path) -> None:
+    """A row a cell that has an adapter here, the base model above; four flowers that it was to learn."""
+    from safetensors.torch import load_file
+
+    from app.adapter import sample
+    from app.config import RunConfig
+    from models.mini import draw
+
+    prompts = [draw.caption(species, colour, "meadow") for species in draw.UNSEEN[1] for colour in ("red", "white")]
+    contenders: dict[str, Any] = {"base": None}
+    for one in cells:
+        if (adapter := drawn_by(home, one["photos"], one["epsilon"], one["seed"])).exists():
+            said = "no noise" if one["epsilon"] == "none" else f"epsilon {one['epsilon']}"
+            contenders[f"{one['photos']:,} photos, {said}"] = load_file(adapter)
+    config = RunConfig.read({})
+    pipe = sample.pipeline(ROOT / "models/mini", config)
+    rows = [sample.render(pipe, adapter, prompts, config) for adapter in contenders.values()]
+    sample.grid(rows, list(contenders), prompts, cell=96).save(file)
 
 
 def kept(found: Cell, without: Cell | None) -> float | None:
@@ -175,4 +203,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"{args.sites} sites, {args.steps} steps of 16, delta {DELTA:g}; {machine()}; {args.json}")
     if args.docs:
         write(args.docs, table(shown))
+    if args.picture:
+        picture(home, shown, args.picture)
     return 0

@@ -197,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--held-out", type=int, default=200, help="photos of each site, about (200)")
             command.add_argument("--seed", type=int, default=42)
             command.add_argument("--docs", type=Path, metavar="FILE", help="the table into this page")
+            command.add_argument("--picture", type=Path, metavar="FILE", help="what each cell draws")
         if name == "sites":
             command.add_argument(
                 "--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites"
