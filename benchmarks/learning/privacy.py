@@ -73,7 +73,7 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
     from bouquet.adapter import membership
 
     began, steps = time.monotonic(), args.steps // ROUNDS
-    fraction = args.held_out / (count + args.held_out)
+    fraction = max(0.01, args.held_out / (count + args.held_out))  # no run holds out less
     known = {"local-steps": steps, "rounds": ROUNDS, "validation-fraction": fraction, "precision": "fp32"}
     config = RunConfig.read(known | {"seed": args.seed})
     sites = [
