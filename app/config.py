@@ -1,7 +1,7 @@
 """A run's configuration: one table of names, defaults, units, ranges and meanings, read once into a frozen dataclass.
 
 Enters: Flower's flat `run_config` dict. Leaves: `RunConfig`, or ConfigError CONFIG-01 (unknown key), CONFIG-02 (wrong
-type, out of range or not a choice), CONFIG-03 (values that contradict each other).
+type, out of range, not a choice, or against another value: rules.py).
 A text is one printable line of bounded length. A run's config never names a path, a device or a site's limit: those are
 the site's own.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from app.errors import ConfigError
-from app.rules import MOST_RANK, OF_THE_MEAN, WITH_MASKS, are_sides, is_rank_pattern
+from app.rules import MOST_RANK, OF_THE_MEAN, are_sides, clashes, is_rank_pattern
 
 LORA_TARGETS = ("attention", "attention+resnet", "attention+mlp")  # the second UNets', the third transformers'
 SCHEDULES = ("constant", "linear", "cosine", "tail")
@@ -227,7 +227,8 @@ class RunConfig:
     strategy: str = _key(
         "fedavg",
         "",
-        "how the hub aggregates; svd is the mean of the products B·A, cut to lora-rank, in place of A and B apart",
+        "how the hub aggregates; svd is the mean of the products B·A, cut to lora-rank, in place of A and B apart;"
+        " alternate trains B in odd rounds and A in even ones, so that both means are one",
         choices=STRATEGIES,
     )
     server_learning_rate: float = _key(
@@ -275,8 +276,10 @@ class RunConfig:
     sample_guidance: float = _key(5.0, "", "classifier-free guidance of a sample picture", low=1.0, high=50.0)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Flower's flat dict to a checked RunConfig; keys that are left out keep their defaults."""
+    def read(cls, values: Mapping[str, Any], ended: bool = False) -> RunConfig:
+        """Flower's flat dict to a checked RunConfig; keys that are left out keep their defaults. Of a run that has
+        ended, values that an older version took together are taken.
+        """
         table = {f.name.replace("_", "-"): f for f in fields(cls)}
         for name in values:
             if name not in table:
@@ -305,14 +308,8 @@ class RunConfig:
             raise _wrong("keep-tokens", config.keep_tokens, "caption-shuffle=true with it, or 0")
         if config.start_from and config.resume:
             raise _wrong("start-from", config.start_from, "either start-from or resume")
-        if config.secrecy == "masks":
-            for name, fits, expected in WITH_MASKS:
-                if not fits(value := getattr(config, name)):
-                    why = "with secrecy=masks, where the hub sees no site's adapter"
-                    raise _wrong(name.replace("_", "-"), value, f"{expected} {why}")
-        if config.strategy == "svd" and config.ema_decay:
-            expected = "0 with strategy=svd, which turns A and B each round, so that they have no average"
-            raise _wrong("ema-decay", config.ema_decay, expected)
+        for name, expected in () if ended else clashes(config):
+            raise _wrong(name.replace("_", "-"), getattr(config, name), expected)
         if config.sites and not all(re.fullmatch(r" *[\w-][\w. -]*", name) for name in config.sites.split(",")):
             raise _wrong("sites", config.sites, "names with commas between, and no other character")
         if config.sites and len(config.chosen) < config.min_sites:

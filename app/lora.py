@@ -1,8 +1,11 @@
-"""What shape a run's adapter has and how strong it is: `lora-rank`, `lora-alpha`, `lora-scaling`, `rank-pattern`.
+"""What shape a run's adapter has and how strong it is: `lora-rank`, `lora-alpha`, `lora-scaling`, `rank-pattern`; and
+which part of it a round trains, which alone travels back.
 
 Enters: a run's config with a net's layers, or with an adapter. Leaves: each layer's rank and scale, and the same as
 PEFT's settings. W + scale · B·A is what a layer computes: scale = alpha / rank (Hu et al. 2021, arXiv:2106.09685), or
-alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). Hub and sites work the shapes out of the config alone.
+alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). Hub and sites work the shapes out of the config alone, and
+the half that a round of strategy=alternate trains out of its number: while the other half is the same at every site,
+the product of the means is the mean of the products (RoLoRA, Chen et al. 2024, arXiv:2409.02346).
 Errors: CONFIG-05 (a pattern that no layer has).
 """
 
@@ -13,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from app.config import RunConfig
@@ -47,6 +51,31 @@ def ranks(modules: Iterable[str], family: Family, config: RunConfig) -> dict[str
 def ranks_of(adapter: Mapping[str, Tensor]) -> dict[str, int]:
     """Each layer's, from its A [rank, …]."""
     return {key.rsplit(".lora_", 1)[0]: value.shape[0] for key, value in adapter.items() if ".lora_A." in key}
+
+
+def half(config: RunConfig, number: int) -> str:
+    """What of each layer round `number` trains: with strategy=alternate "B" in odd rounds, since it begins at 0, and
+    "A" in even ones; "" is both.
+    """
+    return "" if config.strategy != "alternate" else "B" if number % 2 else "A"
+
+
+def part(adapter: Mapping[str, Tensor], half: str = "", rank: int = 0) -> dict[str, Tensor]:
+    """Of an adapter the `half` alone, and the first `rank` rows of each A and columns of each B; "" and 0 are all."""
+    own = {key: value for key, value in adapter.items() if not half or f".lora_{half}." in key}
+    if not rank:
+        return own
+    cut = ((key, value[:rank] if ".lora_A." in key else value[:, :rank]) for key, value in own.items())
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in cut}
+
+
+def filled(part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole adapter with a part of it in its place."""
+    new = {key: part.get(key, value) for key, value in whole.items()}
+    for key in (key for key, value in new.items() if value.shape != whole[key].shape):
+        value, new[key] = new[key], whole[key].clone()
+        new[key][tuple(map(slice, value.shape))] = value
+    return new
 
 
 def scale(rank: int, config: RunConfig) -> float:

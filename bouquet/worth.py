@@ -92,7 +92,7 @@ def alike(runs: list[Path]) -> list[RunConfig]:
 def config_of(told: History, run: Path) -> RunConfig:
     """A run's configuration, as this version knows it. Errors: WORTH-01."""
     try:
-        return RunConfig.read({key.replace("_", "-"): value for key, value in (FORMER | told.config).items()})
+        return RunConfig.read({key.replace("_", "-"): v for key, v in (FORMER | told.config).items()}, ended=True)
     except ConfigError as error:
         fix = "compare runs of this version"
         raise BouquetError("WORTH-01", found=f"{run.name}: {error}", fix=fix) from None
@@ -120,6 +120,8 @@ def measure(
     base, held_out = bases.locate(configs[0].base_model, models), []
     for run, config in zip(runs, configs, strict=True):
         # of whom nothing is sent here; who is held out is as in the run
+        # whoever trains alone has no half to leave to others
+        config = replace(config, strategy="fedavg") if config.strategy == "alternate" else config
         site = train.Site(config, models, data, cached, "", limits=own, promise=budget.of(os.environ, cached))
         held_out.append(len(site.held_out.keys))
         fresh = model.new_adapter(base, config)

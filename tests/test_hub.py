@@ -378,9 +378,8 @@ def test_a_run_that_was_cut_off_and_taken_up_gives_the_same_adapter_bit_for_bit(
         "rounds": 3,
         "strategy": strategy,
         "wire_precision": precision,
-        "server_learning_rate": 0.5,
         "sample_prompts": "",
-    }
+    } | ({"server_learning_rate": 0.5} if strategy == "fedavgm" else {})
     whole = Federation(tmp_path / "whole", **settings).go(monkeypatch)
     cut = Federation(tmp_path / "cut", **settings)
     cut.grid.tamper = spoil_from("2")

@@ -98,6 +98,17 @@ def test_a_run_from_before_there_were_schedules_is_compared_with_a_constant_rate
     assert worth.config_of(replace(told, config=before), runs[0]).learning_rate_schedule == "constant"
 
 
+def test_a_run_of_keys_that_are_refused_by_now_is_compared_as_it_was(tmp_path):
+    run = run_of(tmp_path, 9, strategy="median", min_sites=2)
+    assert worth.alike([run])[0].strategy == "median"
+
+
+def test_who_trains_alone_trains_both_halves_where_the_run_took_turns(column, site, tmp_path):
+    run = run_of(tmp_path / "run", 1, strategy="alternate")
+    found = worth.measure("rose", site, [run], tiny.models(), tmp_path / "cache", [], 0)
+    assert found.loss["alone"][0] == column["loss"]["alone"][0]
+
+
 def test_a_column_holds_numbers_and_the_sites_name_alone(column):
     assert set(column) == {"site", "seeds", "steps", "held_out", "loss", "version"} and column["site"] == "rose"
     assert all(type(value) is float for values in column["loss"].values() for value in values)

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from app import model, wire
+from app import lora, model, wire
 from app.config import RunConfig
 from app.errors import BouquetError, HubError, public
 from app.hub import guard
@@ -45,7 +45,7 @@ class Exchange(Sites):
         self.base, self.bounds = base_fingerprint, bounds
         self.summed: list[guard.Reply] = []  # one in place of a round's, where the sites hide theirs (sums.py)
         self.took: list[float] = []  # seconds of the rounds that went well
-        self.norms: list[float] = []  # lengths of the accepted updates
+        self.norms: dict[str, list[float]] = {}  # lengths of the accepted updates, by the half that was trained
 
     def round(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[Refused]]:
         """A round's valid replies, after as many tries as the config allows. Errors: HUB-01, HUB-02."""
@@ -57,7 +57,8 @@ class Exchange(Sites):
             if len(kept) >= self.config.min_sites:
                 self.took.append(time.monotonic() - start)
                 # of the last three rounds
-                self.norms = (self.norms + [reply.norm for reply in kept])[-3 * len(kept) :]
+                half = lora.half(self.config, number)
+                self.norms[half] = (self.norms.get(half, []) + [reply.pace for reply in kept])[-3 * len(kept) :]
                 return kept, all_refused
             if refused and all(entry.reason.startswith("TRUST-01") for entry in refused):
                 break  # an unsigned bundle stays unsigned
@@ -70,7 +71,9 @@ class Exchange(Sites):
     def attempt(self, number: int, adapter: model.Adapter, attempt: int) -> tuple[list[guard.Reply], list[Refused]]:
         """One try of a round: the replies that hold."""
         replies, refused = self.send("train", number, adapter, attempt)
-        kept, long = guard.guard_norms(replies, self.norms, self.config.norm_bound)
+        kept, long = guard.guard_norms(
+            replies, self.norms.get(lora.half(self.config, number), ()), self.config.norm_bound
+        )
         return kept, refused + [self.refuse(reply.site, reason) for reply, reason in long]
 
     def last(self, number: int, adapter: model.Adapter) -> tuple[list[guard.Reply], list[Refused]]:
@@ -110,7 +113,8 @@ class Exchange(Sites):
         what = {"kind": one.asked_for, "round": number, "attempt": attempt}
         self.note(state="waiting", since=one.began, deadline=one.end, refused=tuple(one.refused), **what)
         self.note_who(one.replies, one.missing.values())
-        one.collect(accept or (lambda reply, node: self.accept(reply, node, adapter, sent, training=kind == "train")))
+        how: dict[str, Any] = {"training": kind == "train", "half": lora.half(self.config, number)}
+        one.collect(accept or (lambda reply, node: self.accept(reply, node, adapter, sent, **how)))
         self.note(state="working", refused=tuple(one.refused))
         return sorted(one.replies, key=lambda reply: reply.site), one.refused
 
@@ -123,11 +127,13 @@ class Exchange(Sites):
         *,
         training: bool,
         like: model.Adapter | None = None,
+        half: str = "",
     ) -> guard.Reply:
         """The node's reply. Errors: guard.accept's; HUB-05 for what it cannot read, as a site chooses every byte."""
-        site, precision = self.site_of(node), self.config.wire_precision
+        how: dict[str, Any] = {"site": self.site_of(node), "precision": self.config.wire_precision}
+        how |= {"training": training, "like": like, "half": half, "lower": self.config.strategy == "svd"}
         try:
-            reply = guard.accept(message, adapter, sent, training=training, site=site, precision=precision, like=like)
+            reply = guard.accept(message, adapter, sent, **how)
         except BouquetError:
             raise
         except Exception as error:

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from flwr.common.constant import ErrorCode
 
-from app import masks, metrics, text
+from app import lora, masks, metrics, text
 from app.errors import AdapterError, HubError, public
 from app.model import Adapter, check_adapter
 from app.wire import unpack
@@ -34,7 +34,8 @@ class Reply:
     """A site's valid reply: its adapter (None after an evaluation), the images it counts for, its numbers, its length.
 
     left_out: how many of its numbers were not kept. bound: why it counts for fewer images than it says, or "".
-    offer: what a site says before it hides its update (app/masks.py), else "".
+    offer: what a site says before it hides its update (app/masks.py), else "". rank: the site's own, or 0; share: how
+    many of the round's numbers it trained at that.
     """
 
     site: str
@@ -46,12 +47,19 @@ class Reply:
     left_out: int = 0
     bound: str = ""
     offer: str = ""
+    rank: int = 0
+    share: float = 1.0
 
     @property
     def trained(self) -> Mapping[str, torch.Tensor]:
         """The adapter of a reply to a training message."""
         assert self.adapter is not None
         return self.adapter
+
+    @property
+    def pace(self) -> float:
+        """Its length, had it trained all of the round's numbers: what updates of several ranks are compared by."""
+        return self.norm / math.sqrt(self.share)
 
 
 def accept(
@@ -63,10 +71,14 @@ def accept(
     site: str = "",
     precision: str = "fp32",
     like: Adapter | None = None,
+    half: str = "",
+    lower: bool = False,
 ) -> Reply:
     """The reply, under the name `site` that the hub registered, else under its own.
 
     like: what it has to look like where that is not an adapter like `sent`; then it has no length that says anything.
+    half, lower: it holds this half alone (lora.half), and may say that it is of a lower rank; the rest, which the site
+    did not train, is as it was sent.
     Errors: TRUST-01, -11, -12, HUB-04, HUB-05, ADAPTER-01, -02 or -03, with a sentence that says what is wrong with it.
     """
     _refuse_error(message)
@@ -86,11 +98,31 @@ def accept(
             fix="update that site to the hub's version",
         )
     adapter = unpack(content.array_records.get("arrays"), precision) if training else None
-    if adapter is not None:
-        check_adapter(adapter, sent if like is None else like)
-    norm = update_norm(adapter, sent) if adapter is not None and like is None else 0.0
+    rank, norm, share = _rank(told.get("rank", 0), sent, lower), 0.0, 1.0
+    if adapter is not None and like is not None:
+        check_adapter(adapter, like)
+    elif adapter is not None:
+        check_adapter(adapter, asked := lora.part(sent, half, rank))
+        norm, share = update_norm(adapter, asked), _numbers(asked) / _numbers(lora.part(sent, half))
+        adapter = lora.filled(adapter, sent) if half or rank else adapter
     name = site or text.line(info.get("site", ""), NAME) or str(message.metadata.src_node_id)
-    return Reply(name, adapter, images, numbers, norm, text.line(info.get("gpu", ""), NAME), left_out)
+    gpu = text.line(info.get("gpu", ""), NAME)
+    return Reply(name, adapter, images, numbers, norm, gpu, left_out, rank=rank, share=share)
+
+
+def _rank(told: object, sent: Adapter, lower: bool) -> int:
+    """The rank that a site says it trained; 0 is the run's. Errors: HUB-05."""
+    if told == 0:
+        return 0
+    if not lower:
+        raise unreadable("it trained a rank of its own, which strategy=svd alone can take", told)
+    if type(told) is not int or not 1 <= told <= max(lora.ranks_of(sent).values()):
+        raise unreadable("it trained a rank that the run's adapter has no room for", told)
+    return told
+
+
+def _numbers(adapter: Adapter) -> int:
+    return sum(value.numel() for value in adapter.values())
 
 
 def accept_offer(message: Message, site: str, asked: tuple[str, int, int], admitted: Mapping[str, int]) -> Reply:
@@ -169,12 +201,12 @@ def guard_norms(
     that of two sites the larger is measured by the smaller. bound = 0 keeps all.
     """
     replies = list(replies)
-    norms = [reply.norm for reply in replies] + list(earlier)
+    norms = [reply.pace for reply in replies] + list(earlier)
     middle = statistics.median_low(norms) if norms else 0.0
     kept, refused = [], []
     for reply in replies:
-        if bound and reply.norm > bound * middle:
-            times = min(reply.norm / middle, 1e9) if middle else math.inf
+        if bound and reply.pace > bound * middle:
+            times = min(reply.pace / middle, 1e9) if middle else math.inf
             refused.append((reply, public("ADAPTER-04", times=f"{times:.1f}")))
         else:
             kept.append(reply)

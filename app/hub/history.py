@@ -42,6 +42,7 @@ class Part:
     norm: float | None = entry("length of its update", key="update-norm", default=None)
     gpu: str = entry("its GPU's name; empty for a CPU", default="")
     left_out: int = entry("numbers that it sent and the hub did not keep", "numbers", key="left-out", default=0)
+    rank: int | None = entry("rank that it trained, where it chose one below the run's", default=None)
 
     @property
     def images(self) -> float | None:
@@ -54,7 +55,7 @@ class Part:
         return self.weight if self.weight is not None else self.images or 0
 
     def told(self) -> dict[str, Any]:
-        ours: dict[str, Any] = {"weight": self.weight, "update-norm": self.norm, "gpu": self.gpu}
+        ours: dict[str, Any] = {"weight": self.weight, "update-norm": self.norm, "gpu": self.gpu, "rank": self.rank}
         more = {"weight-bound": self.bound, "left-out": self.left_out}
         known = {key: value for key, value in ours.items() if value is not None}
         return self.numbers | known | {key: value for key, value in more.items() if value}
@@ -71,10 +72,10 @@ class Part:
             held = value.get(key)
             return held if isinstance(held, str) else ""
 
-        ours = ("weight", "weight-bound", "update-norm", "gpu", "left-out")
+        ours = ("weight", "weight-bound", "update-norm", "gpu", "left-out", "rank")
         numbers = {key: held for key, held in value.items() if key not in ours and type(held) in (int, float)}
-        left_out, norm = int(number("left-out") or 0), number("update-norm")
-        return cls(numbers, number("weight"), words("weight-bound"), norm, words("gpu"), left_out)
+        left_out, norm, rank = int(number("left-out") or 0), number("update-norm"), int(number("rank") or 0) or None
+        return cls(numbers, number("weight"), words("weight-bound"), norm, words("gpu"), left_out, rank)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ class Run:
 def said_of(reply: guard.Reply) -> Part:
     """What history.json says of a site's reply in a round."""
     norm = None if reply.offer else reply.norm  # of a hidden update nobody knows it
-    return Part(reply.metrics, reply.images, reply.bound, norm, reply.gpu, reply.left_out)
+    return Part(reply.metrics, reply.images, reply.bound, norm, reply.gpu, reply.left_out, reply.rank or None)
 
 
 def hash_of(config: dict[str, Any]) -> str:

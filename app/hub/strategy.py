@@ -17,6 +17,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
+from app import lora
 from app.config import RunConfig
 from app.hub import products, spool
 from app.hub.guard import Reply
@@ -37,7 +38,7 @@ class _Valid:
 
 def _choose(config: RunConfig) -> flower.FedAvg:
     match config.strategy:
-        case "fedavg" | "svd":  # the latter takes no mean of Flower's
+        case "fedavg" | "alternate" | "svd":  # the last takes no mean of Flower's
             return flower.FedAvg()
         case "fedavgm":
             return flower.FedAvgM(
@@ -93,7 +94,7 @@ class Strategy:
     """One run's strategy: Flower's, with its state in and out."""
 
     def __init__(self, config: RunConfig, state: dict[str, torch.Tensor] | None = None) -> None:
-        self.by_products = config.strategy == "svd"
+        self.config = config
         self.flower: Any = _choose(config)  # its parts differ from strategy to strategy
         state = state or {}
         for name in KEPT:
@@ -103,8 +104,11 @@ class Strategy:
 
     def aggregate(self, number: int, replies: Iterable[Reply], adapter: Adapter) -> Adapter:
         """The global adapter after round `number`, which started from `adapter`. In the order of the sites' names."""
-        if self.by_products:
+        if self.config.strategy == "svd":
             return products.folded(replies, adapter)
+        if half := lora.half(self.config, number):  # a mean of the other, alike everywhere, would round it
+            trained, replies = lora.part(adapter, half), sorted(replies, key=lambda reply: reply.site)
+            return lora.filled(_call_by_parts(self.flower, number, replies, trained), adapter)
         if hasattr(self.flower, "current_arrays"):  # FedAdam wants arrays, FedAvgM a record
             record = ArrayRecord(torch_state_dict=_ordered(adapter))
             self.flower.current_arrays = (

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import masks, model
+from app import lora, masks, model
 from app.errors import HubError
 from app.hub import guard
 from app.hub.exchange import Exchange
@@ -52,7 +52,8 @@ class Sums(Exchange):
         if len(offers) < self.config.min_sites:
             return [], refused
         offered = {node_of[reply.site]: reply for reply in offers}
-        hidden = {masks.NAME: torch.zeros(sum(value.numel() for value in adapter.values()), dtype=torch.int32)}
+        trained = lora.part(adapter, lora.half(self.config, number))
+        hidden = {masks.NAME: torch.zeros(sum(value.numel() for value in trained.values()), dtype=torch.int32)}
         came: set[int] = set()
         sent = model.adapter_hash(adapter)
 
@@ -69,7 +70,7 @@ class Sums(Exchange):
             self.left_out = frozenset(offered.keys() - came)
             return [], refused + gone
         try:
-            mean = total(replies, adapter, self.config.update_clip)
+            mean = lora.filled(total(replies, trained, self.config.update_clip), adapter)
         except HubError as error:
             return [], [*refused, self.refuse("the sum", str(error))]
         self.summed = [Reply("sum", mean, sum(reply.images for reply in replies), {})]

@@ -153,7 +153,7 @@ def read(message: Message, context: Context) -> Asked:
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
     ask_operator(message, context)
-    from app import model, wire  # torch is imported only once there is work
+    from app import lora, model, wire  # torch is imported only once there is work
     from app.site import gpu, secrecy
 
     name, number, attempt, base, made_from = read(message, context)
@@ -165,6 +165,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
         print(f"bouquet: {name}: {site.privacy} {site.partition.report()}", flush=True)
         arrived = wire.unpack(message.content.array_records["arrays"], config.wire_precision)
         applied = model.apply_adapter(site.net, arrived)
+        info: dict[str, str | int] = {"site": name, "applied": applied}
         metrics: dict[str, int | float] = {"num-examples": len(site.photos), "train-loss": 0.0}
         if not promise:  # else nobody is told
             metrics["validation-loss"] = site.evaluate()
@@ -181,8 +182,12 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
             else:
                 metrics["train-loss"] = site.fit(site.privacy.seed(config.seed, name, number), number)
             sent = wire.rounded(model.adapter_of(site.net), config.wire_precision)
-            sent = pact.hide(arrived, sent) if pact else sent
-            reply["arrays"] = wire.pack(sent, config.wire_precision)
+            half, rank = lora.half(config, number), site.limits.lowered(config)
+            part = lora.part(sent, half, rank)  # the rest of it is as it arrived, and stays here
+            info |= {"rank": rank} if rank else {}
+            if pact:
+                part = sent = pact.hide(lora.part(arrived, half), part)
+            reply["arrays"] = wire.pack(part, config.wire_precision)
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
@@ -191,7 +196,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     terms = site.terms  # with such, nothing else leaves that follows from a photo, were it the seconds that it took
     leaves = budget.told(cached, promise, terms) if promise and terms else site.privacy.told(metrics)
     reply["metrics"] = MetricRecord({**leaves})
-    reply["info"] = ConfigRecord({"site": name, "applied": applied, "gpu": meter.name})
+    reply["info"] = ConfigRecord({**info, "gpu": meter.name})
     told = {"run": str(context.run_id), "round": number, "images": metrics["num-examples"], "applied": applied}
     told |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
     journal.note(cached, sent, **told, sent=model.adapter_hash(sent) if sent else "")

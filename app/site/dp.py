@@ -24,7 +24,7 @@ from torch import Tensor
 
 from app.config import RunConfig
 from app.model import Net
-from app.site import cache, diffusion, optimisers, rate
+from app.site import cache, diffusion, factors, optimisers, rate
 from app.site.accountant import Terms
 
 
@@ -41,8 +41,8 @@ def fit(
     nan. The loss is of no noise: it is the site's own to see.
     """
     draws, device = torch.Generator().manual_seed(secrets.randbits(32)), accelerator.device
-    trained = [p for p in net.parameters() if p.requires_grad]
-    arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
+    trained = factors.trained(net, config, number)
+    arrived = optimisers.anchors(config, trained)
     optimiser = optimisers.of(config, trained, device)
     net.train()
     factor, before = rate.factors(config), (number - 1) * config.local_steps
@@ -60,8 +60,7 @@ def fit(
         for sum_, part, parameter in parts:
             sum_.add_(part.view(sum_.shape).to(device), alpha=terms.noise * terms.clip)
             parameter.grad = sum_.div_(terms.rate * terms.photos)
-        for parameter, anchor in zip(trained, arrived, strict=False):
-            parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+        optimisers.pull(config, trained, arrived)
         optimiser.param_groups[0]["lr"] = config.learning_rate * factor(step)
         optimiser.step()
     net.zero_grad(set_to_none=True)

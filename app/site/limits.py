@@ -7,6 +7,8 @@ as `limits` of its node config (SITE_LIMITS in its .env), words separated by spa
   base-models=NAME,NAME                  the base models that it lends
   no-flip                                its photos are not mirrored
   secrecy=masks                          no run whose hub sees the site's own adapter
+  rank=NUMBER                            of a run of a higher rank it trains the first so many rows and columns alone,
+                                         which strategy=svd can take and others refuse
   min-held-out, min-photos, min-step-images, max-runs-a-week, max-messages-a-week
                                          below; with a default where photos are private
 
@@ -27,7 +29,7 @@ from typing import Any
 from app.config import RunConfig
 from app.errors import SiteError
 
-MODELS, NO_FLIP, HIDDEN = "base-models", "no-flip", "secrecy=masks"
+MODELS, NO_FLIP, HIDDEN, RANK = "base-models", "no-flip", "secrecy=masks", "rank"
 KEYS = {f.name.replace("_", "-"): f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
 NUMBERS = {f"{end}-{key}": name for end in ("max", "min") for key, name in KEYS.items()}
 PRIVATE = {  # what holds where photos are private, unless the site says otherwise: the value, and what it is about
@@ -50,13 +52,14 @@ class Limits:
     models: tuple[str, ...] = ()
     no_flip: bool = False
     secrecy: str = ""
+    rank: int = 0
 
     @classmethod
     def read(cls, text: str) -> Limits:
         """Errors: TRUST-04."""
         bounds: dict[str, float] = {}
         models: tuple[str, ...] = ()
-        secrecy = ""
+        secrecy, rank = "", 0
         for word in (word for word in text.split() if word != NO_FLIP):
             name, _, value = word.partition("=")
             try:
@@ -64,6 +67,8 @@ class Limits:
                     models = tuple(value.split(","))
                 elif word == HIDDEN:
                     secrecy = value
+                elif name == RANK and value.isdecimal() and int(value):
+                    rank = min(int(value), rank or int(value))
                 elif name in NUMBERS or name in OWN:
                     tighter = min if name.startswith("max-") else max
                     bounds[name] = tighter(float(value), bounds.get(name, float(value)))
@@ -71,7 +76,7 @@ class Limits:
                     raise ValueError(name)
             except ValueError:
                 raise _unreadable(word, name) from None
-        return cls(bounds, models, NO_FLIP in text.split(), secrecy)
+        return cls(bounds, models, NO_FLIP in text.split(), secrecy, rank)
 
     def check(self, config: RunConfig) -> None:
         """A run's config against what the site itself wrote, before anything is done for it. Errors: TRUST-03."""
@@ -81,16 +86,17 @@ class Limits:
             raise _not_allowed("flip", config.flip, NO_FLIP)
         if self.secrecy and config.secrecy != self.secrecy:
             raise _not_allowed("secrecy", config.secrecy, f"secrecy={self.secrecy}")
+        if self.lowered(config) and config.strategy != "svd":
+            raise _not_allowed("lora-rank", config.lora_rank, f"{RANK}={self.rank}, which strategy=svd alone can take")
         _check(config, self.bounds)
+
+    def lowered(self, config: RunConfig) -> int:
+        """The rank that is trained here where the run's is higher, else 0."""
+        return self.rank if self.rank < max((config.lora_rank, *config.other_ranks.values())) else 0
 
     def private(self) -> Limits:
         """These with the floors and budget of private photos, where the site has not set its own."""
-        return Limits(
-            {name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds),
-            self.models,
-            self.no_flip,
-            self.secrecy,
-        )
+        return replace(self, bounds={name: float(value) for name, (value, _) in PRIVATE.items()} | dict(self.bounds))
 
     def silent(self) -> Limits:
         """These where nothing is told of the photos that are held out, so that one is as good as eight."""
@@ -187,15 +193,15 @@ def _not_allowed(name: str, asked: object, limit: str) -> SiteError:
 def _unreadable(word: str, name: str) -> SiteError:
     close = [
         known
-        for known in difflib.get_close_matches(name, [MODELS, NO_FLIP, "secrecy", *OWN, *NUMBERS], n=1)
+        for known in difflib.get_close_matches(name, [MODELS, NO_FLIP, "secrecy", RANK, *OWN, *NUMBERS], n=1)
         if known != name
     ]
     return SiteError(
         "TRUST-04",
         found=f"{word!r} in SITE_LIMITS" + (f"; did you mean {close[0]}?" if close else ""),
         fix=(
-            "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, base-models=NAME,NAME and"
-            " secrecy=masks, separated by spaces"
+            "write max-KEY=NUMBER or min-KEY=NUMBER for a numeric run-config key, base-models=NAME,NAME,"
+            " secrecy=masks and rank=NUMBER, separated by spaces"
         ),
     )
 

@@ -11,7 +11,7 @@ Errors: SITE-16 (a library is not installed).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,3 +57,15 @@ def of(config: RunConfig, trained: Iterable[torch.nn.Parameter], device: torch.d
             how |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
             return Adafactor(trained, **how)  # type: ignore[no-untyped-call]
     return torch.optim.AdamW(trained, **how, fused=device.type == "cuda" or None)
+
+
+def anchors(config: RunConfig, trained: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Where FedProx pulls to: what arrived. None of a run without it."""
+    return [parameter.detach().clone() for parameter in trained] if config.proximal_mu else []
+
+
+def pull(config: RunConfig, trained: Iterable[torch.nn.Parameter], arrived: Sequence[torch.Tensor]) -> None:
+    """Add the gradient of mu/2 |w - w_global|², mu = proximal_mu. Source: Li et al. 2020, arXiv:1812.06127, eq. 2."""
+    for parameter, anchor in zip(trained, arrived, strict=False):
+        assert parameter.grad is not None
+        parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)

@@ -18,7 +18,7 @@ from app import bases, families, model
 from app.config import RunConfig
 from app.errors import ModelError, SiteError
 from app.model import Net
-from app.site import cache, diffusion, dp, optimisers, privacy, quantised, rate
+from app.site import cache, diffusion, dp, factors, optimisers, privacy, quantised, rate
 from app.site.accountant import Terms
 from app.site.budget import Promise
 from app.site.limits import NO_LIMITS, Limits
@@ -204,7 +204,8 @@ class Site:
         """
         try:
             one = accelerator(self.config)
-            loss = dp.fit(self.net, self.objective, self.train, self.config, one, terms, number)
+            with factors.narrowed(self.net, self.limits.lowered(self.config)):
+                loss = dp.fit(self.net, self.objective, self.train, self.config, one, terms, number)
         except torch.OutOfMemoryError:
             loss = None
         if loss is None:
@@ -218,7 +219,8 @@ class Site:
         """
         try:
             one = accelerator(self.fits)
-            return fit(self.net, self.objective, self.train, self.fits, one, seed, number, self.prior)
+            with factors.narrowed(self.net, self.limits.lowered(self.config)):
+                return fit(self.net, self.objective, self.train, self.fits, one, seed, number, self.prior)
         except torch.OutOfMemoryError:
             return None
 
@@ -247,16 +249,15 @@ def fit(
     adapter), and its rate is where the run is in round `number` (rate.py).
 
     Nothing in a step waits for the GPU: batches and noise are drawn on the host while it computes, and the loss is
-    read at the end. proximal_mu > 0 adds mu/2 |w - w_global|² to the loss, by its gradient. Source: Li et al. 2020,
-    arXiv:1812.06127, eq. 2.
+    read at the end. With proximal_mu > 0 the adapter is pulled to the one that arrived.
 
     With class images (`prior`), a pass adds prior_loss_weight times their loss, of as many of them, with noise of their
     own: as diffusers' train_dreambooth.py, whose prior loss has no min-SNR weights. They are drawn by a generator of
     their own, so that the photos' batches and noise are those of a run without them.
     """
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
-    trained = [p for p in net.parameters() if p.requires_grad]
-    arrived = [p.detach().clone() for p in trained] if config.proximal_mu else []
+    trained = factors.trained(net, config, number)
+    arrived = optimisers.anchors(config, trained)
     optimiser = optimisers.of(config, trained, device)
     # the net stays as it is: its precision is autocast's, and another round may come
     optimiser_ = accelerator.prepare(optimiser)
@@ -282,8 +283,7 @@ def fit(
                 accelerator.backward(weighed)
                 loss = loss.detach() + weighed
             if accelerator.sync_gradients:
-                for parameter, anchor in zip(trained, arrived, strict=False):
-                    parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+                optimisers.pull(config, trained, arrived)
                 accelerator.clip_grad_norm_(trained, 1.0)
                 optimiser.param_groups[0]["lr"] = config.learning_rate * factor(step)
                 step += 1
