@@ -30,7 +30,10 @@ from bouquet import ROOT
 CONTENDERS = ("naive", "ours", "floor")
 TINY = (12, 4, 2)  # images to train on and held out, steps: to see that it runs
 GPU = ("gpu", "gpu-tries", "gpu-families", "accept")  # what benchmarks/gpu has
-ELSEWHERE = dict.fromkeys(GPU, "gpu") | {"privacy": "learning"}  # the folder of what is not in this one
+ELSEWHERE = dict.fromkeys(GPU, "gpu") | {
+    "privacy": "learning",
+    "methods": "learning",
+}  # the folder of what is not in this one
 MORE = {
     "sites": "a round with 2, 4 and 8 sites; the hub's time and memory with hundreds",
     "sizes": "what a site's round costs by images, rank and resolution",
@@ -42,6 +45,7 @@ MORE = {
     "gpu-families": "what SDXL's and Z-Image's nets cost on a GPU, with and without gradient checkpointing",
     "accept": "does a deployment work on this machine's GPU, and is it as fast as it should be: six minutes",
     "privacy": "what differential privacy costs with 200, 2,000 and 10,000 photos a site, and what it hides: hours",
+    "methods": "ways of averaging LoRA side by side, and what keeps a model from forgetting: hours",
 }
 
 
@@ -198,6 +202,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--seed", type=int, default=42)
             command.add_argument("--docs", type=Path, metavar="FILE", help="the table into this page")
             command.add_argument("--picture", type=Path, metavar="FILE", help="what each cell draws")
+        if name == "methods":
+            from benchmarks.learning.methods import METHODS, SETTINGS
+
+            command.add_argument("--quick", action="store_true", help="a few photos and steps: ten minutes")
+            command.add_argument("--show", action="store_true", help="train nothing: what is there so far")
+            command.add_argument("--contenders", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+            command.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+            command.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], metavar="N")
+            for key, number in (("rounds", 8), ("steps", 15), ("batch", 8), ("photos", 120), ("pictures", 8)):
+                command.add_argument(f"--{key}", type=int, default=number, metavar="N")
+            command.add_argument("--real", type=Path, metavar="DIR", help="parquet of photographs with labels")
+            command.add_argument("--docs", type=Path, metavar="FILE", help="the tables into this page")
         if name == "sites":
             command.add_argument(
                 "--stub-only", action="store_true", help="leave out the deployments of 2, 4 and 8 sites"

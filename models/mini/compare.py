@@ -1,34 +1,45 @@
-"""Was joining worth it? Base, each site alone, federated and pooled, judged on the same prompts and seeds.
+"""Was joining worth it? Base, each site alone, federated and pooled, over seeds, by the same photos and prompts.
 
-    python -m models.mini.compare --run .bouquet/adapters/latest --data .bouquet/data
+    python -m models.mini.compare --run .bouquet/adapters/latest --data .bouquet/data --seeds 42 43 44
 
-Enters: a finished run of the demo and its sites' photos. Leaves: `comparison.json`, `comparison.md` (the README's
-table) and `comparison.png` (the README's picture) in `--out`. "Alone" takes as many steps on one site's photos as a
-site takes in the run; "pooled" takes all sites' steps on all sites' photos, in one place: what federation is to match.
+Enters: finished runs of the demo, alike but for their seed, and its two sites' photos. Leaves: `comparison.json`,
+`comparison.md` and `comparison.png` (the README's picture) in `--out`, and the README's table between its marks.
+For every seed, "alone" takes as many steps on one site's photos as a site takes in the run, "pooled, same steps" as
+many on both sites' photos in one place, "pooled, all steps" as many as both sites together. A seed that no run is given
+of is federated here, in one process, by the hub's own averaging. All by the runs' learning rate over their own steps.
+Each training and each row is kept in `--work` as soon as it is there: who is interrupted goes on with the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import re
 import shutil
-import tempfile
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from safetensors.torch import load_file, save_file
 
-from app import model, records
+from app import files, model
 from app.adapter import sample, store
 from app.config import RunConfig
-from app.hub import history
 from app.site import train
-from bouquet import worth
-from models.mini import draw
-from models.mini.judge import judge
+from bouquet import ROOT, worth
+from models.mini import draw, learned
 
 HERE = Path(__file__).parent
-GROUPS = {"known": draw.KNOWN, "site 1's": draw.UNSEEN[1], "site 2's": draw.UNSEEN[2]}
+BASE, FEDERATED = "base", "federated"
+CONTENDERS = (BASE, "site 1 alone", "site 2 alone", FEDERATED, "pooled, same steps", "pooled, all steps")
+NEW = (*draw.UNSEEN[1], *draw.UNSEEN[2])
+DRAWINGS = 3  # times `--count` pictures of a species, each from noise of its own
+HELD_OUT = 24  # drawn photos of each known species, to measure on
+NORMAL = 1.96
+MARKS = ("<!-- comparison -->", "<!-- /comparison -->")
 PICTURED = (
     "a red tulip, meadow background",
     "a yellow daisy, night background",
@@ -38,88 +49,218 @@ PICTURED = (
 PICTURED += ("a pink lotus, sky background", "a purple thistle, sand background")
 
 
-def alone(folder: Path, config: RunConfig, cached: Path) -> model.Adapter:
-    """The config's rounds of local steps on one folder of photos, from the run's first adapter, without a hub."""
-    site = train.Site(config, HERE.parent, folder, cached, "")
-    model.apply_adapter(site.net, model.new_adapter(HERE, config))
-    for number in range(1, config.rounds + 1):
-        loss = site.fit(site.privacy.seed(config.seed, folder.name, number), number)
-        print(f"{folder.name}  round {number}/{config.rounds}  train {loss:.4f}", flush=True)
-    return model.adapter_of(site.net)
+@dataclass(frozen=True)
+class Row:
+    """What one contender of one seed has learned. known: loss on the known species. held_out: on each site's photos
+    that it held out, as its site measures it. right: of `pictures` of a new species, how many the judge sees it in.
+    """
+
+    contender: str
+    seed: int
+    known: float
+    held_out: list[float]
+    right: dict[str, int]
+    pictures: int
 
 
-def pool(folders: list[Path], target: Path) -> Path:
-    """All sites' photos and captions in one folder."""
-    target.mkdir()
-    lines = []
-    for folder in folders:
-        for line in (folder / "metadata.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            name = f"{folder.name}-{row['file_name']}"
-            shutil.copyfile(folder / row["file_name"], target / name)
-            lines.append(json.dumps({"file_name": name, "text": row["text"]}))
-    (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return target
-
-
-def prompts(species: str, count: int) -> list[str]:
-    rng = np.random.default_rng(sum(species.encode()))
-    choose = lambda names: str(rng.choice(list(names)))  # noqa: E731
-    return [draw.caption(species, choose(draw.COLOURS), choose(draw.BACKGROUNDS)) for _ in range(count)]
-
-
-def score(pipe, adapter: model.Adapter | None, config: RunConfig, count: int) -> dict[str, float]:
+def score(pipe: Any, adapter: model.Adapter | None, config: RunConfig, count: int) -> dict[str, float]:
     """Share of pictures in which the judge sees the species that was asked for, by species."""
-    right = {}
-    for species in draw.SPECIES:
-        images = sample.render(pipe, adapter, prompts(species, count), config, seed=1000)
-        right[species] = sum(seen == species for seen in judge(images)) / count
-    return right
+    return {name: n / count for name, n in learned.right(pipe, adapter, config, count, draw.SPECIES).items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds site-1 and site-2")
-    parser.add_argument("--out", type=Path, default=HERE, help="where the table and the picture go")
-    parser.add_argument("--count", type=int, default=16, help="pictures a species")
-    asked = parser.parse_args()
-    told = history.read(asked.run / history.FILE)
-    config = worth.config_of(told, asked.run)
-    folders = [asked.data / "site-1", asked.data / "site-2"]
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        contenders: dict[str, model.Adapter | None] = {"base": None}
-        for i, folder in enumerate(folders, 1):
-            contenders[f"site {i} alone"] = alone(folder, config, work / f"cache-{i}")
-        contenders["federated"] = store.read_adapter(asked.run / "final")
-        longer = replace(config, rounds=2 * config.rounds)
-        contenders["pooled"] = alone(pool(folders, work / "pooled"), longer, work / "cache-pooled")
-    pipe = sample.pipeline(HERE, config)
-    scores, rows = {}, []
-    for name, adapter in contenders.items():
-        scores[name] = score(pipe, adapter, config, asked.count)
-        rows.append(sample.render(pipe, adapter, PICTURED, config))
-        print(name, {group: f"{mean(scores[name], group):.0%}" for group in GROUPS}, flush=True)
-    sample.grid(rows, list(contenders), PICTURED).save(asked.out / "comparison.png")
-    (asked.out / "comparison.md").write_text(table(scores))
-    facts = {"run": told.run, "base": records.told(told.base), "pictures_a_species": asked.count, "accuracy": scores}
-    (asked.out / "comparison.json").write_text(json.dumps(facts, indent=1) + "\n")
+# --- trainings --------------------------------------------------------------------------------------------------------
 
 
-def mean(scores: dict[str, float], group: str) -> float:
-    return sum(scores[species] for species in GROUPS[group]) / len(GROUPS[group])
+@dataclass(frozen=True)
+class Comparison:
+    """folders: the two sites'. runs: by seed, of those that were given. config: theirs, but for the seed. count: of
+    pictures a species and drawing; 0 is no judge. models: the folder with the base model.
+    """
+
+    folders: list[Path]
+    runs: dict[int, Path]
+    config: RunConfig
+    work: Path
+    count: int
+    models: Path
+
+    def of(self, seed: int) -> RunConfig:
+        return replace(self.config, seed=seed)
+
+    def sites(self, config: RunConfig, folders: Sequence[Path]) -> list[train.Site]:
+        return [train.Site(config, self.models, folder, self.work / f"cache-{folder.name}", "") for folder in folders]
+
+    def adapter(self, contender: str, seed: int) -> model.Adapter:
+        """As it was trained, once."""
+        if contender == FEDERATED and seed in self.runs:
+            return store.read_adapter(self.runs[seed] / "final")
+        kept = self.work / f"{contender.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+        if not kept.exists():
+            print(f"training: {contender}, seed {seed}", flush=True)
+            save_file(self.train(contender, seed), beside := kept.with_suffix(".partial"))
+            beside.rename(kept)
+        return dict(sorted(load_file(kept).items()))
+
+    def train(self, contender: str, seed: int) -> model.Adapter:
+        config, folders = self.of(seed), self.folders
+        if contender.startswith("site"):
+            folders = [folders[int(contender.split()[1]) - 1]]
+        elif contender.startswith("pooled"):
+            folders = [self.pool()]
+            if contender.endswith("all steps"):
+                config = replace(config, rounds=config.rounds * len(self.folders))
+        return model.adapter_of(learned.federated(self.sites(config, folders), config))
+
+    def pool(self) -> Path:
+        """All sites' photos in one folder; those that a site holds out are held out of it too, as they are public."""
+        pool = self.work / "pooled"
+        if not pool.exists():
+            shutil.rmtree(beside := self.work / ".pooled", ignore_errors=True)
+            worth.together(self.folders, beside).rename(pool)
+        return pool
+
+    def row(self, contender: str, seed: int) -> Row:
+        config, base = self.of(seed), self.models / self.config.base_model
+        sites = self.sites(config, self.folders)
+        net, right = sites[0].net, dict.fromkeys(NEW, 0)
+        if contender != BASE:  # whose adapter is the fresh one, of no effect
+            model.apply_adapter(net, self.adapter(contender, seed))
+        held_out = []
+        for site in sites:
+            model.apply_adapter(site.net, model.adapter_of(net))
+            held_out.append(site.evaluate())
+        known = self.work / f"known-{HELD_OUT}"
+        if not known.exists():
+            learned.write(known, draw.photos(draw.KNOWN, HELD_OUT * len(draw.KNOWN), learned.SEED))
+        [forgotten] = learned.losses(net, {"": known}, config, base, self.work).values()
+        pipe = learned.pipeline(net, base) if self.count else None
+        for drawing in range(DRAWINGS if self.count else 0):
+            found = learned.right(pipe, model.adapter_of(net), config, self.count, NEW, 1000 * (drawing + 1))
+            right = {name: right[name] + found[name] for name in NEW}
+        return Row(contender, seed, forgotten, held_out, right, DRAWINGS * self.count)
 
 
-def table(scores: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row for each contender, the mean of each group, then each unseen species."""
-    unseen = [*draw.UNSEEN[1], *draw.UNSEEN[2]]
-    heads = ["", "8 known species", "site 1's two", "site 2's two", *unseen]
+def rows_of(comparison: Comparison, seeds: Sequence[int]) -> list[Row]:
+    """A row for each contender and seed, seed by seed; the base is the same for all. Goes on where it was."""
+    kept = comparison.work / "rows.json"
+    rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    for seed in seeds:
+        for contender in CONTENDERS if seed == seeds[0] else CONTENDERS[1:]:
+            if not any((row.contender, row.seed) == (contender, seed) for row in rows):
+                rows.append(comparison.row(contender, seed))
+                files.write_json(kept, [asdict(row) for row in rows])
+                print(table(rows), flush=True)
+    return [row for row in rows if row.seed in seeds]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson 1927 (J. Am. Stat. Assoc. 22:209): it has a width at 0 and 1 too."""
+    share, square = right / of, NORMAL**2
+    middle, half = share + square / (2 * of), NORMAL * math.sqrt(share * (1 - share) / of + square / (4 * of * of))
+    return (middle - half) / (1 + square / of), (middle + half) / (1 + square / of)
+
+
+def judged(rows: Sequence[Row], species: Sequence[str]) -> str:
+    """Per cent over all pictures with Wilson's interval; then the lowest and the highest seed."""
+    if not rows or not rows[0].pictures:
+        return "–"
+    shares = [sum(row.right[name] for name in species) / (row.pictures * len(species)) for row in rows]
+    right, of = (sum(parts) for parts in zip(*counts(rows, species), strict=True))
+    low, high = wilson(right, of)
+    said = f"{right / of:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+    return said + (f", {100 * min(shares):.0f} to {100 * max(shares):.0f}" if len(rows) > 1 else "")
+
+
+def counts(rows: Sequence[Row], species: Sequence[str]) -> list[tuple[int, int]]:
+    return [(row.right[name], row.pictures) for row in rows for name in species]
+
+
+def change(values: Sequence[float], base: float) -> str:
+    """Per cent beside the base: the mean over the seeds; then the lowest and the highest seed."""
+    shares = [100 * (value / base - 1) for value in values]
+    said = f"{sum(shares) / len(shares):+.0f} %"
+    return said + (f", {min(shares):+.0f} to {max(shares):+.0f}" if len(shares) > 1 else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a row a contender: what it forgot, what it draws, and its loss at either site."""
+    heads = ["", "known species", "site 1's two drawn", "site 2's two drawn", "site 1's photos", "site 2's photos"]
+    [base, *_] = [row for row in rows if row.contender == BASE]
+
+    def cells(mine: Sequence[Row]) -> list[str]:
+        drawn = [judged(mine, draw.UNSEEN[site]) for site in draw.UNSEEN]
+        if mine[0].contender == BASE:
+            return [f"{base.known:.4f}", *drawn, *(f"{loss:.4f}" for loss in base.held_out)]
+        sites = [change([row.held_out[n] for row in mine], base.held_out[n]) for n in range(len(base.held_out))]
+        return [change([row.known for row in mine], base.known), *drawn, *sites]
+
+    return _table(rows, heads, cells)
+
+
+def by_species(rows: Sequence[Row]) -> str:
+    """Markdown: a row a contender, the judge on each new species."""
+    return _table(rows, ["", *NEW], lambda mine: [judged(mine, [name]) for name in NEW])
+
+
+def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[Row]], list[str]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for name, by_species in scores.items():
-        cells = [mean(by_species, group) for group in GROUPS] + [by_species[s] for s in unseen]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |")
+    for contender in CONTENDERS:
+        if mine := [row for row in rows if row.contender == contender]:
+            lines.append(f"| {contender} | " + " | ".join(cells(mine)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def write(page: Path, told: str) -> None:
+    """The table into a page, between the marks that it has."""
+    between, before = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL), page.read_text()
+    assert between.search(before), f"{page} has no {MARKS[0]}"
+    page.write_text(between.sub(lambda _: f"{MARKS[0]}\n{told}{MARKS[1]}", before))
+
+
+def sheet(comparison: Comparison, seed: int) -> Any:
+    """Every contender's pictures of the same prompts, from the same noise."""
+    config = comparison.of(seed)
+    pipe, rows = sample.pipeline(comparison.models / config.base_model, config), []
+    for contender in CONTENDERS:
+        adapter = None if contender == BASE else comparison.adapter(contender, seed)
+        rows.append(sample.render(pipe, adapter, PICTURED, config))
+    return sample.grid(rows, list(CONTENDERS), PICTURED)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, nargs="+", action="extend", help="folders of finished runs")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds site-1 and site-2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="also those that no run is given of")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the tables and the picture go")
+    parser.add_argument("--work", type=Path, default=ROOT / ".bouquet/compare", help="what is kept of each step")
+    parser.add_argument("--models", type=Path, default=HERE.parent, help="folder with the runs' base model")
+    parser.add_argument("--count", type=int, default=16, help=f"pictures a species, {DRAWINGS} times")
+    parser.add_argument("--docs", type=Path, help="the table into this page, such as README.md")
+    asked = parser.parse_args(arguments)
+    configs = worth.alike(asked.run)
+    seeds = list(dict.fromkeys([config.seed for config in configs] + asked.seeds))
+    config = replace(configs[0], seed=0)
+    same = json.dumps([asdict(config), asked.count, [str(run.resolve()) for run in asked.run]])
+    work = asked.work / hashlib.sha256(same.encode()).hexdigest()[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    runs = {config.seed: run for config, run in zip(configs, asked.run, strict=True)}
+    folders = [asked.data / f"site-{site}" for site in draw.UNSEEN]
+    comparison = Comparison(folders, runs, config, work, asked.count, asked.models)
+    rows = rows_of(comparison, seeds)
+    told = {
+        "runs": {str(seed): run.resolve().name for seed, run in runs.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    files.write_json(asked.out / "comparison.json", told)
+    (asked.out / "comparison.md").write_text(f"{table(rows)}\n{by_species(rows)}")
+    sheet(comparison, seeds[0]).save(asked.out / "comparison.png")
+    if asked.docs:
+        write(asked.docs, table(rows))
 
 
 if __name__ == "__main__":
