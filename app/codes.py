@@ -124,6 +124,8 @@ HEADLINES = {
     "LIVE-01": "There is no folder of runs here.",
     "WORTH-01": "These runs cannot be compared.",
     "WORTH-02": "The sites' columns do not fit each other.",
+    "WORTH-03": "This adapter does not belong to these runs.",
+    "WORTH-04": "What this site trained alone may not leave it.",
     "MEASURE-01": "This measure cannot be taken here.",
     "MEASURE-02": "The sites' figures cannot be read, or do not fit each other.",
     "AUDIT-01": "The audit log is not as it was written.",

@@ -1,19 +1,23 @@
 """Was joining worth it? Each site measures its own column, at the site; the hub puts the columns together.
 
-  bouquet worth measure NAME --data DIR RUN... [--models DIR] [--cache DIR] [--pool DIR...] [--judge COUNT]
-  [--pictures] [--out FILE]
+  bouquet worth measure NAME --data DIR RUN... [--alone DIR] [--others DIR...] [--personal DIR] [--models DIR]
+  [--cache DIR] [--pool DIR...] [--judge COUNT] [--pictures] [--out FILE]
   bouquet worth collect RUN COLUMN...
 
 measure   at the site NAME: trains alone on its photos, with the steps and seeds of the RUNs, which are alike but for
           their seed, and compares the base, its own and each run's adapter on its held-out photos. Only numbers are in
-          FILE (default: NAME.worth.json). --pool, where photos may be pooled, adds a training on all of them with all
-          sites' steps. --judge, for the demo's base model, adds the share of COUNT pictures a species in which the
-          judge sees what was asked for. Photos that are private need the site's own cache folder, where its secret is,
-          and its SITE_LIMITS. --pictures draws the first RUN's prompts under each contender, from the same seeds, into
-          FILE's .png: look at it, and send it along if you agree to it being shown.
+          FILE (default: NAME.worth.json). --alone keeps what it trained alone in DIR, and takes it from there the next
+          time: an adapter, which the site may hand to the other sites (alone.py). --others evaluates theirs on this
+          site's photos, for the other half of their answer: what joining brought them on photos that they do not have.
+          --personal is what bouquet site personal wrote. --pool, where photos may be pooled, adds a training on all of
+          them with all sites' steps. --judge, for the demo's base model, adds the share of COUNT pictures a species in
+          which the judge sees what was asked for. Photos that are private need the site's own cache folder, where its
+          secret is, and its SITE_LIMITS. --pictures draws the first RUN's prompts under each contender, from the same
+          seeds, into FILE's .png: look at it, and send it along if you agree to it being shown.
 collect   at the hub: worth.json in RUN's folder, for bouquet report; a picture that lies beside a COLUMN comes along.
 
-Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other).
+Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not fit each other), WORTH-03 and -04
+(alone.py, personal.py).
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Collection
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.adapter import store
 from app.config import RunConfig
 from app.errors import BouquetError, ConfigError
 from app.hub import history
@@ -47,26 +51,30 @@ if TYPE_CHECKING:
 FORMER = {"learning_rate_schedule": "constant"}  # what runs did before they could say it
 
 
+@dataclass(frozen=True)
+class More:
+    """What a site compares beside the base, itself alone and the federated adapter."""
+
+    pool: Sequence[Path] = ()  # the other sites' photos, where they may be had
+    alone: Path | None = None  # where this site's own adapters are kept, and taken from
+    others: Sequence[Path] = ()  # those of other sites
+    personal: Path | None = None  # the runs' adapters, trained on at home
+    judge: int = 0
+    shown: Path | None = None  # the file for a sheet of pictures
+
+
 def measure_to_file(
-    out: Path,
-    name: str,
-    data: Path,
-    runs: list[Path],
-    models: Path,
-    cache: Path | None,
-    pool: list[Path],
-    judge: int,
-    pictures: bool,
+    out: Path, name: str, data: Path, runs: list[Path], models: Path, cache: Path | None, more: More
 ) -> None:
-    """A site's column in its file, with `pictures` a sheet beside it; a sentence about it on standard output."""
+    """A site's column in its file; a sentence about it on standard output."""
     with tempfile.TemporaryDirectory() as scratch:
-        cached = cache or Path(scratch) / "cache"
-        shown = out.with_suffix(".png") if pictures else None
-        column = measure(name, data, runs, models, cached, pool, judge, shown)
+        column = measure(name, data, runs, models, cache or Path(scratch) / "cache", more)
     comparison.write(out, column)
-    if shown:
-        print(f"picture  {shown}   look at it; it goes to the hub only if you send it along")
-    print(worth.verdict(column.site, measured_of(column)).sentence)
+    if more.shown:
+        print(f"picture  {more.shown}   look at it; it goes to the hub only if you send it along")
+    if more.alone:
+        print(f"alone    {more.alone}   an adapter of these photos: yours to hand to the other sites, or to keep")
+    print(worth.verdict(column.site, {column.site: measured_of(column)}).sentence)
 
 
 def alike(runs: list[Path]) -> list[RunConfig]:
@@ -98,56 +106,69 @@ def config_of(told: History, run: Path) -> RunConfig:
         raise BouquetError("WORTH-01", found=f"{run.name}: {error}", fix=fix) from None
 
 
-def measure(
-    name: str,
-    data: Path,
-    runs: list[Path],
-    models: Path,
-    cached: Path,
-    pool: list[Path],
-    judge: int,
-    shown: Path | None = None,
-) -> Column:
-    """One site's column of worth.json; and in the file `shown` what each contender of the first run draws."""
-    from app import bases, model
-    from app.adapter import sample
+def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path, more: More) -> Column:
+    """One site's column of worth.json; in `more.alone` its own adapters, where that is asked for, and in the file
+    `more.shown` what each contender of the first run draws.
+    """
+    from app import bases, families, model
+    from app.adapter import sample, store
     from app.site import train
+    from bouquet.adapter import alone as kept
+    from bouquet.adapter import personal
 
-    contenders = [contender for contender in comparison.CONTENDERS if pool or contender != "pooled"]
-    loss: dict[str, list[float]] = {contender: [] for contender in contenders}
-    judged: dict[str, list[float]] = {contender: [] for contender in loss}
-    configs, own = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
-    base, held_out = bases.locate(configs[0].base_model, models), []
-    for run, config in zip(runs, configs, strict=True):
+    configs, limits = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
+    promise = budget.of(os.environ, cached)
+    if more.alone:
+        kept.check_leaves(limits, promise)
+    base = bases.locate(configs[0].base_model, models)
+    seeds = tuple(config.seed for config in configs)
+    finals = {seed: store.read_adapter(run / "final") for seed, run in zip(seeds, runs, strict=True)}
+    told = {seed: model.adapter_hash(adapter) for seed, adapter in finals.items()}
+    shape = model.new_adapter(base, configs[0])
+    own = (kept.read_own(more.alone, name, told, shape) if more.alone else None) or {}
+    others = kept.read_others(more.others, name, told, shape)
+    loss: dict[str, list[float]] = defaultdict(list)
+    judged: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
+    held_out = []
+    for run, config in zip(runs, map(kept.by_itself, configs), strict=True):
         # of whom nothing is sent here; who is held out is as in the run
-        # whoever trains alone has no half to leave to others
-        config = replace(config, strategy="fedavg") if config.strategy == "alternate" else config
-        site = train.Site(config, models, data, cached, "", limits=own, promise=budget.of(os.environ, cached))
+        site = train.Site(config, models, data, cached, "", limits=limits, promise=promise)
         held_out.append(len(site.held_out.keys))
         fresh = model.new_adapter(base, config)
-        adapters = {
-            "base": fresh,
-            "alone": alone(site, fresh, name),
-            "federated": store.read_adapter(run / "final"),
-        }
-        if pool:
-            adapters["pooled"] = pooled(site, fresh, [data, *pool], models)
+        if config.seed not in own:
+            own[config.seed] = alone(site, fresh, name)
+        adapters = {"base": fresh, "alone": own[config.seed], "federated": finals[config.seed]}
+        if more.personal:
+            adapters["personal"] = personal.read(more.personal, run, finals[config.seed])
+        if more.pool:
+            adapters["pooled"] = pooled(site, fresh, [data, *more.pool], models)
         for contender, adapter in adapters.items():
-            model.apply_adapter(site.net, adapter)
-            loss[contender].append(site.privacy.number(site.evaluate()))
-            if judge:
-                judged[contender].append(right(base, None if contender == "base" else adapter, config, judge))
-        if shown and run == runs[0]:
+            loss[contender].append(loss_of(site, adapter))
+            if more.judge:
+                judged[contender].append(right(base, None if contender == "base" else adapter, config, more.judge))
+        for other, by_seed in others.items():
+            theirs[other].append(loss_of(site, by_seed[config.seed]))
+        if more.shown and run == runs[0]:
             sample.sheet(
                 base, {who: None if who == "base" else adapter for who, adapter in adapters.items()}, config
-            ).save(shown)
+            ).save(more.shown)
         print(
             f"seed {config.seed}  " + "  ".join(f"{who} {values[-1]:.4f}" for who, values in loss.items()), flush=True
         )
+    if more.alone:
+        kept.write(more.alone, name, told, own, configs[0], families.of(base))
+    numbers = [{who: tuple(values) for who, values in kind.items()} or None for kind in (loss, judged, theirs)]
     steps = configs[0].rounds * configs[0].local_steps
-    numbers = [{who: tuple(values) for who, values in kind.items()} for kind in (loss, judged)]
-    seeds = tuple(config.seed for config in configs)
-    return Column(name, seeds, min(held_out), numbers[0], numbers[1] if judge else None, steps)
+    return Column(name, seeds, min(held_out), numbers[0] or {}, numbers[1], steps, numbers[2])
+
+
+def loss_of(site: Site, adapter: Adapter) -> float:
+    """On the photos that the site holds out, as it may leave."""
+    from app import model
+
+    model.apply_adapter(site.net, adapter)
+    return site.privacy.number(site.evaluate())
 
 
 def pooled(site: Site, start: Adapter, folders: list[Path], models: Path) -> Adapter:
@@ -163,7 +184,7 @@ def pooled(site: Site, start: Adapter, folders: list[Path], models: Path) -> Ada
 
 def measured_of(column: Column, picture: str = "") -> Measured:
     """A site's column as worth.json has it."""
-    return Measured(column.held_out, column.loss, column.judge, picture)
+    return Measured(column.held_out, column.loss, column.judge, picture, column.others)
 
 
 def alone(site: Site, start: Adapter, name: str) -> Adapter:

@@ -225,7 +225,7 @@ def test_the_interval_is_students_t():
 
 def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
     # gains 0.10, 0.11, 0.12: mean 11.0 %, sd 0.01, half 4.303 · 0.01 / √3 = 2.5 %
-    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.180, 0.178, 0.176]))
+    found = worth.verdict("rose", {"rose": measured([0.200, 0.200, 0.200], [0.180, 0.178, 0.176])})
     assert (found.site, found.answer) == ("rose", "yes")
     assert (
         found.sentence
@@ -235,7 +235,7 @@ def test_a_gain_larger_than_the_seeds_differ_is_a_yes_with_its_interval():
 
 
 def test_a_loss_larger_than_the_seeds_differ_is_a_no():
-    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.220, 0.222, 0.224]))
+    found = worth.verdict("rose", {"rose": measured([0.200, 0.200, 0.200], [0.220, 0.222, 0.224])})
     assert found.answer == "no"
     assert found.sentence.startswith(
         "No: on its own 20 held-out photos the federated adapter's loss is 11.0 % higher than with training alone"
@@ -245,13 +245,13 @@ def test_a_loss_larger_than_the_seeds_differ_is_a_no():
 
 def test_a_gain_within_the_seeds_differences_is_not_shown():
     # gains 0.10, −0.05, 0.01: mean 2.0 %, sd 0.0755, half 18.8 %
-    found = worth.verdict("rose", measured([0.200, 0.200, 0.200], [0.180, 0.210, 0.198]))
+    found = worth.verdict("rose", {"rose": measured([0.200, 0.200, 0.200], [0.180, 0.210, 0.198])})
     assert found.answer == "not shown" and found.sentence.startswith("Not shown: ")
     assert "(95 % interval 16.8 % higher to 20.8 % lower, 3 seeds)" in found.sentence
 
 
 def test_one_seed_cannot_tell():
-    found = worth.verdict("rose", measured([0.2], [0.1]))
+    found = worth.verdict("rose", {"rose": measured([0.2], [0.1])})
     assert (
         found.answer == "cannot tell"
         and found.sentence.startswith("Cannot tell from one seed: ")
@@ -260,13 +260,13 @@ def test_one_seed_cannot_tell():
 
 
 def test_where_training_alone_is_worse_than_not_training_the_base_is_the_rival():
-    found = worth.verdict("rose", measured([0.40, 0.41, 0.42], [0.35, 0.36, 0.37], base=(0.30, 0.30, 0.30)))
+    found = worth.verdict("rose", {"rose": measured([0.40, 0.41, 0.42], [0.35, 0.36, 0.37], base=(0.30, 0.30, 0.30))})
     assert found.answer == "no" and "higher than with the base model" in found.sentence
 
 
 def test_a_better_judgement_beside_a_worse_loss_is_partly_and_says_both():
     judged = {"base": [0.03], "alone": [0.60, 0.62, 0.61], "federated": [0.83, 0.84, 0.85]}
-    found = worth.verdict("rose", measured([0.200] * 3, [0.220, 0.222, 0.224], judge=judged))
+    found = worth.verdict("rose", {"rose": measured([0.200] * 3, [0.220, 0.222, 0.224], judge=judged)})
     assert found.answer == "partly"
     assert (
         "the judge sees what was asked for in 84 % of its pictures against 61 % with training alone" in found.sentence

@@ -21,6 +21,7 @@ from app.hub.history import (
     Given,
     History,
     Part,
+    Personal,
     Provenance,
     Refused,
     Resumed,
@@ -30,6 +31,7 @@ from app.hub.history import (
     Validation,
 )
 from bouquet import ROOT
+from bouquet.adapter.alone import Alone
 from bouquet.adapter.membership import Attack, Membership
 from bouquet.report import comparison, memorisation
 from bouquet.report.comparison import Column, Measured, Worth
@@ -40,8 +42,8 @@ from tests.kit.runs import compared, written
 from tests.kit.runs import history as a_history
 
 PAGE_RECORDS = (
-    *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given, Spent),
-    *(Worth, Measured, Column, Memory, Distances, SiteMemory, Membership, Attack),
+    *(History, Base, Round, Part, Validation, Refused, Resumed, Begun, Status, Provenance, Given, Spent, Personal),
+    *(Worth, Measured, Column, Alone, Memory, Distances, SiteMemory, Membership, Attack),
 )
 PART = Part({"num-examples": 40, "train-loss": 0.5, "seconds-train": 9.0}, 30, "largest-share", 1.5, "NVIDIA L4", 2)
 LATE = Refused("lily", "HUB-03  Late.")
@@ -101,6 +103,9 @@ def table(kind: type) -> str:
         Worth(
             (1, 2), {"rose": Measured(20, {"alone": (0.2, 0.2), "federated": (0.1, 0.1)}, None, "cGljdHVyZQ==")}, "7", 6
         ),
+        Column("rose", (1,), 20, {"alone": (0.2,), "federated": (0.1,)}, None, 6, {"lily": (0.3,)}),
+        Alone("rose", {"1": "a" * 64}),
+        Provenance("7", personal=Personal("rose", 6, "a" * 64)),
         Membership("rose", "7", "a" * 64, 200, 60, {"loss": Attack(0.6, 0.5, 0.7, 0.02), "pia": Attack(0.5, 0.4, 0.6)}),
         Column("rose", (1,), 20, {"alone": (0.2,), "federated": (0.1,)}, {"alone": (0.5,), "federated": (0.9,)}, 6),
         Provenance("7", "2026-11-28T20:00:00Z", "a" * 64, Base("mini", "d" * 64), 3, {"rose": Given(40, 30)}, 40),
@@ -144,6 +149,12 @@ def test_a_comparison_of_the_version_before_is_read(tmp_path):
     told = {"seeds": [1], "steps": 3, "sites": {"rose": compared([0.2], [0.1])}}
     (tmp_path / "worth.json").write_text(json.dumps(told))
     assert comparison.read(tmp_path / "worth.json").sites["rose"].loss["federated"] == (0.1,)
+    (tmp_path / "worth.json").write_text(json.dumps(told | {"version": 1}))  # as the first with a version
+    found = comparison.read(tmp_path / "worth.json")
+    assert (found.version, found.sites["rose"].others) == (2, None)
+    column = {"site": "rose", "seeds": [1], "version": 1} | told["sites"]["rose"]
+    (tmp_path / "rose.worth.json").write_text(json.dumps(column))
+    assert comparison.read_column(tmp_path / "rose.worth.json").others is None
     assert comparison.read(tmp_path / "nothing.json") is None
 
 
@@ -214,11 +225,13 @@ def test_what_a_newer_version_wrote_is_refused_and_says_so(tmp_path, name):
     written(tmp_path, a_history())
     (tmp_path / "worth.json").write_text(json.dumps({"seeds": [1], "sites": {"rose": compared([0.2], [0.1])}}))
     memorisation.write(tmp_path / "memory.json", Memory({"rose": NEAR}))
-    told = json.loads((tmp_path / name).read_text()) | {"version": 2}
+    known = json.loads((tmp_path / name).read_text())
+    newest = 2 if name == comparison.FILE else 1
+    told = known | {"version": 3}
     (tmp_path / name).write_text(json.dumps(told))
     with pytest.raises(BouquetError, match="REPORT-05") as refused:
         read(tmp_path)
-    assert "of version 2, and this program reads up to 1" in refused.value.found
+    assert f"of version 3, and this program reads up to {newest}" in refused.value.found
 
 
 def test_names_that_a_record_does_not_know_are_passed_over(tmp_path):

@@ -320,6 +320,12 @@ def test_every_warning_of_the_report_is_explained_on_the_page():
             "scripts/bouquet worth measure rose --data",
         ),
         (
+            "scripts/bouquet worth measure site-1 --data DIR RUN-42 RUN-43 RUN-44 --alone site-1.alone --others"
+            " site-2.alone",
+            "test_alone.py",
+            '"worth", "measure", "lily", "--data"',
+        ),
+        (
             ".venv/bin/flwr run . remote-deployment --run-config \"tracker='tensorboard'\" --stream",
             "test_compose.py",
             "tracker='tensorboard'",
@@ -348,7 +354,7 @@ def test_every_command_of_the_page_is_executed_by_a_test(command, file, words):
         for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
         for line in block.splitlines()
     ]
-    assert command in lines and len([line for line in lines if line.startswith("scripts/")]) == 6
+    assert command in lines and len([line for line in lines if line.startswith("scripts/")]) == 7
     assert words in (ROOT / "tests" / file).read_text().split("# --- docs/report.md")[0]
 
 

@@ -55,7 +55,8 @@ def runs(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def column(site, runs, tmp_path_factory) -> dict:
     other = tiny.site(tmp_path_factory.mktemp("other") / "data", 12, seed=5)
-    found = worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), [other], 0)
+    more = worth.More(pool=[other])
+    found = worth.measure("rose", site, runs, tiny.models(), tmp_path_factory.mktemp("cache"), more)
     return records.told(found)
 
 
@@ -86,7 +87,7 @@ def test_every_contenders_rate_falls_over_the_last_quarter_of_its_own_steps(site
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     other = tiny.site(tmp_path / "other", 12, seed=5)
-    worth.measure("rose", site, runs[:1], tiny.models(), tmp_path / "cache", [other], 0)
+    worth.measure("rose", site, runs[:1], tiny.models(), tmp_path / "cache", worth.More(pool=[other]))
     assert seen[:6] == pytest.approx([1, 1, 1, 1, 1, 1 / 1.5])
     assert seen[6:] == pytest.approx([1] * 10 + [2 / 3, 1 / 3])
 
@@ -105,7 +106,7 @@ def test_a_run_of_keys_that_are_refused_by_now_is_compared_as_it_was(tmp_path):
 
 def test_who_trains_alone_trains_both_halves_where_the_run_took_turns(column, site, tmp_path):
     run = run_of(tmp_path / "run", 1, strategy="alternate")
-    found = worth.measure("rose", site, [run], tiny.models(), tmp_path / "cache", [], 0)
+    found = worth.measure("rose", site, [run], tiny.models(), tmp_path / "cache", worth.More())
     assert found.loss["alone"][0] == column["loss"]["alone"][0]
 
 

@@ -196,6 +196,15 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Personal:
+    """How a site has trained a run's adapter on, at home."""
+
+    site: str = entry("the site's name; as published, a number")
+    steps: int = entry("steps that it took there", "steps")
+    started_from: str = entry("SHA-256 of the run's adapter")
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What an adapter was made of: provenance.json beside its files, which goes wherever they go."""
 
@@ -211,6 +220,7 @@ class Provenance:
     config: dict[str, Any] = entry("the run's configuration, with _ for -", default={})
     versions: dict[str, str] = entry("of the hub's libraries, by name", default={})
     privacy: Spent | None = entry("where sites had differential privacy", default=None)
+    personal: Personal | None = entry("where a site has trained it on, at home", default=None)
     version: int = entry("of this format", default=VERSION)
 
 

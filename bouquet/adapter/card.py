@@ -118,6 +118,7 @@ def table(config: RunConfig, provenance: Provenance, family: Family) -> str:
         "rounds × local steps × batch": f"{rounds} × {config.local_steps} × {config.batch_size}",
         "LoRA": f"{lora.told(config)}, {config.lora_targets} of the {part}",
         **({"differential privacy": privacy(provenance.privacy)} if provenance.privacy else {}),
+        **({"trained on by one site": f"{provenance.personal.steps} steps"} if provenance.personal else {}),
         **({"trigger word": config.trigger_word} if config.trigger_word.strip() else {}),
         "picture size": f"{config.resolution} × {config.resolution}",
         "learning rate, seed": f"{config.learning_rate:g}, {config.seed}",

@@ -199,9 +199,11 @@ def provenance_for(provenance: Provenance, named: bool) -> Provenance:
     """What of the provenance is for everybody: no site's name, unless that was asked for."""
     if named:
         return provenance
+    numbers, personal = called(provenance, named), provenance.personal
     return replace(
         provenance,
-        sites={name: provenance.sites[site] for site, name in called(provenance, named).items()},
+        personal=personal and replace(personal, site=numbers.get(personal.site, "a site")),
+        sites={name: provenance.sites[site] for site, name in numbers.items()},
         config={key: value for key, value in provenance.config.items() if key != "sites"},  # those that the run asked
     )
 

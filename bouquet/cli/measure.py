@@ -86,15 +86,25 @@ def worth_measure(
     pool: Annotated[
         list[Path] | None, typer.Option(help="other sites' folders, where they may be had: what pooling would give")
     ] = None,
+    alone: Annotated[
+        Path | None,
+        typer.Option(help="keep here what this site trained alone: an adapter, which other sites may evaluate"),
+    ] = None,
+    others: Annotated[
+        list[Path] | None, typer.Option(help="folders that other sites' --alone wrote: their loss on these photos")
+    ] = None,
+    personal: Annotated[Path | None, typer.Option(help="what bouquet site personal wrote, of these runs")] = None,
     judge: Annotated[int, typer.Option(help="pictures a caption for the demo's judge")] = 0,
     pictures: Annotated[bool, typer.Option("--pictures", help="a sheet of pictures beside the numbers")] = False,
     out: Annotated[Path | None, typer.Option(help="default: NAME.worth.json")] = None,
 ) -> None:
-    """At a site: training alone against the federated adapter, on its own held-out photos."""
+    """At a site: training alone against the federated adapter, on its own held-out photos; others' too, where asked."""
     from bouquet import worth
 
     file = out or Path(f"{name}.worth.json")
-    worth.measure_to_file(file, name, data, runs, models, cache, pool or [], judge, pictures)
+    shown = file.with_suffix(".png") if pictures else None
+    more = worth.More(pool or [], alone, others or [], personal, judge, shown)
+    worth.measure_to_file(file, name, data, runs, models, cache, more)
     print(f"worth  {file}")
 
 

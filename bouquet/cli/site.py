@@ -81,6 +81,27 @@ def site_privacy(
     print("\n".join(cost.told(own.promise, own.config, own.data, own.cache, own.limits, own.models)))
 
 
+@site.command("personal")
+def site_personal(
+    run: common.Run,
+    data: Annotated[Path, typer.Option(help="the site's photos")],
+    name: Annotated[str, typer.Option(help="the site's name")],
+    steps: Annotated[int, typer.Option(min=0, max=1_000_000, help="default: a quarter of the run's at one site")] = 0,
+    out: Annotated[Path | None, typer.Option(help="default: NAME.personal; the run's name is a folder in it")] = None,
+    models: common.Models = Path("models"),
+    cache: Annotated[Path | None, typer.Option(help="the site's cache")] = None,
+) -> None:
+    """Train a run's adapter on, at home: the rate falls to 0 on this site's own photos. It stays here."""
+    import tempfile
+
+    from bouquet.adapter import personal
+
+    with tempfile.TemporaryDirectory() as scratch:
+        cached = cache or Path(scratch)
+        made = personal.train(run, name, data, models, cached, out or Path(f"{name}.personal"), steps)
+    print(f"{made.sentence}\npersonal  {made.folder}")
+
+
 @site.command("runs")
 def site_runs(cache: Cache = CACHE) -> None:
     """Runs that wait for this site's consent, in plain words, and what was decided on others."""

@@ -95,6 +95,37 @@ def dots(values: Mapping[str, Sequence[float]], title: str) -> str:
     return _svg(draw, title, height=2.4)
 
 
+def gains(rows: Mapping[str, Sequence[tuple[int, float, float | None]]], title: str) -> str:
+    """Rows for each letter that stands for a site: of each (series, %, half of its interval) a dot with its interval,
+    before a grey band of the same width around 0, where seeds alone may put it. A dot without an interval is hollow.
+    """
+    every = [(abs(gain), band or 0) for row in rows.values() for _, gain, band in row]
+    whole, most = max(gain + band for gain, band in every), max(gain for gain, _ in every)
+    far = min(whole, 4 * most) or whole or 1  # of two seeds an interval may be so long that nothing else is seen
+
+    def draw(axes: Axes) -> None:
+        ticks, y = [], 0.0
+        for row in rows.values():
+            ticks.append(y + 0.5 * (len(row) - 1))
+            for series, gain, band in row:
+                if band is not None:
+                    axes.barh(y, 2 * band, 0.7, -band, color=LINE)
+                    axes.hlines(y, gain - band, gain + band, color=COLOURS[series], linewidth=1.5, zorder=3)
+                face = COLOURS[series] if band is not None else "none"
+                axes.plot(gain, y, MARKERS[series], color=COLOURS[series], markerfacecolor=face, zorder=4, markersize=7)
+                y += 1
+            y += 0.7
+        axes.axvline(0, color=INK, linewidth=1, zorder=2)
+        axes.set_yticks(ticks, list(rows))
+        axes.set_ylim(y - 0.7 + 0.2, -1.2)
+        axes.set_xlim(-1.1 * far, 1.1 * far)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.set_xlabel("% of the loss that joining takes away; left of 0 it adds")
+
+    return _svg(draw, title, height=1.1 + 0.24 * sum(map(len, rows.values())) + 0.17 * len(rows))
+
+
 def strip(rows: dict[str, Sequence[float]], limit: float, title: str) -> str:
     """A row of dots for each name; dots of the last row below `limit` are rings of another colour. The names are the
     report's own words.

@@ -17,11 +17,11 @@ from app.errors import BouquetError
 from app.hub import history
 from app.records import entry
 
-VERSION = 1
+VERSION = 2
 FILE = "worth.json"
 LARGE = 2**26  # characters of a text that may be a picture
-CONTENDERS = ("base", "alone", "federated", "pooled")
-Numbers = dict[str, tuple[float, ...]]  # by contender
+CONTENDERS = ("base", "alone", "federated", "personal", "pooled")
+Numbers = dict[str, tuple[float, ...]]  # a number a seed: by contender, or by site
 Kind = TypeVar("Kind", "Worth", "Column")
 
 
@@ -33,6 +33,9 @@ class Measured:
     loss: Numbers = entry("fixed-noise loss on those, by contender, a number a seed; less is better")
     judge: Numbers | None = entry("share of pictures that show what was asked for, likewise", default=None)
     picture: str = entry("what each contender draws, where the site agreed: base64 of a PNG", default="")
+    others: Numbers | None = entry(
+        "loss on the same photos of what another site trained alone, by its name", default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Column:
     loss: Numbers = entry("as in worth.json")
     judge: Numbers | None = entry("as in worth.json", default=None)
     steps: int | None = entry("of each training at one site", "steps", default=None)
+    others: Numbers | None = entry("as in worth.json", default=None)
     version: int = entry("of this format", default=VERSION)
 
 
@@ -87,16 +91,18 @@ def check(worth: Worth) -> Worth:
 
 
 def _fits(measured: Measured, count: int) -> bool:
+    others = measured.others or {}
     kinds = [measured.loss] if measured.judge is None else [measured.loss, measured.judge]
-    for numbers in kinds:
-        if not {"alone", "federated"} <= numbers.keys() <= set(CONTENDERS):
-            return False
+    if not all({"alone", "federated"} <= numbers.keys() <= set(CONTENDERS) for numbers in kinds):
+        return False
+    for numbers in (*kinds, others):
         for name, values in numbers.items():
-            if len(values) != count and not (name == "base" and len(values) == 1):
+            if len(values) != count and not (name == "base" and len(values) == 1 and numbers is not others):
                 return False
             if not all(abs(value) < text.LARGEST for value in values):  # as what is no number is read (text.tidy)
                 return False
-    return all(value > 0 for values in measured.loss.values() for value in values)
+    losses = (*measured.loss.values(), *others.values())
+    return measured.held_out > 0 and all(value > 0 for values in losses for value in values)
 
 
 def _read(kind: type[Kind], path: Path) -> Kind:

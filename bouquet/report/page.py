@@ -72,6 +72,7 @@ def page(run: Run) -> str:
             samples=pictures.cut(run.folder / "samples.png", run.config, len(run.rounds)),
             losses={entry.after_round: entry.weighted for entry in run.validation},
             joining=joining(run),
+            gains=gains(run),
             remembering=remembering(run),
         )
     )
@@ -208,6 +209,7 @@ def joining(run: Run) -> list[dict[str, Any]]:
         chart = Markup(charts.dots(values, f"Loss of each contender by seed, site {i + 1} of the table"))
         head, _, rest = found.sentence.partition(":")
         row = {
+            "letter": letter(i),
             "verdict": found,
             "head": head,
             "rest": rest,
@@ -220,6 +222,46 @@ def joining(run: Run) -> list[dict[str, Any]]:
             row | {"picture": drawn and {"uri": pictures.uri(drawn), "width": drawn.width, "height": drawn.height}}
         )
     return rows
+
+
+# what is a series of the picture of all sites: (who, where), and what its legend says
+SERIES = {
+    ("federated", worth.OWN): "own photos",
+    ("federated", worth.OTHERS): "the others' photos",
+    ("personal", worth.OWN): "own photos, trained on at home",
+    ("pooled", worth.OWN): "own photos, all pooled",
+    ("pooled", worth.OTHERS): "the others' photos, all pooled",
+}
+
+
+def letter(place: int) -> str:
+    """What stands for a site in the picture of all: A to Z, then numbers."""
+    return chr(ord("A") + place) if place < 26 else str(place + 1)
+
+
+def gains(run: Run) -> dict[str, Any] | None:
+    """One picture of all sites' halves, with its legend; None where nothing was compared."""
+    if not run.worth:
+        return None
+    known, found = list(SERIES), [one.halves for one in worth.verdicts(run.worth)]
+    rows = {
+        letter(i): [
+            (known.index((half.who, half.where)), 100 * half.gain, half.band and 100 * half.band) for half in halves
+        ]
+        for i, halves in enumerate(found)
+    }
+    there = {(half.who, half.where) for halves in found for half in halves}
+    return {
+        "chart": Markup(charts.gains(rows, "What joining changes at each site, on its own photos and the others'")),
+        "legend": [
+            {"name": words, "mark": charts.MARKS[i], "colour": f"var(--c{i})"}
+            for i, (key, words) in enumerate(SERIES.items())
+            if key in there
+        ],
+        "tie": share(worth.TIE),
+        "personal": ("personal", worth.OWN) in there,
+        "halved": ("federated", worth.OTHERS) in there,
+    }
 
 
 def remembering(run: Run) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """Was joining worth it? One sentence a site, from equal training steps and several seeds; "no" when the answer is no.
 
 Enters: the comparison in a run's folder (comparison.py, made by bouquet worth). `loss` is the fixed-noise loss on the
-site's own held-out photos, less is better; `judge`, where there is one, the share of pictures that show what was asked
-for; `pooled` is there only where data may be pooled.
+site's own held-out photos, less is better; `others`, where sites evaluate what the others trained alone, that of theirs
+on these photos; `judge`, where there is one, the share of pictures that show what was asked for; `pooled` is there only
+where data may be pooled, `personal` where the site has trained the federated adapter on, at home.
+So a site has two halves: its own photos, and the others', which are all that they held out, as one pile.
 Leaves: `Verdict`s. The functions are pure.
 """
 
@@ -13,20 +15,56 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bouquet.report.comparison import CONTENDERS, Measured, Worth
+from bouquet.report.comparison import CONTENDERS, Measured, Numbers, Worth
 
 WORDS = {"base": "the base model", "alone": "training alone"}
+HEADS = {
+    "yes": "Yes",
+    "no": "No",
+    "partly": "Partly",
+    "tie": "A tie",
+    "not shown": "Not shown",
+    "cannot tell": "Cannot tell from one seed",
+}
+OWN, OTHERS = "own", "others"
+TIE = 0.01  # share of a loss: where the whole interval is nearer to none than this, the difference is none
 # Student's t for a two-sided 95 % interval, by degrees of freedom (seeds − 1); beyond the table, the normal 1.96.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
+class Half:
+    """How much lower one contender's loss is than that of the best that the site has without joining, on one half of
+    the photos; as a share of it, paired by seed.
+    """
+
+    who: str  # federated, personal or pooled
+    where: str  # OWN or OTHERS
+    rival: str  # alone or base
+    photos: int
+    seeds: int
+    gain: float
+    band: float | None  # half the width of its 95 % interval: what seeds alone do; None with one seed
+    answer: str
+
+    @property
+    def size(self) -> str:
+        """'11.0 % lower than with training alone (95 % interval ..., 3 seeds)'."""
+        counted = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        way = "lower" if self.gain >= 0 else "higher"
+        return f"{abs(self.gain):.1%} {way} than with {WORDS[self.rival]} ({_span(self.gain, self.band, counted)})"
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """`answer` is yes, no, partly, not shown (the seeds differ more than the contenders) or cannot tell (one seed)."""
+    """`answer` is yes, no, partly, tie, not shown (the seeds differ more than the contenders) or cannot tell (one
+    seed). `halves`: the federated adapter's, then those of who else was measured.
+    """
 
     site: str
     answer: str
     sentence: str
+    halves: tuple[Half, ...] = ()
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -38,19 +76,21 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def answer(mean: float, half: float | None) -> str:
-    """For a gain: positive is good."""
+def answer(mean: float, half: float | None, tie: float = TIE) -> str:
+    """For a gain: positive is good. A tie is an interval around 0 that ends before `tie` on either side."""
     if half is None:
         return "cannot tell"
-    return "yes" if mean - half > 0 else "no" if mean + half < 0 else "not shown"
+    if abs(mean) > half:
+        return "yes" if mean > 0 else "no"
+    return "tie" if abs(mean) + half < tie else "not shown"
 
 
 def together(answers: Sequence[str]) -> str:
-    """One answer from the loss's and the judge's."""
+    """One answer from several: of the halves' losses, and of the judge."""
     found = set(answers)
     if {"yes", "no"} <= found:
         return "partly"
-    return next(word for word in ("yes", "no", "not shown", "cannot tell") if word in found)
+    return next(word for word in ("yes", "no", "not shown", "tie", "cannot tell") if word in found)
 
 
 def best_without(values: Mapping[str, Sequence[float]], less_is_better: bool) -> str:
@@ -59,51 +99,102 @@ def best_without(values: Mapping[str, Sequence[float]], less_is_better: bool) ->
     return (min if less_is_better else max)(means, key=lambda name: means[name])
 
 
-def verdict(site: str, measured: Measured) -> Verdict:
-    """The federated adapter against the best that the site has without joining, paired by seed."""
-    loss, judge = measured.loss, measured.judge
+def elsewhere(site: str, sites: Mapping[str, Measured]) -> tuple[int, Numbers] | None:
+    """(photos, loss by contender) of a site on what the others held out, those of them that have evaluated what it
+    trained alone; a photo counts as much as any other. None where nobody has.
+    """
+    there = [found for name, found in sites.items() if name != site and found.others and site in found.others]
+    if not there:
+        return None
+    tables = [_whole(found) | {"alone": (found.others or {})[site]} for found in there]
+    total = sum(found.held_out for found in there)
+
+    def mean(who: str) -> tuple[float, ...]:
+        by_seed = zip(*(table[who] for table in tables), strict=True)
+        return tuple(sum(f.held_out * v for f, v in zip(there, row, strict=True)) / total for row in by_seed)
+
+    return total, {who: mean(who) for who in CONTENDERS if who != "personal" and all(who in table for table in tables)}
+
+
+def halves(site: str, sites: Mapping[str, Measured]) -> tuple[Half, ...]:
+    """What was measured of a site: the federated adapter and pooling on both halves, the personal one on its own."""
+    own, far = sites[site], elsewhere(site, sites)
+    found = [(OWN, own.held_out, _whole(own))] + ([(OTHERS, *far)] if far else [])
+    return tuple(
+        _half(who, where, photos, loss)
+        for who in ("federated", "personal", "pooled")
+        for where, photos, loss in found
+        if who in loss
+    )
+
+
+def _half(who: str, where: str, photos: int, loss: Numbers) -> Half:
     rival = best_without(loss, less_is_better=True)
-    gains = [(old - new) / old for old, new in zip(_each(loss[rival], loss), loss["federated"], strict=True)]
-    mean, half = interval(gains)
-    answers = [answer(mean, half)]
-    counted = f"{len(gains)} seed{'s' * (len(gains) > 1)}"
-    words = (
-        f"on its own {measured.held_out} held-out photos the federated adapter's loss is {abs(mean):.1%}"
-        f" {'lower' if mean >= 0 else 'higher'} than with {WORDS[rival]} ({_span(mean, half, counted)})"
-    )
-    if judge:
-        rival = best_without(judge, less_is_better=False)
-        old, new = _each(judge[rival], judge), judge["federated"]
-        points = [100 * (b - a) for a, b in zip(old, new, strict=True)]
-        mean, half = interval(points)
-        answers.append(answer(mean, half))
-        words += (
-            f", and the judge sees what was asked for in {statistics.fmean(new):.0%} of its pictures against"
-            f" {statistics.fmean(old):.0%} with {WORDS[rival]}"
-        )
-        words += (
-            f" (95 % interval of the difference {mean - half:+.0f} to {mean + half:+.0f} points)"
-            if half is not None
-            else ""
-        )
-    found = together(answers)
-    head = {
-        "yes": "Yes",
-        "no": "No",
-        "partly": "Partly",
-        "not shown": "Not shown",
-        "cannot tell": "Cannot tell from one seed",
-    }[found]
-    return Verdict(
-        site,
-        found,
-        f"{head}: {words}.".replace("%", " %").replace("  %", " %").replace("-", "−").replace("held−out", "held-out"),
-    )
+    gains = [(old - new) / old for old, new in zip(loss[rival], loss[who], strict=True)]
+    gain, band = interval(gains)
+    return Half(who, where, rival, photos, len(gains), gain, band, answer(gain, band))
+
+
+def verdict(site: str, sites: Mapping[str, Measured]) -> Verdict:
+    """The federated adapter against the best that the site has without joining, on its own photos and the others'."""
+    found = halves(site, sites)
+    joined = [half for half in found if half.who == "federated"]
+    answers, clauses = [half.answer for half in joined], []
+    for half in joined:
+        told = {"tie": ", a tie", "not shown": ", which is not shown"}.get(half.answer, "") if len(joined) > 1 else ""
+        if half.where == OWN:
+            clauses.append(
+                f"on its own {half.photos} held-out photos the federated adapter's loss is {half.size}{told}"
+            )
+        else:
+            clauses.append(f"on the others' {half.photos} it is {half.size}{told}")
+    if sites[site].judge:
+        judged, words = _judged(sites[site])
+        answers, clauses = [*answers, judged], [*clauses, words]
+    total = together(answers)
+    text = f"{HEADS[total]}{_paying(joined, total)}: {', and '.join(clauses)}.{_beside(found)}"
+    return Verdict(site, total, text.replace("%", " %").replace("  %", " %"), found)
 
 
 def verdicts(worth: Worth) -> list[Verdict]:
     """One for each site, by name."""
-    return [verdict(site, measured) for site, measured in sorted(worth.sites.items())]
+    return [verdict(site, worth.sites) for site in sorted(worth.sites)]
+
+
+def _paying(joined: Sequence[Half], total: str) -> str:
+    """Which half pays, where both are known and one does."""
+    pays = [half.where for half in joined if half.answer == "yes"]
+    if len(joined) < 2 or not pays or total not in ("yes", "partly"):
+        return ""
+    return ", by both halves" if len(pays) > 1 else {OWN: ", by its own half", OTHERS: ", by the others' half"}[pays[0]]
+
+
+def _beside(found: Sequence[Half]) -> str:
+    """A sentence about a tail at home; and one about pooling, where even that would lose on the site's own photos."""
+    own, text = {half.who: half for half in found if half.where == OWN}, ""
+    if personal := own.get("personal"):
+        told = {"tie": ", a tie", "not shown": ", which is not shown"}.get(personal.answer, "")
+        text += f" Trained on at home, on its own photos it is {personal.size}{told}."
+    if (pooled := own.get("pooled")) and pooled.answer == "no":
+        also = " as well" if own["federated"].answer == "no" else ""
+        text += f" Pooling all photos would lose on its own{also}: {pooled.size}."
+    return text
+
+
+def _judged(measured: Measured) -> tuple[str, str]:
+    """The judge's answer, and its words."""
+    assert measured.judge is not None
+    rival = best_without(measured.judge, less_is_better=False)
+    old, new = _each(measured.judge[rival], measured.judge), measured.judge["federated"]
+    points = [100 * (b - a) for a, b in zip(old, new, strict=True)]
+    mean, half = interval(points)
+    words = (
+        f"the judge sees what was asked for in {statistics.fmean(new):.0%} of its pictures against"
+        f" {statistics.fmean(old):.0%} with {WORDS[rival]}"
+    )
+    if half is not None:
+        words += f" (95 % interval of the difference {mean - half:+.0f} to {mean + half:+.0f} points)".replace("-", "−")
+    return answer(mean, half, 100 * TIE), words
 
 
 def table(measured: Measured) -> list[dict[str, str]]:
@@ -127,6 +218,11 @@ def table(measured: Measured) -> list[dict[str, str]]:
 def _shown(values: Sequence[float], form: str, scale: float) -> str:
     mean, half = interval(values)
     return form.format(mean * scale) + (f" ± {form.format(half * scale)}" if half is not None else "")
+
+
+def _whole(measured: Measured) -> Numbers:
+    """The losses, with one value a seed."""
+    return {who: tuple(_each(values, measured.loss)) for who, values in measured.loss.items()}
 
 
 def _each(values: Sequence[float], all_values: Mapping[str, Sequence[float]]) -> Sequence[float]:
