@@ -128,7 +128,7 @@ def test_one_site_alone_loses_nothing_so_exact_is_fedavg(folders):
 
 def test_rounds_in_turn_move_b_then_a_and_send_half_of_the_bytes_of_both(folders):
     start = tiny.fresh()
-    one, first = ends(folders, "alternate", 1)
+    one, first = ends(folders, "ffa", 1)
     two, mean = ends(folders, "alternate", 2)
     b_alone, sent = ends(folders, "ffa", 2)
     after = {name: model.adapter_of(net) for name, net in (("one", one), ("two", two), ("ffa", b_alone))}

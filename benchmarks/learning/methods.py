@@ -73,7 +73,11 @@ METHODS = {
         averages="exact",
     ),
     "svd": Method("the app's: the products' mean, cut to the rank", run={"strategy": "svd"}),
-    "alternate": Method("RoLoRA: B and A in turn (Chen et al. 2024, arXiv:2409.02346)", trains=("B", "A")),
+    "alternate": Method(
+        "the app's RoLoRA: B and A in turn (Chen et al. 2024, arXiv:2409.02346)",
+        run={"strategy": "alternate"},
+        trains=("B", "A"),
+    ),
     "ffa": Method("FFA-LoRA: B alone (Sun et al. 2024, arXiv:2403.12313)", trains=("B",)),
     "flora": Method(
         "FLoRA: sites' modules stacked into the base, a fresh adapter each round (Wang et al. 2024, arXiv:2409.05976)",
