@@ -18,7 +18,7 @@ import pytest
 from bouquet.hub.deployment import clone as copy_project  # noqa: F401 (the tests' name for it)
 
 DOCKER = ("test_join_compose", "test_access", "test_compose")  # the second attacks the image that the first builds
-TOGETHER = dict.fromkeys(DOCKER, "docker")  # one image, one deployment at a time
+TOGETHER = dict.fromkeys(DOCKER[:2], "docker")  # the third builds what it needs, and takes as long as both
 ALONE = {  # tests that share nothing with their file, and take as long as another file
     "test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_as_if_nothing_had_been": "containers",
     "test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars": "comparison",
@@ -26,8 +26,8 @@ ALONE = {  # tests that share nothing with their file, and take as long as anoth
     "test_ctrl_c_in_the_demo_stops_everything": "demo",
 }
 LONGEST = (
-    *("docker", "test_faults", "containers", "test_accept", "test_trust", "test_federation", "test_join"),
-    *("test_bench", "comparison", "test_parity", "test_publish", "demo", "test_superexec", "test_database"),
+    *("docker", "test_compose", "test_faults", "containers", "comparison", "test_federation", "test_trust"),
+    *("test_accept", "test_bench", "test_join", "test_publish", "demo", "test_superexec", "test_database"),
 )
 DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
     **dict.fromkeys(("test_federation", "test_trust", "test_preflight"), "federation"),

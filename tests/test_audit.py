@@ -181,8 +181,8 @@ def test_the_command_ends_with_1_for_a_changed_log_and_for_one_that_lacks_the_ke
 
 
 def test_nothing_that_a_log_holds_moves_the_cursor(log, capsys):
-    audit.append(log, did="refused", site="a\x1b[2J\nhead     0")
-    assert "\x1b" not in told(capsys, log)[0] and "\nhead     0" not in told(capsys, log)[0]
+    audit.append(log, did="refused", site="a\x1b[2J\nhead     none")
+    assert "\x1b" not in told(capsys, log)[0] and "\nhead     none" not in told(capsys, log)[0]
 
 
 def test_the_hub_logs_whom_it_admits_and_revokes_and_a_log_that_cannot_be_written_undoes_nothing(tmp_path, capsys):

@@ -190,7 +190,9 @@ def test_a_supernode_that_hears_nothing_from_the_hub_is_unhealthy(up: Path) -> N
         up,
         check=False,
     )
-    assert old.returncode == 1 and "nothing heard from the hub for 76 s" in old.stdout
+    assert old.returncode == 1 and re.search(r"nothing heard from the hub for (7[6-9]|[89]\d) s", old.stdout), (
+        old.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,13 +208,19 @@ def test_a_join_kit_of_the_version_before_finds_the_programs_that_it_names(up: P
     assert words in sh(f"{begun} {command}", up).stdout
 
 
-def test_the_operator_needs_no_python_on_the_host(up: Path, run: str) -> None:
+@pytest.fixture(scope="module")
+def tracked(up: Path) -> str:
+    """What was said of a run that the operator's container has started, with a tracker."""
+    config = SMALL + " tracker='tensorboard'"
+    return sh(
+        f'docker compose run --rm operator flwr run . remote-deployment --run-config "{config}" --stream', up
+    ).stdout
+
+
+def test_the_operator_needs_no_python_on_the_host(up: Path, run: str, tracked: str) -> None:
     shown = sh("docker compose run --rm operator flwr ls remote-deployment --format json", up).stdout
     assert run in shown and "finished:completed" in shown
-    started = sh(
-        f'docker compose run --rm operator flwr run . remote-deployment --run-config "{SMALL}" --stream', up
-    ).stdout
-    assert "bouquet: finished" in started
+    assert "bouquet: finished" in tracked
 
 
 def operator(up: Path, command: str, options: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -306,17 +314,13 @@ def test_the_operators_status_and_report_come_from_the_shared_volume(up: Path, r
     assert page.lower().startswith("<!doctype html>") and "site-1" in page and page.rstrip().endswith("</html>")
 
 
-def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: Path, run: str) -> None:
-    again = SMALL + " tracker='tensorboard'"
-    [tracked] = re.findall(
-        r"started run (\d+)", sh(f'.venv/bin/flwr run . remote-deployment --run-config "{again}"', up).stdout
-    )
-    assert follow(tracked, print)[0] == "finished:completed"
+def test_the_dashboard_shows_every_tracked_run_on_this_hosts_loopback_alone(up: Path, run: str, tracked: str) -> None:
+    [other] = re.findall(r"started run (\d+)", tracked)
     port = str(free_port())
     try:
         sh("docker compose --profile dashboard up -d --wait dashboard", up, DASHBOARD_PORT=port)
         shown = json.loads(sh(f"curl -sf http://127.0.0.1:{port}/data/runs", up).stdout)
-        assert f"{tracked}/tracker" in shown and f"{run}/tracker" not in shown
+        assert f"{other}/tracker" in shown and f"{run}/tracker" not in shown
         [container] = json.loads(sh("docker inspect $(docker compose --profile dashboard ps -q dashboard)", up).stdout)
         host = container["HostConfig"]
         assert [(b["HostIp"], b["HostPort"]) for ports in host["PortBindings"].values() for b in ports] == [

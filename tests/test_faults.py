@@ -8,6 +8,7 @@ site-3 may lie.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -24,9 +25,11 @@ import pytest
 from conftest import sh
 from safetensors.torch import load_file, save_file
 
+from app import model
+from app.adapter import store
 from benchmarks import check
 from benchmarks.faults import __main__ as faults
-from benchmarks.faults import containers, disk, kills, network, outcome, photos, updates
+from benchmarks.faults import containers, disk, network, outcome, photos, updates
 from benchmarks.faults.bench import HOSTILE, RUN, Bench
 from benchmarks.faults.case import Case, differs, judge, lost, play, recovered
 from benchmarks.faults.hub import Late
@@ -38,10 +41,11 @@ from tests.kit.wait import until
 
 @contextlib.contextmanager
 def everything(home: Path) -> Iterator[Bench]:
-    """A small output volume and a hostile site, in one deployment."""
+    """A small output volume and a hostile site, in one deployment; what is learned does not matter."""
     volume = contextlib.nullcontext() if disk.no_mount() else disk.small(home / "adapters", disk.SIZES["adapters"])
     site_3 = {"PYTHONPATH": f"{HOSTILE}:{ROOT}", "BOUQUET_WRONG": str(home / "wrong.json")}
     with volume, Bench(home, site_3=site_3) as bench:
+        bench.config = {"local-steps": 2}
         yield bench
 
 
@@ -51,9 +55,28 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield running
 
 
+@pytest.fixture
+def slowly(bench: Bench) -> Iterator[None]:
+    """The hostile site only takes its time in the rounds that are disturbed: what comes in the middle of one does."""
+    file = bench.home / "wrong.json"
+    file.write_text(json.dumps({2: "slowly", 3: "slowly"}))
+    yield
+    file.unlink()
+
+
 @pytest.fixture(scope="module")
-def reference(bench: Bench) -> str:
-    return faults.undisturbed(bench)
+def two_runs(bench: Bench) -> list[str]:
+    """Two runs that nothing happens to, started at once; they have ended well."""
+    bench.all_online()
+    runs = [bench.start_run(RUN), bench.start_run(RUN)]
+    assert [bench.wait_for_end(run) for run in runs] == ["finished:completed"] * 2
+    return runs
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench, two_runs: list[str]) -> str:
+    """What the first of them learned; a disturbed run, which has the sites to itself, has to learn the same."""
+    return model.adapter_hash(store.read_adapter(bench.adapters / two_runs[0] / "final"))
 
 
 def finished(bench: Bench) -> str:
@@ -64,24 +87,36 @@ def finished(bench: Bench) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_that_is_killed_while_a_site_restarts_ends_the_run_as_if_nothing_had_been(
-    bench: Bench, reference: str
+def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(
+    bench: Bench, reference: str, two_runs: list[str]
 ) -> None:
+    last = finished(bench)
+    assert last in two_runs
+    # of the one that was done first the checker says nothing but that `latest` has gone on to the other
+    for run in two_runs:
+        assert check.check(bench.evidence(run)) == (
+            [] if run == last else [f"latest is {last}, the run's state is 'finished'"]
+        )
+        assert differs(bench, run, reference, same=True) == []
+
+
+def test_a_hub_that_is_killed_while_a_site_restarts_and_a_client_app_that_ends_end_the_run_as_if_nothing_had_been(
+    bench: Bench, reference: str, slowly: None
+) -> None:
+    """Hub and site in round 2. In round 3 a ClientApp ends without a reply: Flower's SuperNode waits for it for ever,
+    and the site takes part in nothing any more; it is answered for, and the round is tried again.
+    """
+
     def fault(bench: Bench, run: str) -> None:
         bench.signal("site-3", signal.SIGTERM)
         bench.signal("superlink", signal.SIGKILL)
+        bench.mid_round(run, 3)
+        os.kill(bench.child("site-3", "flwr-clientapp"), signal.SIGTERM)
 
-    result = play(Case("kill", "both", fault), bench, reference)
+    result = play(Case("kill", "all three", fault), bench, reference)
     assert result.survived and result.how == "" and result.recovery, result
-
-
-def test_a_client_app_that_ends_without_a_reply_is_answered_for_and_the_round_is_tried_again(
-    bench: Bench, reference: str
-) -> None:
-    """Flower's SuperNode waits for its reply for ever, and the site takes part in nothing any more."""
-    [case] = [case for case in kills.CASES if case.name == "SIGTERM to a ClientApp"]
-    result = play(case, bench, reference)
-    assert result.survived and result.how == "" and result.recovery, result
+    rounds = bench.evidence(finished(bench)).history()["rounds"]
+    assert [[each["site"] for each in entry["refused"]] for entry in rounds][2] == ["site-3"]
 
 
 def test_bad_updates_are_refused_by_name_and_the_round_is_the_honest_sites_mean(bench: Bench) -> None:
@@ -100,7 +135,7 @@ def test_bad_updates_are_refused_by_name_and_the_round_is_the_honest_sites_mean(
 
 @pytest.mark.skipif(bool(disk.no_mount()), reason=disk.no_mount())
 def test_on_a_full_output_volume_the_run_ends_declared_and_a_second_one_gives_the_undisturbed_adapter(
-    bench: Bench, reference: str
+    bench: Bench, reference: str, slowly: None
 ) -> None:
     result = play(Case("disk", "full", disk.output_full), bench, reference)
     assert (result.survived, result.how, result.lost) == (True, "resumed", 0), result
@@ -143,28 +178,6 @@ def test_recovery_counts_from_the_fault_to_the_next_whole_round(bench: Bench, re
     assert recovered(bench, run, done=9, fault=0) is None
 
 
-@pytest.fixture(scope="module")
-def two_runs(bench: Bench, reference: str) -> list[str]:
-    """Two runs that were started at once and have ended well."""
-    bench.all_online()
-    runs = [bench.start_run(RUN), bench.start_run(RUN)]
-    assert [bench.wait_for_end(run) for run in runs] == ["finished:completed"] * 2
-    return runs
-
-
-def test_two_runs_at_once_keep_apart_and_each_gives_the_undisturbed_adapter(
-    bench: Bench, reference: str, two_runs: list[str]
-) -> None:
-    last = finished(bench)
-    assert last in two_runs
-    # of the one that was done first the checker says nothing but that `latest` has gone on to the other
-    for run in two_runs:
-        assert check.check(bench.evidence(run)) == (
-            [] if run == last else [f"latest is {last}, the run's state is 'finished'"]
-        )
-        assert differs(bench, run, reference, same=True) == []
-
-
 def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench: Bench, two_runs: list[str]) -> None:
     """Runs that ended well and one that failed lie behind; a message would be a megabyte, what stays of a run is its
     name and its log, and of all of them the one bundle.
@@ -173,7 +186,9 @@ def test_the_state_database_forgets_every_message_of_runs_that_have_ended(bench:
     assert in_use(bench) < 1024 * 1024
 
 
-def test_three_sites_hide_their_updates_from_the_hub_and_begin_again_without_one_that_is_killed(bench: Bench) -> None:
+def test_three_sites_hide_their_updates_from_the_hub_and_begin_again_without_one_that_is_killed(
+    bench: Bench, slowly: None
+) -> None:
     """Through a real SuperLink, with the sites' own admitted keys; the checker finds the sum in what they sent."""
     bench.all_online()
     run = bench.start_run(RUN | {"secrecy": "masks", "norm-bound": 0.0, "round-timeout": 60})
@@ -221,6 +236,7 @@ def test_in_containers_docker_starts_a_killed_superlink_again_and_the_run_ends_a
         pytest.skip(why)
     [case] = [case for case in containers.CASES if case.name == "SIGKILL of the SuperLink's container"]
     with containers.Containers(tmp_path) as hub:
+        hub.config = {"local-steps": 2, "round-timeout": 400}
         result = play(case, hub, faults.undisturbed(hub))
     assert result.survived and result.how == "", result
 

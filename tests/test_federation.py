@@ -57,14 +57,31 @@ def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             running.stop()
 
 
-@pytest.fixture(scope="module")
-def finished(federation: Processes) -> tuple[Path, list[str]]:
-    """One small run to its end: its folder and the lines that a person saw."""
+def went(federation: Processes, workers: dict[str, dict[str, set[int]]], config: str) -> tuple[Path, list[str]]:
+    """A run to its end: its folder and the lines that a person saw. Which processes took its messages at each site goes
+    into `workers`, by the run's id.
+    """
     lines: list[str] = []
-    run = start_run(SMALL)
+    watch = Watch(sessions(federation))
+    watch.start()
+    run = start_run(config)
     state, details = follow(run, lines.append)
+    watch.stop()
     assert state == "finished:completed", (details, lines)
+    workers[run] = {site: set(watch.began.get(site, {})) for site in federation.sites}
     return federation.fetch(run), lines
+
+
+@pytest.fixture(scope="module")
+def workers() -> dict[str, dict[str, set[int]]]:
+    """The processes that worked for each run of this module that ended well."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(federation: Processes, workers: dict[str, dict[str, set[int]]]) -> tuple[Path, list[str]]:
+    """One small run to its end: its folder and the lines that a person saw."""
+    return went(federation, workers, SMALL)
 
 
 def stream(run: str) -> list[str]:
@@ -137,38 +154,28 @@ def test_the_sites_processes_print_our_lines_and_others_warnings_alone(
         assert "Start `flwr-clientapp` process" not in log and "Successfully installed" not in log
 
 
-def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(
-    federation: Processes,
+FAMILIES = ["sdxl", "zimage"]
+
+
+@pytest.fixture(scope="module")
+def families_runs(federation: Processes, workers: dict[str, dict[str, set[int]]]) -> dict[str, Path]:
+    """A run's folder for SDXL and for a family that matches flows, tiny."""
+    small, runs = SMALL.replace("local-steps=2", "local-steps=6"), {}
+    for name in FAMILIES:
+        shutil.copytree(families.base(name), federation.models / f"tiny-{name}")
+        more = "resolution=32 lora-targets='attention' learning-rate=0.05 wire-precision='fp16'"
+        runs[name], _ = went(federation, workers, f"{small} base-model='tiny-{name}' {more}")
+    return runs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_family_of_base_models_is_trained_by_the_same_deployment(
+    families_runs: dict[str, Path], name: str
 ) -> None:
-    seen = []
-    for _ in range(2):
-        watch = Watch(sessions(federation))
-        watch.start()
-        state, details = follow(start_run(SMALL), lambda line: None)
-        watch.stop()
-        assert state == "finished:completed", details
-        seen.append({site: set(watch.began.get(site, {})) for site in federation.sites})
-    assert all(len(pids) == 1 for run in seen for pids in run.values()), seen
-    # a run's process never serves another run
-    assert all(not seen[0][site] & seen[1][site] for site in federation.sites), seen
-    until(lambda: not [process for _, process in processes(sessions(federation)) if process.name == MESSAGE])
-
-
-@pytest.mark.parametrize("name", ["sdxl", "zimage"])
-def test_another_family_of_base_models_is_trained_by_the_same_deployment(federation: Processes, name: str) -> None:
-    """SDXL and one that matches flows, tiny: a SuperLink, two SuperNodes, two rounds; the loss falls, and what a run
-    leaves is what that family's tools load.
+    """A SuperLink, two SuperNodes, two rounds; the loss falls, and what a run leaves is what that family's tools
+    load.
     """
-    shutil.copytree(families.base(name), federation.models / f"tiny-{name}", dirs_exist_ok=True)
-    lines: list[str] = []
-    small = SMALL.replace("local-steps=2", "local-steps=6")
-    run = start_run(
-        f"{small} base-model='tiny-{name}' resolution=32 lora-targets='attention' learning-rate=0.05"
-        " wire-precision='fp16'"
-    )
-    state, details = follow(run, lines.append)
-    assert state == "finished:completed", (details, lines)
-    folder = federation.fetch(run)
+    folder = families_runs[name]
     told = history(folder)
     assert [set(entry["sites"]) for entry in told["rounds"]] == [{"site-1", "site-2"}] * 2
     first, *_, last = (entry["weighted"] for entry in told["validation"])
@@ -177,6 +184,20 @@ def test_another_family_of_base_models_is_trained_by_the_same_deployment(federat
     assert files == {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"} | (
         {"kohya.safetensors"} if name == "sdxl" else set()
     )
+
+
+def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(
+    federation: Processes,
+    finished: tuple[Path, list[str]],
+    families_runs: dict[str, Path],
+    workers: dict[str, dict[str, set[int]]],
+) -> None:
+    """Of three runs of two rounds, one after another."""
+    assert workers.keys() == {finished[0].name, *(folder.name for folder in families_runs.values())}
+    assert all(len(pids) == 1 for run in workers.values() for pids in run.values()), workers
+    for site in federation.sites:  # a run's process never serves another run
+        assert len(set.union(*(run[site] for run in workers.values()))) == len(workers), workers
+    until(lambda: not [process for _, process in processes(sessions(federation)) if process.name == MESSAGE])
 
 
 def test_the_hub_answers_nobody_without_tls_or_with_another_ca(federation: Processes) -> None:

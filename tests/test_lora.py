@@ -112,7 +112,8 @@ def test_the_estimate_counts_each_layers_own_rank():
 @pytest.mark.parametrize(
     ("name", "shape"), [("sd", "alpha 4"), ("sd", "rs"), ("sd", "ranks"), ("sd", "all"), ("flux", "all")]
 )
-def test_every_loader_draws_the_picture_that_training_meant(tmp_path, shape, name):
+def test_every_loader_draws_the_picture_that_training_meant(tmp_path, monkeypatch, shape, name):
+    monkeypatch.setattr(parity, "STEPS", 2)  # a wrong number shows in each
     base, changes = kit.base(name), dict(SHAPES[shape][0])
     if name == "flux" and "rank_pattern" in changes:
         changes["rank_pattern"] = "to_q=3,single_transformer_blocks=1"
@@ -127,7 +128,8 @@ def test_every_loader_draws_the_picture_that_training_meant(tmp_path, shape, nam
     assert tiny.equal(found, adapter) and known == config
 
 
-def test_a_power_of_two_is_the_same_picture_to_the_bit(tmp_path):
+def test_a_power_of_two_is_the_same_picture_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "STEPS", 2)
     config = tiny.config(lora_alpha=4.0)
     final = formats.write_final(tmp_path, tiny.adapter(3, config), config, sd.FAMILY)
     rows = {row.path: row.difference for row in parity.check(final, tiny.base(), config) if row.precision == "fp32"}

@@ -41,7 +41,7 @@ def test_adamw_is_the_one_of_before():
 
 @pytest.mark.parametrize("name", ALL)
 def test_rounds_learn_and_repeat_bit_for_bit(name):
-    config = tiny.config(local_steps=25, caption_dropout=0.0, optimizer=name)
+    config = tiny.config(local_steps=8, learning_rate=0.03, caption_dropout=0.0, optimizer=name)
 
     def losses() -> tuple[list[float], model.Adapter]:
         unet = tiny.unet(config)

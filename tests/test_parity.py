@@ -30,6 +30,11 @@ PATHS = [(path, precision) for precision in ("fp32", "fp16") for path in ("PEFT"
 ]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(parity, "STEPS", 2)  # a layer that is wrong shows in each
+
+
 @pytest.fixture(scope="module")
 def final(tmp_path_factory) -> Path:
     return formats.write_final(tmp_path_factory.mktemp("parity"), tiny.adapter(3), tiny.CONFIG, sd.FAMILY)
@@ -157,10 +162,9 @@ SD15 = RunConfig.read(
 )
 
 
-@pytest.fixture(scope="module")
-def sd15(tmp_path_factory) -> Path:
-    """A pipeline of Stable Diffusion 1.5's UNet, autoencoder and text width with random weights; 2 GB in half
-    precision.
+def build(folder: Path, unet: tuple[int, ...], vae: tuple[int, ...]) -> int:
+    """A pipeline of Stable Diffusion 1.5's blocks with random weights in half precision, its UNet and autoencoder of
+    these widths; how many numbers the UNet has.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -169,17 +173,16 @@ def sd15(tmp_path_factory) -> Path:
     down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    net = UNet2DConditionModel(
         sample_size=64,
         down_block_types=(down, down, down, "DownBlock2D"),
         up_block_types=("UpBlock2D", up, up, up),
-        block_out_channels=(320, 640, 1280, 1280),
+        block_out_channels=unet,
         attention_head_dim=8,
         cross_attention_dim=768,
     )
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+    autoencoder = AutoencoderKL(
+        block_out_channels=vae,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
@@ -194,12 +197,11 @@ def sd15(tmp_path_factory) -> Path:
         max_position_embeddings=77,
         **ends,
     )
-    folder = tmp_path_factory.mktemp("models") / "sd15"
     StableDiffusionPipeline(
-        vae=vae,
+        vae=autoencoder,
         text_encoder=CLIPTextModel(words),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=net,
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -212,15 +214,25 @@ def sd15(tmp_path_factory) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(folder)
-    yield folder
-    shutil.rmtree(folder)
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.fixture
+def sd15(tmp_path) -> Path:
+    """At its own widths; 2 GB."""
+    assert build(tmp_path / "sd15", (320, 640, 1280, 1280), (128, 256, 512, 512)) == 859_520_964
+    yield tmp_path / "sd15"
+    shutil.rmtree(tmp_path / "sd15")
 
 
 @pytest.mark.slow
-def test_every_path_draws_the_same_picture_on_stable_diffusions_architecture(sd15, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "STEPS", 2)  # a layer that is wrong shows in each
-    final = formats.write_final(tmp_path, trained(sd15, SD15, 0.1), SD15, sd.FAMILY)
-    assert [(row.path, row.precision) for row in parity.check(final, sd15, SD15)] == PATHS
+def test_every_path_draws_the_same_picture_on_stable_diffusions_architecture(tmp_path):
+    """Every block and layer of it, at a tenth of the width: the names are what the files have to agree on."""
+    build(base := tmp_path / "sd15", (32, 64, 128, 128), (32, 32, 64, 64))
+    fresh = model.new_adapter(base, SD15)
+    assert len(fresh) == 256  # the tensors of a published LoRA
+    final = formats.write_final(tmp_path / "run", trained(base, SD15, 0.1), SD15, sd.FAMILY)
+    assert [(row.path, row.precision) for row in parity.check(final, base, SD15)] == PATHS
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ COMMANDS = {
         "scripts/check"),
     "scripts/test": (SCRIPTS_TEST, "scripts/test"),
     'scripts/test -m "not slow"': (SCRIPTS_TEST, '-m "not slow"'),
-    "scripts/test tests/test_diffusion.py": (SCRIPTS_TEST, "scripts/test tests/test_diffusion.py"),
+    "scripts/test tests/test_records.py": (SCRIPTS_TEST, "scripts/test tests/test_records.py"),
     "scripts/setup": (BY_HAND, "scripts/setup"),
     "docker compose up -d --wait": (BY_HAND, "docker compose up -d --wait"),
     "docker compose up -d": (DOWN, "docker compose up -d"),
@@ -94,10 +94,10 @@ COMMANDS = {
         f"{CERTS}::test_an_expired_certificate_is_named_and_renewed_with_the_same_ca", "scripts/certs renew"),
     "scripts/setup packages": (SCRIPTS_TEST, "scripts/test"),  # which begins with it
     "bouquet hub sign": (
-        f"{TRUST}::test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run",
+        f"{TRUST}::test_by_plain_flwr_run_both_sites_run_a_signed_checkout_and_an_older_one_only_signed_again",
         "scripts/bouquet hub sign"),
     "bouquet hub sign --again": (
-        f"{TRUST}::test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again",
+        f"{TRUST}::test_by_plain_flwr_run_both_sites_run_a_signed_checkout_and_an_older_one_only_signed_again",
         "scripts/bouquet hub sign --again"),
     "bouquet hub sign --key FILE": (
         f"{TRUST}::test_the_command_shows_the_fingerprint_that_ssh_keygen_shows", "scripts/bouquet hub sign --key"),
@@ -193,7 +193,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_scripts_test_runs_the_tests_it_is_asked_for(copy: Path) -> None:
-    shown = sh('scripts/test tests/test_diffusion.py -m "not slow"', copy).stdout
+    shown = sh('scripts/test tests/test_records.py -m "not slow"', copy).stdout
     asked = re.search(r"\d workers \[(\d+) items\]", shown)[1]
     assert 10 < int(asked) < 100 and re.search(rf"{asked} passed", shown)  # those of one file alone
 

@@ -140,7 +140,7 @@ def test_training_changes_the_adapter_and_not_one_number_of_the_base():
 
 
 def test_enough_steps_learn_the_photos():
-    config = tiny.config(local_steps=60, caption_dropout=0.0)
+    config = tiny.config(local_steps=20, learning_rate=0.03, caption_dropout=0.0)
     unet, photos, scheduler = tiny.unet(config), encoded(4), diffusion.Objective.of(tiny.base())
     measure = lambda: diffusion.validation_loss(  # noqa: E731
         unet, scheduler, photos, torch.device("cpu"), timesteps=8, batch_size=32

@@ -320,13 +320,6 @@ def assert_refused_by_both(federation: Trusting, app: Path) -> None:
     assert federation.said("bouquet: ") == worked
 
 
-def test_a_signed_checkout_runs_on_both_sites_by_plain_flwr_run(federation: Trusting, signed: Path) -> None:
-    outcome = federation.run(ROOT)
-    assert outcome.state == "finished:completed", outcome
-    assert [set(entry["sites"]) for entry in outcome.history["rounds"]] == [{"site-1", "site-2"}]
-    assert min(federation.said("bouquet: ").values()) >= 1
-
-
 def test_an_unsigned_checkout_is_refused_by_both_sites_and_the_hub_says_why(federation: Trusting) -> None:
     assert_refused_by_both(federation, ROOT)
     assert "has no signature here" in (federation.logs / "superlink.log").read_text()
@@ -396,11 +389,14 @@ def sign_at(federation: Trusting, app: Path, when: int) -> str:
 
 
 def assert_ran_at(federation: Trusting, app: Path, sites: set[str], refused: dict[str, str]) -> None:
-    """A run of the app: these sites work on it; the others say why not, by that code, and the hub hears of it."""
+    """A run of the app, by plain `flwr run`: these sites work on it, and are in its round where all do; the others say
+    why not, by that code, and the hub hears of it.
+    """
     worked, told = federation.said("bouquet: "), {code: federation.said(f"\n{code}  ") for code in refused.values()}
     outcome = federation.run(app)
     assert (outcome.state == "finished:completed") == (not refused), outcome
     assert {site for site, count in federation.said("bouquet: ").items() if count > worked[site]} == sites, outcome
+    assert [set(entry["sites"]) for entry in outcome.history["rounds"]] == ([] if refused else [sites])
     for site, code in refused.items():
         assert f"{site}: {REFUSED}" in outcome.details
         assert federation.said(f"\n{code}  ")[site] == told[code][site] + 1
@@ -426,7 +422,9 @@ def test_a_signature_of_the_day_after_tomorrow_is_refused_and_the_clocks_are_nam
     assert not fresh.memory("site-1").exists()
 
 
-def test_a_site_goes_back_to_an_older_bundle_only_when_it_is_signed_again(fresh: Trusting, checkout: Path) -> None:
+def test_by_plain_flwr_run_both_sites_run_a_signed_checkout_and_an_older_one_only_signed_again(
+    fresh: Trusting, checkout: Path
+) -> None:
     alter(checkout, "The ClientApp", "the ClientApp")
     now = int(time.time())
     sign_at(fresh, ROOT, now - 2000)

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from benchmarks import check
 from benchmarks.control import Control
@@ -29,6 +29,10 @@ class Hub(Control, ABC):
 
     sites: Mapping[str, Path]  # name -> data folder
     caches: Mapping[str, Path]  # site -> its cache, where its journal lies
+    config: Mapping[str, object] = {}  # what every run here has, whatever is asked of it
+
+    def start_run(self, config: Mapping[str, Any], app: Path | None = None) -> str:
+        return super().start_run({**config, **self.config}, app)
 
     @abstractmethod
     def up(self) -> None:
@@ -54,7 +58,7 @@ class Hub(Control, ABC):
     def __exit__(self, *_: object) -> None:
         self.down()
 
-    def until(self, what: Callable[[], object], seconds: float, name: str, pause: float = 0.02) -> object:
+    def until(self, what: Callable[[], object], seconds: float, name: str, pause: float = 0.1) -> object:
         """The first true answer of `what`. Errors: Late."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -67,7 +71,7 @@ class Hub(Control, ABC):
         def online() -> bool:
             return self.online() == len(self.sites)
 
-        self.until(online, seconds, "every site online", pause=0.5)
+        self.until(online, seconds, "every site online", pause=1.0)
 
     def wait_for_end(self, run: str, seconds: float = LIMIT) -> str:
         """The state in which a run ended. Errors: Late."""
@@ -76,7 +80,7 @@ class Hub(Control, ABC):
             state = self.state(run)
             return state if state.startswith("finished") else ""
 
-        return str(self.until(ended, seconds, f"run {run}'s end", pause=0.3))
+        return str(self.until(ended, seconds, f"run {run}'s end", pause=1.0))
 
     def mid_round(self, run: str, number: int, site: str = "site-3") -> None:
         """Wait until that site works on round `number`: its ClientApp has read the photos, and trains."""

@@ -51,7 +51,9 @@ def fork(desk: Desk) -> Found:
     """Children of the SuperExec's fork server can use the GPU, whatever the user's environment says of PyTorch's own
     check for one.
     """
-    states: dict[str, dict[str, str]] = {"unset": {}, "0": {NVML_CHECK: "0"}, "1": {NVML_CHECK: "1"}}
+    states: dict[str, dict[str, str]] = {"unset": {}}
+    if desk.world.cuda:  # nobody asks it elsewhere
+        states |= {"0": {NVML_CHECK: "0"}, "1": {NVML_CHECK: "1"}}
     work = {name: desk.begin("fork", {"device": desk.world.device}, env) for name, env in states.items()}
     facts: dict[str, Any] = {name: last(desk.answer(process)) for name, process in work.items()}
     for name, told in facts.items():
@@ -65,7 +67,8 @@ def fork(desk: Desk) -> Found:
         else "does NOT have the libraries"
     )
     count = sum(len(told["children"]) for told in facts.values())
-    text = f"{count} children of 3 servers on {facts['unset']['children'][-1]['on']}; the server {holds}"
+    servers, where = "3 servers" if desk.world.cuda else "one server", facts["unset"]["children"][-1]["on"]
+    text = f"{count} children of {servers} on {where}; the server {holds}"
     return Found(text, facts, [Target("a later child's start, s", seconds, most=BORN)])
 
 

@@ -116,7 +116,12 @@ class Sampler(threading.Thread):
 
 def once_pushed(bench: Large, number: int, run: str, bytes_: int) -> None:
     """Wait until site-3 has pushed so much of its reply in that round."""
-    bench.until(lambda: read(bench.adapters / run / "status.json").get("round") == number, 2 * LIMIT, f"round {number}")
+    bench.until(
+        lambda: read(bench.adapters / run / "status.json").get("round") == number,
+        2 * LIMIT,
+        f"round {number}",
+        pause=0.02,
+    )
     before = bench.relay.pushed
     bench.until(lambda: bench.relay.pushed > before + bytes_, LIMIT, f"{bytes_} bytes of a push", pause=0.001)
 

@@ -1,4 +1,7 @@
-"""A hub and two sites in one process: the real ServerApp and ClientApps, and a Grid that only carries messages."""
+"""A hub and two sites in one process: the real ServerApp and ClientApps, and a Grid that only carries messages.
+
+A site keeps its model from a message of the run to the next, as the process that takes them all does in a deployment.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ class MemoryGrid(Grid):
         self.sent: list[tuple[str, str, Message]] = []  # (site, round, the hub's message)
         self.came: list[tuple[str, str, Message]] = []  # (site, round, the site's reply)
         self.answer = client_app.app
+        self.kept: dict[str, dict] = {}  # what each site's process has of the round before: here they are one process
         self.turned = False  # replies in the other order
         self.tamper: Callable[[str, str, Message], Message | None] = lambda site, number, reply: reply
 
@@ -62,7 +66,11 @@ class MemoryGrid(Grid):
                 continue  # the last site answers first
             node, number = order.metadata.dst_node_id, order.metadata.group_id
             site, own = self.sites[node]
+            client_app.kept.clear()
+            client_app.kept.update(self.kept.pop(site, {}))
             reply = self.answer(order, Context(self.run_id, node, own, RecordDict(), self.run_config))
+            self.kept[site] = dict(client_app.kept)
+            client_app.kept.clear()
             if (reply := self.tamper(site, number, reply)) is not None:
                 self.came.append((site, number, reply))
                 yield reply
@@ -98,6 +106,7 @@ class Federation:
         tiny.be_the_hub(monkeypatch, run_id)
         monkeypatch.setenv("BOUQUET_ADAPTERS", str(self.adapters))
         monkeypatch.setenv("BOUQUET_MODELS", str(models or self.models))
+        monkeypatch.setenv("BOUQUET_KEEP", "1")  # as in a worker of superexec.py
         server_app.app(self.grid, Context(run_id, 1, {}, RecordDict(), self.run_config))
         return self.adapters / str(run_id)
 

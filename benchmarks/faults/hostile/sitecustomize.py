@@ -1,17 +1,19 @@
 """A site that does wrong: this folder on a SuperNode's PYTHONPATH, and BOUQUET_WRONG names a file of JSON, {round:
 what it does}.
 
-In the ClientApp's process: a lie of lies.py, or no GPU memory in the training step. In the SuperNode's: the first
-reply of all, sent again.
+In the ClientApp's process: a lie of lies.py, no GPU memory in the training step, or a step that takes its time. In the
+SuperNode's: the first reply of all, sent again.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 FILE = Path(os.environ.get("BOUQUET_WRONG", ""))
 PROGRAM = " ".join(sys.orig_argv)
+SLOWLY, SECONDS = "slowly", 5.0  # so long at least somebody who looks on finds the site in the middle of its round
 
 
 def wrong(number: object) -> str:
@@ -32,6 +34,8 @@ def lying_client() -> None:
         sent, Array.deflate = message.content, deflate  # one process takes all messages of a run
         if name.startswith("no GPU memory"):
             no_memory(also_with_half=name.endswith("half"))
+        if name == SLOWLY:
+            take_time()
         reply = answer(self, message, context)
         if reply.has_content() and "arrays" in reply.content:
             kept = FILE.with_name(f"kept-{context.run_id}.safetensors")
@@ -57,6 +61,21 @@ def no_memory(also_with_half: bool) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         if len(tried) == 2:
             print(f"hostile: memory again, for {len(args[2])} images", flush=True)
+        return loss(*args, **kwargs)
+
+    diffusion.noise_loss = step
+
+
+def take_time() -> None:
+    """The next training step begins late."""
+    from app.site import diffusion
+
+    loss, tried = diffusion.noise_loss, []
+
+    def step(*args, **kwargs):
+        if not tried:
+            tried.append(1)
+            time.sleep(SECONDS)
         return loss(*args, **kwargs)
 
     diffusion.noise_loss = step
