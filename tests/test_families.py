@@ -67,7 +67,6 @@ def test_two_sites_train_it_and_its_files_draw_in_its_own_pipeline_what_the_trai
     half precision, and the merged model.
     """
     kit.base(name)
-    monkeypatch.setattr(parity, "STEPS", 2)  # a layer that is wrong shows in each
     federation = Federation(tmp_path, models=kit.models(), base_model=name, **SETTINGS)
     final = federation.go(monkeypatch) / "final"
     seen = [entry["weighted"] for entry in federation.history()["validation"]]
