@@ -11,6 +11,7 @@ import torch
 from app import model
 from app.adapter import store
 from app.site import train
+from benchmarks import pages
 from models.mini import compare, draw, learned
 from models.mini.compare import CONTENDERS, FEDERATED, Comparison, Row
 from tests.kit import tiny
@@ -102,7 +103,7 @@ def test_the_command_leaves_tables_a_sheet_and_the_numbers_and_trains_nothing_tw
     few = ("base", FEDERATED, "pooled, all steps")
     for name, fewer in (("HELD_OUT", 2), ("DRAWINGS", 2), ("PICTURED", compare.PICTURED[:1]), ("CONTENDERS", few)):
         monkeypatch.setattr(compare, name, fewer)
-    (page := tmp_path / "page.md").write_text(f"{compare.MARKS[0]}\n{compare.MARKS[1]}\n")
+    (page := tmp_path / "page.md").write_text("<!-- comparison -->\n<!-- /comparison -->\n")
     where = ["--out", f"{tmp_path}", "--work", f"{tmp_path / 'work'}", "--docs", f"{page}"]
     asked = ["--run", f"{run}", "--data", f"{federation.root / 'data'}", "--models", f"{tiny.models()}", "--count", "1"]
     compare.main([*asked, *where])
@@ -154,11 +155,13 @@ def test_the_table_has_losses_beside_the_bases_and_the_judge_with_its_interval_a
     )
 
 
-def test_the_table_goes_between_the_pages_marks(tmp_path):
+def test_a_table_goes_between_its_pages_marks_and_into_no_page_without_them(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{compare.MARKS[0]}\nold\n{compare.MARKS[1]}\nafter\n")
-    compare.write(page, "| new |\n")
-    assert page.read_text() == f"before\n{compare.MARKS[0]}\n| new |\n{compare.MARKS[1]}\nafter\n"
+    page.write_text("before\n<!-- loss -->\nold\n<!-- /loss -->\nafter\n")
+    pages.write(page, "loss", "| new |\n")
+    assert page.read_text() == "before\n<!-- loss -->\n| new |\n<!-- /loss -->\nafter\n"
+    with pytest.raises(AssertionError, match="has no <!-- gain -->"):
+        pages.write(page, "gain", "| new |\n")
 
 
 def test_the_judge_sees_what_is_drawn_and_the_count_is_of_the_species_asked_for(monkeypatch):

@@ -45,7 +45,7 @@ def test_a_row_says_what_is_kept_of_the_gain_without_noise():
 def test_it_goes_on_with_the_cells_that_are_not_there_and_writes_the_table_between_the_marks(tmp_path, monkeypatch):
     file, page, asked = tmp_path / "privacy.json", tmp_path / "page.md", []
     file.write_text(json.dumps([found("none", 0.1)]))
-    page.write_text(f"before\n{privacy.MARKS[0]}\nold\n{privacy.MARKS[1]}\nafter\n")
+    page.write_text("before\n<!-- privacy-cost -->\nold\n<!-- /privacy-cost -->\nafter\n")
     monkeypatch.setattr(privacy, "cell", lambda *which: asked.append(which[2:]) or found(which[3], 0.16))
     few = {"photos": [200], "epsilon": ["none", "8"], "sites": 1, "steps": 3, "held_out": 16, "seed": 1}
     given = argparse.Namespace(json=file, docs=page, picture=None, quick=False, tiny=False, **few)

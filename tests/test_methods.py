@@ -245,7 +245,7 @@ def test_a_row_has_the_loss_beside_the_bases_and_beside_fedavgs_of_the_same_seed
 def test_it_asks_first_for_every_method_of_the_first_setting_and_goes_on_with_what_is_not_there(tmp_path, monkeypatch):
     file, page, made = tmp_path / "methods.json", tmp_path / "page.md", []
     file.write_text(json.dumps([asdict(found("base", [[0.4, 0.4]]))]))
-    page.write_text(f"before\n{methods.MARKS[0]}\nold\n{methods.MARKS[1]}\nafter\n")
+    page.write_text("before\n<!-- methods -->\nold\n<!-- /methods -->\nafter\n")
 
     def cell(home, setting, name, seed, sizes, source):
         made.append((setting, name, seed))

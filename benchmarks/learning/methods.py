@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import shutil
 import statistics
 import time
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import pages
 from benchmarks.speed.__main__ import machine, show
 from bouquet import ROOT
 from models.mini import draw
@@ -32,7 +32,7 @@ from models.mini import draw
 if TYPE_CHECKING:
     from benchmarks.learning.photos import Setting
 
-MARKS = ("<!-- methods -->", "<!-- /methods -->")
+MARK = "methods"  # in the page
 MODELS = ROOT / "models"
 HELD_OUT = 12  # photos a kind that nobody trains on, at most
 BESIDE = "fedavg"  # the row that the others are held against
@@ -300,13 +300,6 @@ def told(cells: Sequence[Cell]) -> str:
     return "\n\n".join(parts)
 
 
-def write(page: Path, text: str) -> None:
-    """The tables into a page, between the marks that it has."""
-    between, before = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL), page.read_text()
-    assert between.search(before), f"{page} has no {MARKS[0]}"
-    page.write_text(between.sub(lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", before))
-
-
 def read(file: Path) -> list[Cell]:
     rows = json.loads(file.read_text()) if file.exists() else []
     return [Cell(**row | {"sizes": Sizes(**row["sizes"])}) for row in rows]
@@ -356,5 +349,5 @@ def main(args: argparse.Namespace) -> int:
     text = told([one for one in cells if one.sizes == sizes])
     print(text)
     if args.docs:
-        write(args.docs, text)
+        pages.write(args.docs, MARK, text)
     return 0

@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.speed.__main__ import keep, machine, show
 from bouquet import ROOT
 
-MARKS = ("<!-- privacy-cost -->", "<!-- /privacy-cost -->")
+MARK = "privacy-cost"  # in the page
 DELTA = 1e-5
 ROUNDS = 3
 Cell = dict[str, Any]
@@ -170,14 +170,6 @@ def table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def write(page: Path, told: str) -> None:
-    """The table into a page, between the marks that it has."""
-    between = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL)
-    text = page.read_text()
-    assert between.search(text), f"{page} has no {MARKS[0]}"
-    page.write_text(between.sub(lambda _: f"{MARKS[0]}\n{told}\n{MARKS[1]}", text))
-
-
 def main(args: argparse.Namespace) -> int:
     if args.quick or args.tiny:
         few = (
@@ -202,7 +194,7 @@ def main(args: argparse.Namespace) -> int:
     print(table(shown))
     print(f"{args.sites} sites, {args.steps} steps of 16, delta {DELTA:g}; {machine()}; {args.json}")
     if args.docs:
-        write(args.docs, table(shown))
+        pages.write(args.docs, MARK, table(shown))
     if args.picture:
         picture(home, shown, args.picture)
     return 0

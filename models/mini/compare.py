@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from app import files, model
 from app.adapter import sample, store
 from app.config import RunConfig
 from app.site import train
+from benchmarks import pages
 from bouquet import ROOT, worth
 from models.mini import draw, learned
 
@@ -39,7 +39,7 @@ NEW = (*draw.UNSEEN[1], *draw.UNSEEN[2])
 DRAWINGS = 3  # times `--count` pictures of a species, each from noise of its own
 HELD_OUT = 24  # drawn photos of each known species, to measure on
 NORMAL = 1.96
-MARKS = ("<!-- comparison -->", "<!-- /comparison -->")
+MARK = "comparison"  # in the page
 PICTURED = (
     "a red tulip, meadow background",
     "a yellow daisy, night background",
@@ -213,13 +213,6 @@ def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[
     return "\n".join(lines) + "\n"
 
 
-def write(page: Path, told: str) -> None:
-    """The table into a page, between the marks that it has."""
-    between, before = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL), page.read_text()
-    assert between.search(before), f"{page} has no {MARKS[0]}"
-    page.write_text(between.sub(lambda _: f"{MARKS[0]}\n{told}{MARKS[1]}", before))
-
-
 def sheet(comparison: Comparison, seed: int) -> Any:
     """Every contender's pictures of the same prompts, from the same noise."""
     config = comparison.of(seed)
@@ -260,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (asked.out / "comparison.md").write_text(f"{table(rows)}\n{by_species(rows)}")
     sheet(comparison, seeds[0]).save(asked.out / "comparison.png")
     if asked.docs:
-        write(asked.docs, table(rows))
+        pages.write(asked.docs, MARK, table(rows))
 
 
 if __name__ == "__main__":
