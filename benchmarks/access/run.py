@@ -115,7 +115,7 @@ def ran(hub: Hub) -> dict[str, tuple[int, str]]:
         assert answer.status == 200, f"the hub's operator must be let in: {answer}"
         runs[name] = StartRunResponse.FromString(answer.body).run_id
     hub.started |= set(runs.values())
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while any(hub.runs()[run][0] != "finished" for run in runs.values()) and time.monotonic() < end:
         time.sleep(1)
     left = "\n".join(hub.inside(site, ["ls", "/tmp"]) for site in ("supernode-1", "supernode-2")).split()
