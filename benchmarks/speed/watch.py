@@ -23,6 +23,7 @@ class Process:
         name, _, rest = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")
         fields = rest.split()
         self.pid, self.name, self.session = pid, name.partition("(")[2], int(fields[3])
+        self.parent = int(fields[1])
         self.cpu, self.began = (
             (int(fields[11]) + int(fields[12])) / TICKS,
             int(fields[19]) / TICKS - time.clock_gettime(time.CLOCK_BOOTTIME) + time.time(),
@@ -71,9 +72,12 @@ class Watch(threading.Thread):
         while not self.ended.wait(0.2):
             look += 1
             whole: dict[str, float] = {}
-            for name, process in processes(self.sessions):
+            living = list(processes(self.sessions))
+            working = {process.pid for _, process in living if process.name == MESSAGE}
+            for name, process in living:
                 try:
-                    if process.name == MESSAGE:
+                    # what one starts has its name until it is another program
+                    if process.pid in working and process.parent not in working:
                         self.began.setdefault(name, {})[process.pid] = process.began
                         self.message_mb[name] = max(
                             self.message_mb.get(name, 0.0), process.megabytes("status", "VmHWM")
