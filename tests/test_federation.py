@@ -264,21 +264,6 @@ def test_a_restarted_hub_knows_its_sites_and_runs(federation: Processes, finishe
     assert finished[0].name in {run["run-id"] for run in flwr("ls", "remote-deployment")["runs"]}
 
 
-def test_a_supernode_that_got_one_bad_answer_ends_its_process(federation: Processes, broken_hub: BrokenHub) -> None:
-    """Flower's own SuperNode lives on after an HTTP 500: its port open, its loop dead, offline for ever."""
-    sh("scripts/certs spare", federation.certs.parent)
-    federation.register()
-    federation.sites["spare"] = federation.sites["site-1"]
-    try:
-        federation.start_site("spare", hub=f"127.0.0.1:{broken_hub.port}")
-        federation.wait_until_online(3)
-        broken_hub.broken.set()
-        assert federation.running["spare"].wait(PATIENT) == 1
-    finally:
-        federation.stop_site("spare")
-        del federation.sites["spare"]
-
-
 def test_a_site_with_privacy_stays_away_while_it_cannot_pay_for_the_run_and_pays_for_the_rounds_that_it_can(
     federation: Processes,
 ) -> None:
@@ -300,6 +285,21 @@ def test_a_site_with_privacy_stays_away_while_it_cannot_pay_for_the_run_and_pays
     assert paid["dp-epsilon"] == pytest.approx(2.923, abs=1e-3) and "dp-epsilon" not in second["sites"]["site-1"]
     _, spent = map(json.loads, (federation.home / "cache/site-2/privacy.jsonl").read_text().splitlines())
     assert (spent["did"], spent["run"], spent["round"], spent["steps"]) == ("spent", run, 2, 2)
+
+
+def test_a_supernode_that_got_one_bad_answer_ends_its_process(federation: Processes, broken_hub: BrokenHub) -> None:
+    """Flower's own SuperNode lives on after an HTTP 500: its port open, its loop dead, offline for ever."""
+    sh("scripts/certs spare", federation.certs.parent)
+    federation.register()
+    federation.sites["spare"] = federation.sites["site-1"]
+    try:
+        federation.start_site("spare", hub=f"127.0.0.1:{broken_hub.port}")
+        federation.wait_until_online(3)
+        broken_hub.broken.set()
+        assert federation.running["spare"].wait(PATIENT) == 1
+    finally:
+        federation.stop_site("spare")
+        del federation.sites["spare"]
 
 
 class BrokenHub:
