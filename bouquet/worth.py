@@ -227,9 +227,10 @@ def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> 
 def right(base: Path, adapter: Adapter | None, config: RunConfig, count: int) -> float:
     """The mean share, over all species, of pictures in which the demo's judge sees what was asked for."""
     from app.adapter import sample
-    from models.mini import compare
+    from models.mini import draw, learned
 
-    return statistics.fmean(compare.score(sample.pipeline(base, config), adapter, config, count).values())
+    found = learned.right(sample.pipeline(base, config), adapter, config, count, draw.SPECIES)
+    return statistics.fmean(n / count for n in found.values())
 
 
 def collect(run: Path, files: list[Path]) -> Path:

@@ -12,6 +12,7 @@ from app import model
 from app.adapter import store
 from app.site import train
 from benchmarks import pages
+from bouquet import worth
 from models.mini import compare, draw, learned
 from models.mini.compare import CONTENDERS, FEDERATED, Comparison, Row
 from tests.kit import tiny
@@ -169,7 +170,9 @@ def test_the_judge_sees_what_is_drawn_and_the_count_is_of_the_species_asked_for(
     pictures = [draw.photos((name,), 1, n)[0][0] for n, name in enumerate(("lily", "lily", "rose"))]
     monkeypatch.setattr(learned.sample, "render", lambda *which, seed: pictures)
     assert learned.right(None, None, tiny.CONFIG, 3, ["lily", "rose"]) == {"lily": 2, "rose": 1}
-    assert compare.score(None, None, tiny.CONFIG, 3)["lily"] == pytest.approx(2 / 3)
+    assert learned.right(None, None, tiny.CONFIG, 3, draw.SPECIES)["lily"] / 3 == pytest.approx(2 / 3)
+    monkeypatch.setattr(learned.sample, "pipeline", lambda base, config: None)  # the mean of 12: two and one of three
+    assert worth.right(tiny.base(), None, tiny.CONFIG, 3) == pytest.approx((2 / 3 + 1 / 3) / 12)
 
 
 def test_the_pipeline_draws_with_the_net_that_it_is_given():

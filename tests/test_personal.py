@@ -68,19 +68,12 @@ def test_what_was_exported_has_the_loss_that_is_told_of_it(made, run, site, tmp_
 
 def test_it_is_the_runs_adapter_and_steps_whose_rate_falls_to_nothing(made, site, run, tmp_path, monkeypatch):
     """The same by hand: 3 steps from the run's adapter, at 1, 2/3 and 1/3 of the run's rate."""
-    seen: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"] / tiny.CONFIG.learning_rate)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    seen = tiny.rates(monkeypatch)
     config = tiny.config(seed=1, rounds=1, local_steps=3, learning_rate_schedule="linear")
     here = train.Site(config, tiny.models(), site, tmp_path, "")
     model.apply_adapter(here.net, BEGAN)
     here.fit(here.privacy.seed(1, "rose", "personal"))
-    assert seen == pytest.approx([1, 2 / 3, 1 / 3])
+    assert [rate / tiny.CONFIG.learning_rate for rate in seen] == pytest.approx([1, 2 / 3, 1 / 3])
     assert tiny.equal(model.adapter_of(here.net), store.read_adapter(made.folder))
     again = personal.train(run, "rose", site, tiny.models(), tmp_path / "c", tmp_path / "again", env={})
     assert seen[3:] == pytest.approx(seen[:3]) and replace(again, folder=made.folder) == made

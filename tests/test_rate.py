@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from app.config import RunConfig
 from app.errors import ConfigError
@@ -38,14 +37,7 @@ def test_it_rises_from_0_in_equal_steps_once_a_run(schedule):
 
 def rates(monkeypatch, number: int, **changes) -> list[float]:
     """What the optimiser had at each step of round `number`."""
-    seen: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    seen = tiny.rates(monkeypatch)
     config = tiny.config(learning_rate=0.1, **RUN | changes)
     net, objective = tiny.unet(config), diffusion.Objective.of(tiny.base())
     train.fit(net, objective, encoded(), config, train.accelerator(config), 1, number)

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import sh
 from PIL import Image
 
@@ -78,18 +77,12 @@ def test_alone_takes_the_steps_that_a_site_takes_in_the_run(column):
 
 def test_every_contenders_rate_falls_over_the_last_quarter_of_its_own_steps(site, runs, tmp_path, monkeypatch):
     """Alone takes 2 rounds of 3 steps, the last 1.5 of which fall; pooled takes 4, the last 3 of which fall."""
-    seen: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"] / tiny.CONFIG.learning_rate)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    seen = tiny.rates(monkeypatch)
     other = tiny.site(tmp_path / "other", 12, seed=5)
     worth.measure("rose", site, runs[:1], tiny.models(), tmp_path / "cache", worth.More(pool=[other]))
-    assert seen[:6] == pytest.approx([1, 1, 1, 1, 1, 1 / 1.5])
-    assert seen[6:] == pytest.approx([1] * 10 + [2 / 3, 1 / 3])
+    shares = [rate / tiny.CONFIG.learning_rate for rate in seen]
+    assert shares[:6] == pytest.approx([1, 1, 1, 1, 1, 1 / 1.5])
+    assert shares[6:] == pytest.approx([1] * 10 + [2 / 3, 1 / 3])
 
 
 def test_a_run_from_before_there_were_schedules_is_compared_with_a_constant_rate(runs):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -170,15 +169,11 @@ class Cell:
 def sites_of(method: Method, setting: Setting, config: Any, home: Path) -> list[list[Any]]:
     """The sites of each federation that the method is: one of all, each by itself, or one with everybody's photos."""
     from app.site import train
-    from bouquet import worth
+    from models.mini import learned
 
     folders = setting.folders
     if method.who == "pooled":
-        pool = folders[0].parent / "pooled"
-        if not pool.exists():
-            shutil.rmtree(beside := pool.with_name(".pooled"), ignore_errors=True)
-            worth.together(folders, beside).rename(pool)
-        folders = [pool]
+        folders = [learned.pooled(folders, folders[0].parent / "pooled")]
     sites = [
         train.Site(config, MODELS, folder, home / "cache" / f"{folder.parent.name}-{folder.name}", "")
         for folder in folders
@@ -308,8 +303,7 @@ def read(file: Path) -> list[Cell]:
 def keep(file: Path, cells: Sequence[Cell]) -> None:
     from app import files
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, json.dumps([asdict(one) for one in cells], indent=1) + "\n")
+    files.write_json(file, [asdict(one) for one in cells])
 
 
 def asked(args: argparse.Namespace) -> list[tuple[str, str, int]]:

@@ -43,25 +43,6 @@ def noise_for(epsilon: float, rate: float, steps: int, delta: float = DELTA) -> 
     return round(high + 0.005, 2)
 
 
-def photos(folder: Path, site: int, count: int, seed: int) -> Path:
-    """A site's folder of so many drawn flowers that the base model has never seen, which everybody may have."""
-    from app.site import privacy
-    from app.site.photos import data
-    from models.mini import draw
-
-    if not folder.exists():
-        beside = folder.with_name(f".{folder.name}")
-        beside.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for number, (image, caption) in enumerate(draw.site_photos(site, count, seed)):
-            image.save(beside / f"{number:05}.png")
-            lines.append(json.dumps({"file_name": f"{number:05}.png", "text": caption}))
-        (beside / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        privacy.declare_public(beside, data.scan(beside).photos)
-        beside.rename(folder)
-    return folder
-
-
 def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell:
     """One training, and what it gave away."""
     from app import model
@@ -71,6 +52,7 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
     from app.site.accountant import Terms
     from app.site.budget import Promise
     from bouquet.adapter import membership
+    from models.mini import draw, learned
 
     began, steps = time.monotonic(), args.steps // ROUNDS
     fraction = max(0.01, args.held_out / (count + args.held_out))  # no run holds out less
@@ -78,7 +60,8 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
     config = RunConfig.read(known | {"seed": args.seed})
     sites = [
         train.Site(
-            config, ROOT / "models", photos(home / f"photos-{count}-{n}", n, count + args.held_out, args.seed),
+            config, ROOT / "models",
+            learned.write(home / f"photos-{count}-{n}", draw.site_photos(n, count + args.held_out, args.seed)),
             home / f"cache-{count}-{n}", "",
         )
         for n in range(1, args.sites + 1)

@@ -80,7 +80,12 @@ def page(run: Run) -> str:
 
 def legend(run: Run) -> list[dict[str, str]]:
     """The first eight sites with their sign and colour."""
-    return [{"name": name, "mark": charts.MARKS[i], "colour": f"var(--c{i})"} for i, name in enumerate(run.names[:8])]
+    return [sign(i, name) for i, name in enumerate(run.names[:8])]
+
+
+def sign(series: int, name: str) -> dict[str, str]:
+    """A legend's entry: how a chart draws this series, and its name."""
+    return {"name": name, "mark": charts.MARKS[series], "colour": f"var(--c{series})"}
 
 
 def loss(run: Run) -> dict[str, Any] | None:
@@ -253,11 +258,7 @@ def gains(run: Run) -> dict[str, Any] | None:
     there = {(half.who, half.where) for halves in found for half in halves}
     return {
         "chart": Markup(charts.gains(rows, "What joining changes at each site, on its own photos and the others'")),
-        "legend": [
-            {"name": words, "mark": charts.MARKS[i], "colour": f"var(--c{i})"}
-            for i, (key, words) in enumerate(SERIES.items())
-            if key in there
-        ],
+        "legend": [sign(i, words) for i, (key, words) in enumerate(SERIES.items()) if key in there],
         "tie": share(worth.TIE),
         "personal": ("personal", worth.OWN) in there,
         "halved": ("federated", worth.OTHERS) in there,

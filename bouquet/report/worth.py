@@ -54,6 +54,11 @@ class Half:
         way = "lower" if self.gain >= 0 else "higher"
         return f"{abs(self.gain):.1%} {way} than with {WORDS[self.rival]} ({_span(self.gain, self.band, counted)})"
 
+    @property
+    def aside(self) -> str:
+        """What follows on the size where it says neither yes nor no."""
+        return {"tie": ", a tie", "not shown": ", which is not shown"}.get(self.answer, "")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -141,7 +146,7 @@ def verdict(site: str, sites: Mapping[str, Measured]) -> Verdict:
     joined = [half for half in found if half.who == "federated"]
     answers, clauses = [half.answer for half in joined], []
     for half in joined:
-        told = {"tie": ", a tie", "not shown": ", which is not shown"}.get(half.answer, "") if len(joined) > 1 else ""
+        told = half.aside if len(joined) > 1 else ""
         if half.where == OWN:
             clauses.append(
                 f"on its own {half.photos} held-out photos the federated adapter's loss is {half.size}{told}"
@@ -173,8 +178,7 @@ def _beside(found: Sequence[Half]) -> str:
     """A sentence about a tail at home; and one about pooling, where even that would lose on the site's own photos."""
     own, text = {half.who: half for half in found if half.where == OWN}, ""
     if personal := own.get("personal"):
-        told = {"tie": ", a tie", "not shown": ", which is not shown"}.get(personal.answer, "")
-        text += f" Trained on at home, on its own photos it is {personal.size}{told}."
+        text += f" Trained on at home, on its own photos it is {personal.size}{personal.aside}."
     if (pooled := own.get("pooled")) and pooled.answer == "no":
         also = " as well" if own["federated"].answer == "no" else ""
         text += f" Pooling all photos would lose on its own{also}: {pooled.size}."

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,11 +60,6 @@ class Row:
     held_out: list[float]
     right: dict[str, int]
     pictures: int
-
-
-def score(pipe: Any, adapter: model.Adapter | None, config: RunConfig, count: int) -> dict[str, float]:
-    """Share of pictures in which the judge sees the species that was asked for, by species."""
-    return {name: n / count for name, n in learned.right(pipe, adapter, config, count, draw.SPECIES).items()}
 
 
 # --- trainings --------------------------------------------------------------------------------------------------------
@@ -113,11 +107,7 @@ class Comparison:
 
     def pool(self) -> Path:
         """All sites' photos in one folder; those that a site holds out are held out of it too, as they are public."""
-        pool = self.work / "pooled"
-        if not pool.exists():
-            shutil.rmtree(beside := self.work / ".pooled", ignore_errors=True)
-            worth.together(self.folders, beside).rename(pool)
-        return pool
+        return learned.pooled(self.folders, self.work / "pooled")
 
     def row(self, contender: str, seed: int) -> Row:
         config, base = self.of(seed), self.models / self.config.base_model

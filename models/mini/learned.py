@@ -27,6 +27,7 @@ from app.site import cache, diffusion, privacy, train
 from app.site.photos import data
 from app.site.photos.folders import CLASS
 from app.site.photos.views import Plan
+from bouquet import worth
 from models.mini import draw
 from models.mini.judge import judge
 
@@ -83,6 +84,14 @@ def _fill(folder: Path, pictures: Pictures) -> tuple[data.Photo, ...]:
         lines.append(json.dumps({"file_name": f"{number:05}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return data.look(folder).photos
+
+
+def pooled(folders: Sequence[Path], target: Path) -> Path:
+    """All photos in one folder, once, whole or not at all."""
+    if not target.exists():
+        shutil.rmtree(beside := target.with_name(f".{target.name}"), ignore_errors=True)
+        worth.together(list(folders), beside).rename(target)
+    return target
 
 
 def drawn(home: Path, count: int, species: Sequence[str] = draw.SPECIES) -> dict[str, Path]:

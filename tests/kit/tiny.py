@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
@@ -169,3 +170,16 @@ def be_the_hub(monkeypatch, run_id: int = 7) -> None:
 def equal(one: model.Adapter, other: model.Adapter) -> bool:
     """The same keys, and the same numbers bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What AdamW has for a learning rate, at each step that is taken from now on."""
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return seen
