@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import copy_project, sh
+from safetensors.torch import load_file
 
 from app.errors import BouquetError
 from benchmarks.speed.contenders import sessions
@@ -154,16 +156,16 @@ def test_the_sites_processes_print_our_lines_and_others_warnings_alone(
         assert "Start `flwr-clientapp` process" not in log and "Successfully installed" not in log
 
 
-FAMILIES = ["sdxl", "zimage"]
+FAMILIES = {"sdxl": "alternate", "zimage": "fedavg"}  # and the strategy that its run has
 
 
 @pytest.fixture(scope="module")
 def families_runs(federation: Processes, workers: dict[str, dict[str, set[int]]]) -> dict[str, Path]:
     """A run's folder for SDXL and for a family that matches flows, tiny."""
     small, runs = SMALL.replace("local-steps=2", "local-steps=6"), {}
-    for name in FAMILIES:
+    for name, strategy in FAMILIES.items():
         shutil.copytree(families.base(name), federation.models / f"tiny-{name}")
-        more = "resolution=32 lora-targets='attention' learning-rate=0.05 wire-precision='fp16'"
+        more = f"resolution=32 lora-targets='attention' learning-rate=0.05 wire-precision='fp16' strategy='{strategy}'"
         runs[name], _ = went(federation, workers, f"{small} base-model='tiny-{name}' {more}")
     return runs
 
@@ -184,6 +186,19 @@ def test_another_family_of_base_models_is_trained_by_the_same_deployment(
     assert files == {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"} | (
         {"kohya.safetensors"} if name == "sdxl" else set()
     )
+
+
+def test_a_run_that_alternates_trains_b_in_its_first_round_and_a_in_its_second_and_loses_nothing_by_averaging(
+    families_runs: dict[str, Path],
+) -> None:
+    first, second = (
+        load_file(families_runs["sdxl"] / f"round-000{number}/adapter_model.safetensors") for number in (1, 2)
+    )
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved == {name for name in first if ".lora_A." in name}
+    assert all(first[name].any() for name in first if ".lora_B." in name)
+    assert max(entry["aggregation_error"] for entry in history(families_runs["sdxl"])["rounds"]) < 1e-6
+    assert min(entry["aggregation_error"] for entry in history(families_runs["zimage"])["rounds"]) > 1e-3
 
 
 def test_a_run_has_one_process_at_each_site_for_all_its_rounds_and_none_when_it_has_ended(
@@ -267,12 +282,15 @@ def test_a_restarted_hub_knows_its_sites_and_runs(federation: Processes, finishe
 def test_a_site_with_privacy_stays_away_while_it_cannot_pay_for_the_run_and_pays_for_the_rounds_that_it_can(
     federation: Processes,
 ) -> None:
-    """Rounds of two steps of 4 of 20 photos with noise 1: one costs 2.92 of epsilon, two 3.60; 3.2 was promised."""
+    """Rounds of two steps of 4 of 20 photos with noise 1: one costs 2.92 of epsilon, two 3.60; 3.2 was promised. The
+    site trains half of the run's rank, too.
+    """
     federation.stop_site("site-2")
-    federation.pins["site-2"] = {"SITE_PRIVACY": "epsilon=3.2 noise=1 photos=20"}
+    federation.pins["site-2"] = {"SITE_PRIVACY": "epsilon=3.2 noise=1 photos=20", "SITE_LIMITS": "rank=2"}
     federation.start_site("site-2")
     federation.wait_until_online(2)
-    run = start_run(SMALL.replace("sample-prompts='a red poppy'", "sample-prompts='' min-sites=1 wait-for-sites=30"))
+    more = "sample-prompts='' min-sites=1 wait-for-sites=30 strategy='svd'"
+    run = start_run(SMALL.replace("sample-prompts='a red poppy'", more))
     state, details = follow(run, lambda line: None)
     assert state == "finished:completed", details
     first, second = history(federation.fetch(run))["rounds"]
@@ -281,7 +299,7 @@ def test_a_site_with_privacy_stays_away_while_it_cannot_pay_for_the_run_and_pays
     assert list(first["sites"]) == ["site-1"] and list(second["sites"]) == ["site-1", "site-2"]
     paid = second["sites"]["site-2"]
     assert {name for name in paid if "loss" in name or "seconds" in name} == set()
-    assert (paid["num-examples"], paid["dp-noise"]) == (20, 1.0)
+    assert (paid["num-examples"], paid["dp-noise"], paid["rank"]) == (20, 1.0, 2)
     assert paid["dp-epsilon"] == pytest.approx(2.923, abs=1e-3) and "dp-epsilon" not in second["sites"]["site-1"]
     _, spent = map(json.loads, (federation.home / "cache/site-2/privacy.jsonl").read_text().splitlines())
     assert (spent["did"], spent["run"], spent["round"], spent["steps"]) == ("spent", run, 2, 2)

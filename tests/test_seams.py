@@ -18,6 +18,7 @@ from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.flower import contracts, relied, seams
 from bouquet.flower.contracts import called_with, in_order, says, uses_only
+from bouquet.hub import control
 from bouquet.site import reach
 from tests.kit.wait import PATIENT
 
@@ -66,7 +67,7 @@ def test_what_we_write_out_of_flowers_is_what_the_seams_say():
     between = re.search(r"\^POST /v1/fleet/\(([a-z|-]+)\)\$", (ROOT / "docker/gateway.conf").read_text())
     assert sorted(between.group(1).split("|")) == sorted({*relied.CALLS.split()} - {"register-node", "unregister-node"})
     assert re.search(r"^LONGEST = 75$", (ROOT / "docker/health.py").read_text(), re.MULTILINE)  # 2.5 of 30 s
-    assert "[code: 23]" in (ROOT / "bouquet/flower/register.py").read_text()
+    assert control.IN_USE == "[code: 23]"
     assert (reach.BEHIND, reach.AHEAD) == (300, 5)
 
 

@@ -1,5 +1,5 @@
-"""What every message of a site needs, imported once by the fork server (superexec.py) from which the processes of all
-runs begin.
+"""What every message of a site and every run of the hub needs, imported once by the fork server (superexec.py) from
+which the processes of all runs begin.
 
 Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question
 to CUDA, after which no process forked from this one could use the GPU.
@@ -44,6 +44,7 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor when others are imported later
         gc.enable()
 
 

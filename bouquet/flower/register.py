@@ -5,23 +5,26 @@ Idempotent: a key that the hub knows already is left alone. Exit 1 when a key co
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-KEY_IN_USE = "[code: 23]"  # flwr.supercore.error.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE
+from app.errors import BouquetError
+from bouquet.hub import control, roster
+from bouquet.hub.runs import CONNECTION
 
 
 def register(name: str, key: Path) -> bool:
     """Register one site's public key under its name; True when the hub knows the key afterwards."""
-    command = ["flwr", "supernode", "register", str(key), "hub", "--name", name, "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    known = KEY_IN_USE in done.stdout + done.stderr
-    print(f"register: {name}", "known" if known else "admitted" if done.returncode == 0 else "refused", flush=True)
-    if done.returncode and not known:
-        print(done.stdout + done.stderr, file=sys.stderr)
-    return known or done.returncode == 0
+    try:
+        control.register(name, roster.Key.read(key).pem)
+        done = "admitted"
+    except BouquetError as error:
+        done = "known" if control.IN_USE in error.found else "refused"
+        if done == "refused":
+            print(error.report(), file=sys.stderr)
+    print(f"register: {name}", done, flush=True)
+    return done != "refused"
 
 
 def main(address: str, ca: str, keys: str) -> int:
@@ -29,7 +32,7 @@ def main(address: str, ca: str, keys: str) -> int:
     with tempfile.TemporaryDirectory() as home:
         os.environ["FLWR_HOME"] = home
         connection = f"address = {json.dumps(address)}\nroot-certificates = {json.dumps(ca)}\n"
-        Path(home, "config.toml").write_text(f"[superlink.hub]\n{connection}")
+        Path(home, "config.toml").write_text(f"[superlink.{CONNECTION}]\n{connection}")
         known = [register(key.stem, key) for key in sorted(Path(keys).glob("*.pub"))]  # each, whatever came of others
         return int(not all(known))
 

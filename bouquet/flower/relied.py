@@ -44,7 +44,7 @@ RELIED = (
     ),
     relied(
         "flwr.supercore.error.base:ApiErrorCode",
-        "register.py: a key that is known already is [code: 23]",
+        "control.py: a key that is known already is [code: 23]",
         fact(says, "", "PUBLIC_KEY_ALREADY_IN_USE = 23", "FORBIDDEN_ACTION"),
     ),
     relied(
@@ -84,13 +84,6 @@ RELIED = (
         "superlink.py: a reply's pieces are counted one by one, not built",
         fact(says, "", "yield tree"),
         takes="tree",
-    ),
-    relied(
-        "flwr.supercore.runtime.runtime_http_client:RuntimeHttpClient.SendTaskHeartbeat",
-        "serverapp.py: a run's task is kept while its process starts",
-        fact(says, "flwr.supercore.interceptors.http.runtime_token:RuntimeTokenHttpInterceptor.__init__", "token: str"),
-        takes="self, request",
-        instead="a lease as long as a slow start",
     ),
     relied(f"{CONSTANT}:ErrorCode", "supernode.py: a site does not trust a bundle", fact(says, "", "INVALID_FAB")),
     relied("flwr.common.config:parse_config_args", "supernode.py: --node-config's words", takes="config, flatten"),

@@ -72,10 +72,12 @@ def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
 # --- the fork server --------------------------------------------------------------------------------------------------
 
 
-def server() -> multiprocessing.context.ForkServerContext:
-    """The running fork server, which has the libraries: a message is asked for only when it can be worked on."""
+def server(*more: str) -> multiprocessing.context.ForkServerContext:
+    """The running fork server, which has the libraries and `more` modules: a message is asked for only when it can be
+    worked on.
+    """
     fork, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH", "")
-    fork.set_forkserver_preload(["bouquet.flower.libraries"])
+    fork.set_forkserver_preload(["bouquet.flower.libraries", *more])
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}".rstrip(os.pathsep)  # where it finds that module
     try:
         multiprocessing.forkserver.ensure_running()
@@ -90,13 +92,18 @@ def server() -> multiprocessing.context.ForkServerContext:
 # --- in a worker ------------------------------------------------------------------------------------------------------
 
 
+def settle(name: str) -> None:
+    """What a forked process does first; `name` is what ps and top show."""
+    # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
+    gc.freeze()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
+
+
 def work(orders: Connection, keep: bool) -> None:
     """Messages of one run, one after another, until the SuperExec hangs up; tells it after each whether there is a
     reason to wait.
     """
-    # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
-    gc.freeze()
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"flwr-clientapp")  # its name in ps and top
+    settle("flwr-clientapp")
     os.environ["BOUQUET_KEEP"] = "1" if keep else ""
     stay()
     first = True

@@ -27,6 +27,7 @@ from bouquet.hub.runs import CONNECTION
 
 PATH, MEDIA = "/v1/control/", "application/protobuf"
 LONGEST = 20.0  # seconds without a word
+IN_USE = "[code: 23]"  # flwr.supercore.error.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -74,7 +75,8 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
         if status == 200:
             found: Answer = answer.FromString(body)
             return found
-        said = json.loads(body)["detail"]
+        answered = json.loads(body)
+        said = f"[code: {answered['code']}] {answered['detail']}" if "code" in answered else answered["detail"]
     except (DecodeError, ValueError, KeyError, TypeError):
         said = "without a word that we know"
     fix = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
@@ -115,7 +117,9 @@ def nodes() -> list[Any]:
 
 
 def register(name: str, pem: bytes) -> None:
-    """Let the SuperNode in that has the key to this public one."""
+    """Let the SuperNode in that has the key to this public one. Errors: HOST-08, with IN_USE for a key that the hub
+    knows already.
+    """
     ask("register-node", control.RegisterNodeRequest(public_key=pem, name=name), control.RegisterNodeResponse)
 
 
