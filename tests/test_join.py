@@ -349,6 +349,11 @@ def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path
         and told[1].startswith("  round 1  ")
         and told[-1].startswith("in the last seven days: 1 runs, ")
     )
+    told = sh(f"./site personal {root}/.bouquet/adapters/{history['run']} --steps 2", garden.kit).stdout
+    assert re.search(r"^2 steps at home; loss on this site's \d held-out photos ", told, re.MULTILINE), told
+    assert (garden.kit / f"personal/{history['run']}/final/pytorch_lora_weights.safetensors").is_file()
+    told = sh("./site personal ../mistyped", garden.kit, check=False).stdout
+    assert told.startswith("JOIN-08  The folder is not there.\n  found  the folder of the run: ../mistyped\n"), told
 
 
 def test_sites_shows_images_gpu_and_rounds_of_the_runs(root: Path, garden: SiteHost) -> None:

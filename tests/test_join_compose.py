@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -184,6 +185,20 @@ def test_a_run_over_the_joined_site_leaves_its_adapter_and_the_hub_shows_its_par
     assert list((hub.folder / "adapters").glob("*/final/pytorch_lora_weights.safetensors"))
     shown = hub.follow("First run", 1)  # the operator's container
     assert re.search(r"^garden +online +\S+ \S+ UTC +\d+ +\S+.* +1$", shown, re.MULTILINE), shown
+
+
+def test_the_joined_site_trains_the_runs_adapter_on_in_its_own_container_and_keeps_what_comes_of_it(
+    hub: Operator, site: Operator, tmp_path: Path
+) -> None:
+    shutil.copytree(hub.folder / "adapters/latest", run := tmp_path / "run")
+    sh(f"chmod -R a+rX {tmp_path}", tmp_path)
+    site.here["~/run"] = str(run)
+    said = site.follow("A personal adapter")
+    assert re.search(r"^\d+ steps at home; loss on this site's \d+ held-out photos ", said, re.MULTILINE), said
+    made = site.folder / "personal/run/final"
+    assert {file.name for file in made.iterdir()} >= {"pytorch_lora_weights.safetensors", "kohya.safetensors"}
+    provenance = json.loads((made / "provenance.json").read_text())
+    assert provenance["personal"]["site"] == "garden"
 
 
 def test_a_gpu_that_docker_cannot_give_to_a_container_is_named(site: Operator, tmp_path: Path) -> None:
