@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ PICTURED += ("a pink lotus, sky background", "a purple thistle, sand background"
 @dataclass(frozen=True)
 class Row:
     """What one contender of one seed has learned. known: loss on the known species. held_out: on each site's photos
-    that it held out, as its site measures it. right: of `pictures` of a new species, how many the judge sees it in.
+    that it held out, as its site measures it; which they are follows from the seed. right: of `pictures` of a new
+    species, how many the judge sees it in; where nothing was drawn there are 0.
     """
 
     contender: str
@@ -109,7 +111,7 @@ class Comparison:
         """All sites' photos in one folder; those that a site holds out are held out of it too, as they are public."""
         return learned.pooled(self.folders, self.work / "pooled")
 
-    def row(self, contender: str, seed: int) -> Row:
+    def row(self, contender: str, seed: int, drawn: bool = True) -> Row:
         config, base = self.of(seed), self.models / self.config.base_model
         sites = self.sites(config, self.folders)
         net, right = sites[0].net, dict.fromkeys(NEW, 0)
@@ -123,21 +125,22 @@ class Comparison:
         if not known.exists():
             learned.write(known, draw.photos(draw.KNOWN, HELD_OUT * len(draw.KNOWN), learned.SEED))
         [forgotten] = learned.losses(net, {"": known}, config, base, self.work).values()
-        pipe = learned.pipeline(net, base) if self.count else None
-        for drawing in range(DRAWINGS if self.count else 0):
+        drawings = DRAWINGS if drawn and self.count else 0
+        pipe = learned.pipeline(net, base) if drawings else None
+        for drawing in range(drawings):
             found = learned.right(pipe, model.adapter_of(net), config, self.count, NEW, 1000 * (drawing + 1))
             right = {name: right[name] + found[name] for name in NEW}
-        return Row(contender, seed, forgotten, held_out, right, DRAWINGS * self.count)
+        return Row(contender, seed, forgotten, held_out, right, drawings * self.count)
 
 
 def rows_of(comparison: Comparison, seeds: Sequence[int]) -> list[Row]:
-    """A row for each contender and seed, seed by seed; the base is the same for all. Goes on where it was."""
+    """A row for each contender and seed, seed by seed; the base draws the same for all. Goes on where it was."""
     kept = comparison.work / "rows.json"
     rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     for seed in seeds:
-        for contender in CONTENDERS if seed == seeds[0] else CONTENDERS[1:]:
+        for contender in CONTENDERS:
             if not any((row.contender, row.seed) == (contender, seed) for row in rows):
-                rows.append(comparison.row(contender, seed))
+                rows.append(comparison.row(contender, seed, drawn=contender != BASE or seed == seeds[0]))
                 files.write_json(kept, [asdict(row) for row in rows])
                 print(table(rows), flush=True)
     return [row for row in rows if row.seed in seeds]
@@ -155,7 +158,8 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 def judged(rows: Sequence[Row], species: Sequence[str]) -> str:
     """Per cent over all pictures with Wilson's interval; then the lowest and the highest seed."""
-    if not rows or not rows[0].pictures:
+    rows = [row for row in rows if row.pictures]
+    if not rows:
         return "–"
     shares = [sum(row.right[name] for name in species) / (row.pictures * len(species)) for row in rows]
     right, of = (sum(parts) for parts in zip(*counts(rows, species), strict=True))
@@ -168,9 +172,9 @@ def counts(rows: Sequence[Row], species: Sequence[str]) -> list[tuple[int, int]]
     return [(row.right[name], row.pictures) for row in rows for name in species]
 
 
-def change(values: Sequence[float], base: float) -> str:
-    """Per cent beside the base: the mean over the seeds; then the lowest and the highest seed."""
-    shares = [100 * (value / base - 1) for value in values]
+def change(values: Sequence[float], bases: Sequence[float]) -> str:
+    """Per cent beside the base of the same seed: the mean over the seeds; then the lowest and the highest seed."""
+    shares = [100 * (value / base - 1) for value, base in zip(values, bases, strict=True)]
     said = f"{sum(shares) / len(shares):+.0f} %"
     return said + (f", {min(shares):+.0f} to {max(shares):+.0f}" if len(shares) > 1 else "")
 
@@ -178,14 +182,18 @@ def change(values: Sequence[float], base: float) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a row a contender: what it forgot, what it draws, and its loss at either site."""
     heads = ["", "known species", "site 1's two drawn", "site 2's two drawn", "site 1's photos", "site 2's photos"]
-    [base, *_] = [row for row in rows if row.contender == BASE]
+    bases = {row.seed: row for row in rows if row.contender == BASE}
 
     def cells(mine: Sequence[Row]) -> list[str]:
+        def said(loss: Callable[[Row], float]) -> str:
+            values = [loss(row) for row in mine]
+            if mine[0].contender == BASE:
+                return f"{sum(values) / len(values):.4f}"
+            return change(values, [loss(bases[row.seed]) for row in mine])
+
         drawn = [judged(mine, draw.UNSEEN[site]) for site in draw.UNSEEN]
-        if mine[0].contender == BASE:
-            return [f"{base.known:.4f}", *drawn, *(f"{loss:.4f}" for loss in base.held_out)]
-        sites = [change([row.held_out[n] for row in mine], base.held_out[n]) for n in range(len(base.held_out))]
-        return [change([row.known for row in mine], base.known), *drawn, *sites]
+        sites = [said(partial(_held_out, site)) for site in range(len(mine[0].held_out))]
+        return [said(lambda row: row.known), *drawn, *sites]
 
     return _table(rows, heads, cells)
 
@@ -193,6 +201,10 @@ def table(rows: Sequence[Row]) -> str:
 def by_species(rows: Sequence[Row]) -> str:
     """Markdown: a row a contender, the judge on each new species."""
     return _table(rows, ["", *NEW], lambda mine: [judged(mine, [name]) for name in NEW])
+
+
+def _held_out(site: int, row: Row) -> float:
+    return row.held_out[site]
 
 
 def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[Row]], list[str]]) -> str:
