@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,21 +178,24 @@ def change(values: Sequence[float], bases: Sequence[float]) -> str:
     return said + (f", {min(shares):+.0f} to {max(shares):+.0f}" if len(shares) > 1 else "")
 
 
+def losses(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    """Every row's on the known species, then on the photos of one site after another."""
+    return list(zip(*((row.known, *row.held_out) for row in rows), strict=True))
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a row a contender: what it forgot, what it draws, and its loss at either site."""
     heads = ["", "known species", "site 1's two drawn", "site 2's two drawn", "site 1's photos", "site 2's photos"]
     bases = {row.seed: row for row in rows if row.contender == BASE}
 
     def cells(mine: Sequence[Row]) -> list[str]:
-        def said(loss: Callable[[Row], float]) -> str:
-            values = [loss(row) for row in mine]
-            if mine[0].contender == BASE:
-                return f"{sum(values) / len(values):.4f}"
-            return change(values, [loss(bases[row.seed]) for row in mine])
-
         drawn = [judged(mine, draw.UNSEEN[site]) for site in draw.UNSEEN]
-        sites = [said(partial(_held_out, site)) for site in range(len(mine[0].held_out))]
-        return [said(lambda row: row.known), *drawn, *sites]
+        beside = losses([bases[row.seed] for row in mine])
+        known, *sites = (
+            f"{sum(values) / len(values):.4f}" if mine[0].contender == BASE else change(values, of_base)
+            for values, of_base in zip(losses(mine), beside, strict=True)
+        )
+        return [known, *drawn, *sites]
 
     return _table(rows, heads, cells)
 
@@ -201,10 +203,6 @@ def table(rows: Sequence[Row]) -> str:
 def by_species(rows: Sequence[Row]) -> str:
     """Markdown: a row a contender, the judge on each new species."""
     return _table(rows, ["", *NEW], lambda mine: [judged(mine, [name]) for name in NEW])
-
-
-def _held_out(site: int, row: Row) -> float:
-    return row.held_out[site]
 
 
 def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[Row]], list[str]]) -> str:
