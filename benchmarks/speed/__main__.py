@@ -28,7 +28,7 @@ from benchmarks.speed.contenders import PHASES, Result, Task
 from bouquet import ROOT
 
 CONTENDERS = ("naive", "ours", "floor")
-TINY = (12, 4, 2)  # images to train on and held out, steps: to see that it runs
+TINY = (1, 12, 4, 2)  # sites, images to train on and held out, steps: to see that it runs
 GPU = ("gpu", "gpu-tries", "gpu-families", "accept")  # what benchmarks/gpu has
 ELSEWHERE = dict.fromkeys(GPU, "gpu") | {
     "privacy": "learning",
@@ -123,12 +123,13 @@ def prepare(home: Path, sites: int, images: int, kind: str, photos: Path | None 
 
 
 def compare(args: argparse.Namespace) -> int:
-    train, held_out, steps = TINY if args.tiny else (40, 8, 5) if args.quick else (400, 80, 50)
+    count, train, held_out, steps = TINY if args.tiny else (2, 40, 8, 5) if args.quick else (2, 400, 80, 50)
     kind = "tiny" if args.tiny else args.base
     found: dict[str, list[Result]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="bouquet-bench-") as folder:
         home = Path(folder)
-        task = Task(home, prepare(home, 2, train + held_out, kind, args.photos), train, held_out, steps, 8, args.rounds)
+        folders = prepare(home, count, train + held_out, kind, args.photos)
+        task = Task(home, folders, train, held_out, steps, 8, args.rounds)
         for number in range(args.repeats):
             for name in CONTENDERS:
                 show(f"{name}, {number + 1} of {args.repeats}")
@@ -152,8 +153,8 @@ def compare(args: argparse.Namespace) -> int:
     print("ours: " + "  ".join(f"{name} {value:.2f}" for name, value in found["ours"][0].facts.items()))
     print("ours: encode, round 1 of " + ", ".join(f"{name} {value:.2f} s" for name, value in said["encode"].items()))
     print(
-        f"{said['machine']}; 2 sites of {train} + {held_out} photos, {steps} steps of 8, {args.repeats} x {args.rounds}"
-        f" rounds; {args.json}"
+        f"{said['machine']}; {count} sites of {train} + {held_out} photos, {steps} steps of 8,"
+        f" {args.repeats} x {args.rounds} rounds; {args.json}"
     )
     if args.plot:
         from benchmarks.speed import plot
