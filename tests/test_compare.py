@@ -102,23 +102,26 @@ def test_the_command_leaves_tables_a_sheet_and_the_numbers_and_trains_nothing_tw
     finished, tmp_path, monkeypatch, capsys
 ):
     federation, run = finished
-    few = ("base", FEDERATED, "pooled, all steps")
-    for name, fewer in (("HELD_OUT", 2), ("DRAWINGS", 2), ("PICTURED", compare.PICTURED[:1]), ("CONTENDERS", few)):
+    few = ("base", FEDERATED, "pooled, all steps", "federated, lora-rank=1 rounds=1")
+    for name, fewer in (("HELD_OUT", 2), ("DRAWINGS", 2), ("PICTURED", compare.PICTURED[:1])):
         monkeypatch.setattr(compare, name, fewer)
     (page := tmp_path / "page.md").write_text("<!-- comparison -->\n<!-- /comparison -->\n")
     where = ["--out", f"{tmp_path}", "--work", f"{tmp_path / 'work'}", "--docs", f"{page}"]
     asked = ["--run", f"{run}", "--data", f"{federation.root / 'data'}", "--models", f"{tiny.models()}", "--count", "1"]
+    asked += ["--contenders", *few]
     compare.main([*asked, *where])
     told = json.loads((tmp_path / "comparison.json").read_text())
     assert told["runs"] == {"42": "7"} and [row["contender"] for row in told["rows"]] == list(few)
     assert all(row["pictures"] == 2 and row["right"].keys() == {*compare.NEW} for row in told["rows"])
     table = page.read_text().splitlines()[1:-1]
-    assert (tmp_path / "comparison.md").read_text().splitlines()[: len(table)] == table and len(table) == 5
+    assert (tmp_path / "comparison.md").read_text().splitlines()[: len(table)] == table and len(table) == 6
     with learned.Image.open(tmp_path / "comparison.png") as sheet:
-        assert sheet.size[1] > 3 * 128
+        assert sheet.size[1] > 4 * 128
+    [file] = (tmp_path / "work").glob("*/federated-lora-rank=1-rounds=1-42.safetensors")
+    assert {value.shape[0] for key, value in compare.load_file(file).items() if "lora_A" in key} == {1}
     trained = capsys.readouterr().out.count("training: ")
     compare.main([*asked, *where])
-    assert trained == 1 and "training: " not in capsys.readouterr().out
+    assert trained == 2 and "training: " not in capsys.readouterr().out
     assert json.loads((tmp_path / "comparison.json").read_text()) == told
 
 

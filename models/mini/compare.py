@@ -1,12 +1,14 @@
 """Was joining worth it? Base, each site alone, federated and pooled, over seeds, by the same photos and prompts.
 
     python -m models.mini.compare --run .bouquet/adapters/latest --data .bouquet/data --seeds 42 43 44
+    python -m models.mini.compare ... --contenders base federated "federated, rounds=16 batch-size=8"
 
 Enters: finished runs of the demo, alike but for their seed, and its two sites' photos. Leaves: `comparison.json`,
 `comparison.md` and `comparison.png` (the README's picture) in `--out`, and the README's table between its marks.
 For every seed, "alone" takes as many steps on one site's photos as a site takes in the run, "pooled, same steps" as
 many on both sites' photos in one place, "pooled, all steps" as many as both sites together. A seed that no run is given
 of is federated here, in one process, by the hub's own averaging. All by the runs' learning rate over their own steps.
+A contender may be `federated` with other keys of the run's config.
 Each training and each row is kept in `--work` as soon as it is there: who is interrupted goes on with the next.
 """
 
@@ -16,11 +18,13 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flwr.common.config import parse_config_args
 from safetensors.torch import load_file, save_file
 
 from app import files, model
@@ -69,7 +73,7 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """folders: the two sites'. runs: by seed, of those that were given. config: theirs, but for the seed. count: of
-    pictures a species and drawing; 0 is no judge. models: the folder with the base model.
+    pictures a species and drawing; 0 is no judge. models: the folder with the base model. contenders: what is compared.
     """
 
     folders: list[Path]
@@ -78,9 +82,16 @@ class Comparison:
     work: Path
     count: int
     models: Path
+    contenders: tuple[str, ...] = CONTENDERS
 
     def of(self, seed: int) -> RunConfig:
         return replace(self.config, seed=seed)
+
+    def told(self, contender: str, seed: int) -> RunConfig:
+        """With the keys that a name says after `federated, `. Errors: CONFIG-01, -02."""
+        keys = contender.removeprefix(f"{FEDERATED}, ")
+        mine = {key.replace("_", "-"): value for key, value in asdict(self.of(seed)).items()}
+        return RunConfig.read(mine | (parse_config_args([keys]) if keys != contender else {}))
 
     def sites(self, config: RunConfig, folders: Sequence[Path]) -> list[train.Site]:
         return [train.Site(config, self.models, folder, self.work / f"cache-{folder.name}", "") for folder in folders]
@@ -89,7 +100,7 @@ class Comparison:
         """As it was trained, once."""
         if contender == FEDERATED and seed in self.runs:
             return store.read_adapter(self.runs[seed] / "final")
-        kept = self.work / f"{contender.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+        kept = self.work / f"{re.sub('[^a-z0-9.=]+', '-', contender)}-{seed}.safetensors"
         if not kept.exists():
             print(f"training: {contender}, seed {seed}", flush=True)
             save_file(self.train(contender, seed), beside := kept.with_suffix(".partial"))
@@ -97,7 +108,7 @@ class Comparison:
         return dict(sorted(load_file(kept).items()))
 
     def train(self, contender: str, seed: int) -> model.Adapter:
-        config, folders = self.of(seed), self.folders
+        config, folders = self.told(contender, seed), self.folders
         if contender.startswith("site"):
             folders = [folders[int(contender.split()[1]) - 1]]
         elif contender.startswith("pooled"):
@@ -111,7 +122,7 @@ class Comparison:
         return learned.pooled(self.folders, self.work / "pooled")
 
     def row(self, contender: str, seed: int, drawn: bool = True) -> Row:
-        config, base = self.of(seed), self.models / self.config.base_model
+        config, base = self.told(contender, seed), self.models / self.config.base_model
         sites = self.sites(config, self.folders)
         net, right = sites[0].net, dict.fromkeys(NEW, 0)
         if contender != BASE:  # whose adapter is the fresh one, of no effect
@@ -137,12 +148,12 @@ def rows_of(comparison: Comparison, seeds: Sequence[int]) -> list[Row]:
     kept = comparison.work / "rows.json"
     rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     for seed in seeds:
-        for contender in CONTENDERS:
+        for contender in comparison.contenders:
             if not any((row.contender, row.seed) == (contender, seed) for row in rows):
                 rows.append(comparison.row(contender, seed, drawn=contender != BASE or seed == seeds[0]))
                 files.write_json(kept, [asdict(row) for row in rows])
                 print(table(rows), flush=True)
-    return [row for row in rows if row.seed in seeds]
+    return [row for row in rows if row.seed in seeds and row.contender in comparison.contenders]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -207,20 +218,21 @@ def by_species(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[Row]], list[str]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for contender in CONTENDERS:
-        if mine := [row for row in rows if row.contender == contender]:
-            lines.append(f"| {contender} | " + " | ".join(cells(mine)) + " |")
+    for contender in dict.fromkeys(row.contender for row in rows):
+        mine = [row for row in rows if row.contender == contender]
+        lines.append(f"| {contender} | " + " | ".join(cells(mine)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def sheet(comparison: Comparison, seed: int) -> Any:
     """Every contender's pictures of the same prompts, from the same noise."""
-    config = comparison.of(seed)
-    pipe, rows = sample.pipeline(comparison.models / config.base_model, config), []
-    for contender in CONTENDERS:
+    rows = []
+    for contender in comparison.contenders:
+        config = comparison.told(contender, seed)
         adapter = None if contender == BASE else comparison.adapter(contender, seed)
+        pipe = sample.pipeline(comparison.models / config.base_model, config)
         rows.append(sample.render(pipe, adapter, PICTURED, config))
-    return sample.grid(rows, list(CONTENDERS), PICTURED)
+    return sample.grid(rows, list(comparison.contenders), PICTURED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, nargs="+", action="extend", help="folders of finished runs")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds site-1 and site-2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="also those that no run is given of")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, metavar="NAME", help=f"{', '.join(CONTENDERS)}")
     parser.add_argument("--out", type=Path, default=HERE, help="where the tables and the picture go")
     parser.add_argument("--work", type=Path, default=ROOT / ".bouquet/compare", help="what is kept of each step")
     parser.add_argument("--models", type=Path, default=HERE.parent, help="folder with the runs' base model")
@@ -242,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     runs = {config.seed: run for config, run in zip(configs, asked.run, strict=True)}
     folders = [asked.data / f"site-{site}" for site in draw.UNSEEN]
-    comparison = Comparison(folders, runs, config, work, asked.count, asked.models)
+    comparison = Comparison(folders, runs, config, work, asked.count, asked.models, tuple(asked.contenders))
     rows = rows_of(comparison, seeds)
     told = {
         "runs": {str(seed): run.resolve().name for seed, run in runs.items()},
