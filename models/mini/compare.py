@@ -153,7 +153,8 @@ def rows_of(comparison: Comparison, seeds: Sequence[int]) -> list[Row]:
                 rows.append(comparison.row(contender, seed, drawn=contender != BASE or seed == seeds[0]))
                 files.write_json(kept, [asdict(row) for row in rows])
                 print(table(rows), flush=True)
-    return [row for row in rows if row.seed in seeds and row.contender in comparison.contenders]
+    wanted = [(contender, seed) for seed in seeds for contender in comparison.contenders]
+    return [row for which in wanted for row in rows if (row.contender, row.seed) == which]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
