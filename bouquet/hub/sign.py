@@ -128,7 +128,7 @@ def closed(found: str) -> BouquetError:
     """
     fix = (
         "on the host: bouquet hub sign; without Python there, in a container that is given the key for this once:"
-        ' docker compose run --rm --user "$(id -u)" -v "$PWD/certs:/bouquet/certs" -v'
+        ' docker compose run --rm --user "$(id -u)" --cap-add DAC_OVERRIDE -v "$PWD/certs:/bouquet/certs" -v'
         ' "$PWD/.bouquet/signatures:/bouquet/.bouquet/signatures" operator bouquet hub sign'
     )
     return BouquetError("TRUST-02", found=found, fix=fix)
