@@ -24,30 +24,30 @@ def check(what: str) -> None:
             sys.exit(f"nothing heard from the hub for {silent:.0f} s")
         return
     place, _, path = rest.removeprefix("//").partition("/")
-    host, port = place.rsplit(":", 1)
     if scheme == "tcp":
         import socket
 
+        host, port = place.rsplit(":", 1)
         socket.create_connection((host, int(port)), timeout=5).close()
     else:
-        ask(scheme, host, int(port), f"/{path}")
+        ask(scheme, place, f"/{path}")
 
 
-def ask(scheme: str, host: str, port: int, path: str) -> None:
+def ask(scheme: str, place: str, path: str) -> None:
     import http.client
 
     if scheme == "https":
         import ssl
 
         tls = ssl.create_default_context(cafile=os.environ.get("CA", "/ca.crt"))
-        there: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=5, context=tls)
+        there: http.client.HTTPConnection = http.client.HTTPSConnection(place, timeout=5, context=tls)
     else:
-        there = http.client.HTTPConnection(host, port, timeout=5)
+        there = http.client.HTTPConnection(place, timeout=5)
     there.request("GET", path)
     status = there.getresponse().status
     there.close()
     if status != 200:
-        sys.exit(f"{host}:{port}{path} answers {status}")
+        sys.exit(f"{place}{path} answers {status}")
 
 
 for argument in sys.argv[1:]:

@@ -125,6 +125,12 @@ def test_the_command_leaves_tables_a_sheet_and_the_numbers_and_trains_nothing_tw
     assert json.loads((tmp_path / "comparison.json").read_text()) == told
 
 
+def test_a_contender_that_there_is_not_is_named_before_anything_is_trained(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--run", "nowhere", "--data", "nowhere", "--contenders", "base", "fedrated"])
+    assert "'fedrated' is none of base, site 1 alone" in capsys.readouterr().err
+
+
 # --- what a cell says -------------------------------------------------------------------------------------------------
 
 

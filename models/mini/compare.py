@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +228,11 @@ def _table(rows: Sequence[Row], heads: Sequence[str], cells: Callable[[Sequence[
 
 def sheet(comparison: Comparison, seed: int) -> Any:
     """Every contender's pictures of the same prompts, from the same noise."""
-    rows = []
+    loaded, rows = cache(lambda config: sample.pipeline(comparison.models / config.base_model, config)), []
     for contender in comparison.contenders:
         config = comparison.told(contender, seed)
         adapter = None if contender == BASE else comparison.adapter(contender, seed)
-        pipe = sample.pipeline(comparison.models / config.base_model, config)
-        rows.append(sample.render(pipe, adapter, PICTURED, config))
+        rows.append(sample.render(loaded(config), adapter, PICTURED, config))
     return sample.grid(rows, list(comparison.contenders), PICTURED)
 
 
@@ -248,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=16, help=f"pictures a species, {DRAWINGS} times")
     parser.add_argument("--docs", type=Path, help="the table into this page, such as README.md")
     asked = parser.parse_args(arguments)
+    if strange := [n for n in asked.contenders if n not in CONTENDERS and not n.startswith(f"{FEDERATED}, ")]:
+        parser.error(f"--contenders: {strange[0]!r} is none of {', '.join(CONTENDERS)} or '{FEDERATED}, KEY=VALUE ...'")
     configs = worth.alike(asked.run)
     seeds = list(dict.fromkeys([config.seed for config in configs] + asked.seeds))
     config = replace(configs[0], seed=0)
