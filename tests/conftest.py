@@ -8,6 +8,7 @@ A test that needs its file's deployment is slow, as is whatever is marked so: wh
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -35,6 +36,9 @@ DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
     **dict.fromkeys((*DOCKER, "test_faults"), "docker"),
     "test_simulation": "simulation",
 }
+# A process of tests has torch's, diffusers' and thousands of tests' objects, none of which is garbage; by Python's own
+# thresholds looking through all of them again and again takes a sixth of the suite's time.
+gc.set_threshold(10_000, 10, 100)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core; before any torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 

@@ -55,7 +55,8 @@ def of(config: RunConfig, trained: Iterable[torch.nn.Parameter], device: torch.d
             from transformers.optimization import Adafactor
 
             how |= {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-            return Adafactor(trained, **how)  # type: ignore[no-untyped-call]
+            factored: torch.optim.Optimizer = Adafactor(trained, **how)
+            return factored
     return torch.optim.AdamW(trained, **how, fused=device.type == "cuda" or None)
 
 

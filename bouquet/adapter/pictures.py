@@ -87,7 +87,7 @@ def clip(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]], folder: 
     from torchmetrics.multimodal.clip_score import CLIPScore
     from transformers import CLIPModel, CLIPProcessor
 
-    class Plain(CLIPModel):  # type: ignore[no-untyped-call]
+    class Plain(CLIPModel):  # type: ignore[misc]
         """With the bare features that torchmetrics 1.9 asks for; transformers 5 wraps them."""
 
         def get_image_features(self, *args: Any, **more: Any) -> Any:

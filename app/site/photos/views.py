@@ -81,7 +81,7 @@ def buckets(resolution: int, multiple: int) -> list[Shape]:
     """Shapes of about resolution² pixels from 1:2 to 2:1, their sides multiples of `multiple`; the square first."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
-    found: list[Shape] = generate_aspect_ratio_buckets(resolution, multiple)  # type: ignore[no-untyped-call]
+    found: list[Shape] = generate_aspect_ratio_buckets(resolution, multiple)
     return found
 
 
@@ -92,7 +92,8 @@ def nearest(size: Size, shapes: list[Shape]) -> Shape:
     from diffusers.training_utils import find_nearest_bucket  # slow to import
 
     turned = shapes[::-1]  # of several it takes the last
-    return turned[find_nearest_bucket(size[1], size[0], turned)]  # type: ignore[no-untyped-call]
+    index: int = find_nearest_bucket(size[1], size[0], turned)
+    return turned[index]
 
 
 def largest(config: RunConfig, multiple: int) -> Shape:
