@@ -134,12 +134,16 @@ class Bench(Hub, Processes):
 
 
 def _running(group: int, program: str) -> Iterator[int]:
-    """Processes of a group whose command line or name has `program`."""
+    """Processes of a group that run `program`: a forked one has its parent's command line, and a name of its own."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             command = (folder / "cmdline").read_bytes()  # empty: it has ended, and nobody has asked how
-            names = command + (folder / "comm").read_bytes()  # a forked ClientApp has a name alone
-            if command and program.encode() in names and os.getpgid(int(folder.name)) == group:
+            name = (folder / "comm").read_bytes()
+            if (
+                command
+                and program.encode() in (command if name.startswith(b"python") else name)
+                and os.getpgid(int(folder.name)) == group
+            ):
                 yield int(folder.name)
 
 

@@ -1,5 +1,5 @@
-"""What every message of a site and every run of the hub needs, imported once by the fork server (superexec.py) from
-which the processes of all runs begin.
+"""What every message of a site and every run of the hub needs, imported once, before the fork server is forked from
+which the processes of all runs begin (superexec.py).
 
 Importing this module imports the libraries, and nothing else: no key, no photo, no model, no thread, and no question
 to CUDA, after which no process forked from this one could use the GPU.

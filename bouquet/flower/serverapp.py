@@ -45,7 +45,7 @@ class Runs:
         self.fork, self.run = fork, 0
 
     def start(self, arguments: list[str]) -> None:
-        self.fork.Process(target=serve, args=(arguments,), daemon=True).start()
+        superexec.child(self.fork, serve, arguments)
 
     def tidy(self) -> None:
         multiprocessing.active_children()  # reaps those that have ended

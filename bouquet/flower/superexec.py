@@ -2,9 +2,9 @@
 
 Flower starts a new process for every message. Importing torch, peft and diffusers takes that process 4 to 6 s, and on
 a GPU the start of CUDA, the base model and the first kernels take it 20 s more, each round, before it trains. Here
-Python's own fork server imports the libraries once, and a run's first message forks a worker from it, which takes the
-later messages of that run too, so that the app may keep in it what the next message needs again (client_app.py says
-what). A worker
+they are imported once, Python's own fork server is forked from this process, and a run's first message forks a worker
+from that, which takes the later messages of that run too, so that the app may keep in it what the next message needs
+again (client_app.py says what). A worker
 
   - serves one run: another run's message gets a process of its own, and ends the worker if that is idle (it holds the
     GPU's memory);
@@ -12,8 +12,9 @@ what). A worker
   - takes nobody along when it dies: the message that it had becomes an error reply, as Flower does it, the next one a
     fresh worker.
 
-The fork server holds the libraries (libraries.py) and nothing else. Flower's log begins with warnings in all of these
-processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the app is.
+The fork server holds the libraries (libraries.py) and no key, photo or model. Flower's log begins with warnings in all
+of these processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the
+app is.
 Enters: flower-superexec's own arguments, and SITE_KEEP (300; 0 is a process a message). Leaves: its exit code.
 """
 
@@ -22,14 +23,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import io
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial, wraps
 from multiprocessing.connection import Connection, wait
@@ -39,7 +44,10 @@ from bouquet import ROOT
 from bouquet.flower import seams
 
 PR_SET_NAME = 15  # prctl(2)
+LIBRARIES = "bouquet.flower.libraries"
+SERVER = "fork-server"  # what ps and top show of it
 KEEP = 300.0  # seconds that a worker waits for its run's next message
+TRIES = 40  # of a fork, LEAST seconds apart
 # seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
 LEAST, SHARE = 0.05, 0.05
 
@@ -74,19 +82,66 @@ def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
 
 def server(*more: str) -> multiprocessing.context.ForkServerContext:
     """The running fork server, which has the libraries and `more` modules: a message is asked for only when it can be
-    worked on.
+    worked on. Errors: those of the import.
     """
     fork, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH", "")
-    fork.set_forkserver_preload(["bouquet.flower.libraries", *more])
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}".rstrip(os.pathsep)  # where it finds that module
+    for name in (LIBRARIES, *more):
+        importlib.import_module(name)
+    fork.set_forkserver_preload([LIBRARIES, *more])
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}".rstrip(os.pathsep)  # where a later one finds that module
+    multiprocessing.resource_tracker.ensure_running()  # a Python of its own, too, and it stays one
+    afresh = multiprocessing.util.spawnv_passfds
+    multiprocessing.util.spawnv_passfds = forked  # type: ignore[assignment]  # it needs no path and no arguments
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        os.environ["PYTHONPATH"] = path
-    first = fork.Process(target=bool)
-    first.start()  # returns when the import has ended
-    first.join()
+        multiprocessing.util.spawnv_passfds, os.environ["PYTHONPATH"] = afresh, path
     return fork
+
+
+def forked(_path: Any, _arguments: Any, descriptors: Sequence[int]) -> int:
+    """In place of the multiprocessing function that starts the first fork server as a new Python, which would import
+    all of that again: a fork of this process, which has one thread yet (those of NumPy's OpenBLAS end at a fork). When
+    it is gone the next one is a new Python, as by then this process has more, which would leave their locks behind.
+    """
+    assert threading.active_count() == 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_NAME, SERVER.encode())
+        least = 3  # none but the standard streams and its own: it ends when the last end of a pipe is closed
+        for one in (*sorted(descriptors), os.sysconf("SC_OPEN_MAX")):
+            os.closerange(least, one)
+            least = one + 1
+        # this process, which begins its server, has the lock for it; its copy here would be taken for ever
+        vars(multiprocessing.forkserver._forkserver).update(vars(multiprocessing.forkserver.ForkServer()))
+        listener, alive, *key = descriptors
+        more: dict[str, Any] = {"authkey_r": key[0]} if key else {}  # since Python 3.14
+        multiprocessing.forkserver.main(listener, alive, [], **more)
+    except SystemExit:
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+    return 0
+
+
+def child(fork: multiprocessing.context.ForkServerContext, does: Callable[..., None], *arguments: Any) -> Any:
+    """A process from the fork server; where that dies in this moment, from the next one."""
+    for left in reversed(range(TRIES)):
+        process = fork.Process(target=does, args=arguments, daemon=True)
+        try:
+            process.start()
+            break
+        except (EOFError, OSError):  # it takes a while until it counts as dead, and another is begun
+            if not left:
+                raise
+            time.sleep(LEAST)
+    return process
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------------
@@ -165,8 +220,7 @@ class Worker:
     def __init__(self, fork: multiprocessing.context.ForkServerContext, run: int, keep: bool) -> None:
         self.run, self.busy, self.since = run, False, time.monotonic()
         self.orders, theirs = multiprocessing.Pipe()
-        self.process = fork.Process(target=work, args=(theirs, keep), daemon=True)
-        self.process.start()
+        self.process = child(fork, work, theirs, keep)
         theirs.close()
 
     def take(self, arguments: list[str]) -> None:

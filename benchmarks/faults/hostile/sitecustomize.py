@@ -103,7 +103,7 @@ def _outcome(call, *args) -> str:
 
 
 # a ClientApp, or what it is forked from
-if FILE.name and ("flwr-clientapp" in PROGRAM or "multiprocessing.forkserver" in PROGRAM):
+if FILE.name and ("flwr-clientapp" in PROGRAM or "bouquet.flower.superexec" in PROGRAM):
     lying_client()
 elif FILE.name and "bouquet.flower.supernode" in PROGRAM:
     replaying_supernode()
