@@ -22,12 +22,12 @@ def refused(code: str, **values) -> ConfigError:
 
 def test_an_empty_config_is_the_defaults():
     config = RunConfig.read({})
-    assert (config.base_model, config.resolution, config.rounds, config.lora_rank) == ("mini", 64, 8, 16)
+    assert (config.base_model, config.resolution, config.rounds, config.lora_rank) == ("mini", 64, 16, 16)
 
 
 def test_given_values_replace_defaults_under_flowers_names():
     config = RunConfig.read({"local-steps": 7, "lora-targets": "attention"})
-    assert (config.local_steps, config.lora_targets, config.batch_size) == (7, "attention", 16)
+    assert (config.local_steps, config.lora_targets, config.batch_size) == (7, "attention", 8)
 
 
 def test_a_config_cannot_be_changed_after_it_was_read():

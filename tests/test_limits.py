@@ -11,7 +11,7 @@ from app.errors import ConfigError, SiteError
 from app.site.limits import MODELS, NUMBERS, OWN, PRIVATE, WEEK, Limits
 from bouquet import ROOT
 
-RUN = RunConfig()  # base-model mini, local-steps 60, batch-size 16, learning-rate 0.003, lora-rank 16
+RUN = RunConfig(rounds=8, batch_size=16)  # base-model mini, local-steps 60, learning-rate 0.003, lora-rank 16
 RULES = Limits().private()
 
 

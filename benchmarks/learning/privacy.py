@@ -56,7 +56,13 @@ def cell(home: Path, args: argparse.Namespace, count: int, epsilon: str) -> Cell
 
     began, steps = time.monotonic(), args.steps // ROUNDS
     fraction = max(0.01, args.held_out / (count + args.held_out))  # no run holds out less
-    known = {"local-steps": steps, "rounds": ROUNDS, "validation-fraction": fraction, "precision": "fp32"}
+    known = {
+        "batch-size": 16,
+        "local-steps": steps,
+        "rounds": ROUNDS,
+        "precision": "fp32",
+        "validation-fraction": fraction,
+    }
     config = RunConfig.read(known | {"seed": args.seed})
     sites = [
         train.Site(
