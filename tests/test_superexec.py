@@ -28,21 +28,26 @@ def run(code: str) -> list:
 
 @pytest.fixture(scope="module")
 def messages() -> list:
-    """Three processes one after another from one server: the first leaves a mark, the second is killed; and the
-    server's threads.
+    """Three processes one after another from one server: the first leaves a mark, the second is killed, the third
+    begins one of its own; and the server's name and threads.
     """
     child = (
         "import builtins, json, os, sys; print(json.dumps([os.getpid(), sorted({'torch', 'peft', 'diffusers', 'app'} &"
         " sys.modules.keys()), hasattr(builtins, 'mark')]), flush=True); "
     )
+    more = (
+        "import multiprocessing as m; own = m.get_context('forkserver').Process(target=bool); own.start(); own.join();"
+        " print(json.dumps(own.exitcode), flush=True)"
+    )
     return run(f"""{PRELUDE}
 import multiprocessing.forkserver as forkserver, os
 fork = superexec.server()
-for what in ("builtins.mark = 1", "os.kill(os.getpid(), 9)", ""):
+for what in ("builtins.mark = 1", "os.kill(os.getpid(), 9)", {more!r}):
     process = fork.Process(target=exec, args=({child!r} + what, {{}}))
     process.start()
     process.join()
-print(json.dumps(len(os.listdir(f"/proc/{{forkserver._forkserver._forkserver_pid}}/task"))))
+server = f"/proc/{{forkserver._forkserver._forkserver_pid}}"
+print(json.dumps([open(server + "/comm").read(), len(os.listdir(server + "/task"))]))
 """)
 
 
@@ -56,11 +61,16 @@ def test_a_worker_sees_nothing_of_another(messages):
 
 
 def test_a_worker_that_was_killed_takes_neither_the_server_nor_the_next_one_along(messages):
-    assert len(messages) == 4  # the second was killed, the third answered
+    assert len(messages) == 5  # the second was killed, the third answered
 
 
-def test_the_server_has_one_thread_so_that_forking_it_is_safe(messages):
-    assert messages[3] == 1
+def test_a_worker_may_begin_processes_of_its_own(messages):
+    """The server is forked while its parent has the lock on what it knows of it."""
+    assert messages[3] == 0
+
+
+def test_the_server_has_one_thread_so_that_forking_it_is_safe_and_a_name_that_ps_shows(messages):
+    assert messages[4] == ["fork-server\n", 1]
 
 
 # --- a GPU in a forked process

@@ -43,7 +43,8 @@ class Trained:
     def sentence(self) -> str:
         change = (self.after - self.before) / self.before
         told = f"{self.before:.4f} → {self.after:.4f} ({change:+.1%})".replace("%", " %").replace("-", "−")
-        return f"{self.steps} steps at home; loss on this site's {self.held_out} held-out photos {told}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{steps} at home; loss on this site's {self.held_out} held-out photos {told}"
 
 
 def of_run(folder: Path, run: Path) -> Path:
