@@ -13,6 +13,7 @@ from app.adapter import store
 from app.site import train
 from benchmarks import pages
 from bouquet import worth
+from bouquet.adapter import personal
 from models.mini import compare, draw, learned
 from models.mini.compare import CONTENDERS, FEDERATED, Comparison, Row
 from tests.kit import tiny
@@ -96,6 +97,13 @@ def test_a_row_has_the_loss_that_each_site_measures_and_the_bases_is_of_no_adapt
     for site, loss in zip(sites, federated.held_out, strict=True):
         model.apply_adapter(site.net, store.read_adapter(comparison.runs[42] / "final"))
         assert site.evaluate() == loss
+
+
+def test_a_personal_adapter_is_the_one_that_the_sites_own_command_writes(comparison, finished, tmp_path):
+    federation, run = finished
+    name, folder = "site-1", comparison.folders[0]
+    done = personal.train(run, name, folder, tiny.models(), federation.root / "cache" / name, tmp_path, env={})
+    assert tiny.equal(comparison.adapter("site 1 personal", 42), store.read_adapter(done.folder))
 
 
 def test_the_command_leaves_tables_a_sheet_and_the_numbers_and_trains_nothing_twice(

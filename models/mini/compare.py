@@ -8,7 +8,8 @@ Enters: finished runs of the demo, alike but for their seed, and its two sites' 
 For every seed, "alone" takes as many steps on one site's photos as a site takes in the run, "pooled, same steps" as
 many on both sites' photos in one place, "pooled, all steps" as many as both sites together. A seed that no run is given
 of is federated here, in one process, by the hub's own averaging. All by the runs' learning rate over their own steps.
-A contender may be `federated` with other keys of the run's config.
+A contender may be `federated` with other keys of the run's config, or `site 1 personal`: the federated adapter, trained
+on at that site, as `bouquet site personal` does it.
 Each training and each row is kept in `--work` as soon as it is there: who is interrupted goes on with the next.
 """
 
@@ -34,11 +35,13 @@ from app.config import RunConfig
 from app.site import train
 from benchmarks import pages
 from bouquet import ROOT, worth
+from bouquet.adapter import personal
 from models.mini import draw, learned
 
 HERE = Path(__file__).parent
 BASE, FEDERATED = "base", "federated"
 CONTENDERS = (BASE, "site 1 alone", "site 2 alone", FEDERATED, "pooled, same steps", "pooled, all steps")
+PERSONAL = ("site 1 personal", "site 2 personal")
 NEW = (*draw.UNSEEN[1], *draw.UNSEEN[2])
 DRAWINGS = 3  # times `--count` pictures of a species, each from noise of its own
 HELD_OUT = 24  # drawn photos of each known species, to measure on
@@ -112,11 +115,19 @@ class Comparison:
         config, folders = self.told(contender, seed), self.folders
         if contender.startswith("site"):
             folders = [folders[int(contender.split()[1]) - 1]]
-        elif contender.startswith("pooled"):
+        if contender in PERSONAL:
+            return self.trained_on(*self.sites(config, folders), self.adapter(FEDERATED, seed))
+        if contender.startswith("pooled"):
             folders = [self.pool()]
             if contender.endswith("all steps"):
                 config = replace(config, rounds=config.rounds * len(self.folders))
         return model.adapter_of(learned.federated(self.sites(config, folders), config))
+
+    def trained_on(self, site: train.Site, adapter: model.Adapter) -> model.Adapter:
+        model.apply_adapter(site.net, adapter)
+        site.config = site.fits = personal.tail(site.config, 0)
+        site.fit(site.privacy.seed(site.config.seed, site.folder.name, "personal"))
+        return model.adapter_of(site.net)
 
     def pool(self) -> Path:
         """All sites' photos in one folder; those that a site holds out are held out of it too, as they are public."""
@@ -241,15 +252,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, nargs="+", action="extend", help="folders of finished runs")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds site-1 and site-2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="also those that no run is given of")
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, metavar="NAME", help=f"{', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--contenders", nargs="+", default=CONTENDERS, metavar="NAME", help=f"{', '.join(CONTENDERS + PERSONAL)}"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where the tables and the picture go")
     parser.add_argument("--work", type=Path, default=ROOT / ".bouquet/compare", help="what is kept of each step")
     parser.add_argument("--models", type=Path, default=HERE.parent, help="folder with the runs' base model")
     parser.add_argument("--count", type=int, default=16, help=f"pictures a species, {DRAWINGS} times")
     parser.add_argument("--docs", type=Path, help="the table into this page, such as README.md")
     asked = parser.parse_args(arguments)
-    if strange := [n for n in asked.contenders if n not in CONTENDERS and not n.startswith(f"{FEDERATED}, ")]:
-        parser.error(f"--contenders: {strange[0]!r} is none of {', '.join(CONTENDERS)} or '{FEDERATED}, KEY=VALUE ...'")
+    known = (*CONTENDERS, *PERSONAL)
+    if strange := [n for n in asked.contenders if n not in known and not n.startswith(f"{FEDERATED}, ")]:
+        parser.error(f"--contenders: {strange[0]!r} is none of {', '.join(known)} or '{FEDERATED}, KEY=VALUE ...'")
     configs = worth.alike(asked.run)
     seeds = list(dict.fromkeys([config.seed for config in configs] + asked.seeds))
     config = replace(configs[0], seed=0)
