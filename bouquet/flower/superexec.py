@@ -130,8 +130,12 @@ def forked(_path: Any, _arguments: Any, descriptors: Sequence[int]) -> int:
     return 0
 
 
-def child(fork: multiprocessing.context.ForkServerContext, does: Callable[..., None], *arguments: Any) -> Any:
-    """A process from the fork server; where that dies in this moment, from the next one."""
+def child(
+    fork: multiprocessing.context.ForkServerContext, does: Callable[..., None], *arguments: Any
+) -> multiprocessing.context.ForkServerProcess:
+    """A process from the fork server; where that dies in this moment, from the next one. Errors: OSError, EOFError
+    where none answers for two seconds.
+    """
     for left in reversed(range(TRIES)):
         process = fork.Process(target=does, args=arguments, daemon=True)
         try:
