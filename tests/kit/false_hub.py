@@ -50,6 +50,10 @@ class FalseHub:
         self.offline, self.runs, self.looks = {3}, {7}, 0
         self.ca = Authority(folder, "hub")
         self.certificate = self.ca.server("127.0.0.1")
+        self.tls = server_context(*self.certificate)  # here: a thread may begin when the folder is gone already
+        if self.open:
+            self.tls.set_ciphers("ALL:@SECLEVEL=0")
+            self.tls.minimum_version = ssl.TLSVersion.TLSv1
         self.listeners = [socket.create_server(("127.0.0.1", 0), backlog=256) for _ in range(2)]
         self.port, self.operators_port = (listener.getsockname()[1] for listener in self.listeners)
         for listener in self.listeners:
@@ -63,21 +67,17 @@ class FalseHub:
     # ------------------------------------------------------------------------------------------------------------
 
     def serve(self, listener: socket.socket) -> None:
-        tls = server_context(*self.certificate)
-        if self.open:
-            tls.set_ciphers("ALL:@SECLEVEL=0")
-            tls.minimum_version = ssl.TLSVersion.TLSv1
         while True:
             try:
                 plain, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self.talk, args=(plain, tls, listener is self.listeners[1]), daemon=True).start()
+            threading.Thread(target=self.talk, args=(plain, listener is self.listeners[1]), daemon=True).start()
 
-    def talk(self, plain: socket.socket, tls: ssl.SSLContext, operator: bool) -> None:
+    def talk(self, plain: socket.socket, operator: bool) -> None:
         try:
             encrypted = plain.recv(1, socket.MSG_PEEK) == b"\x16"
-            with tls.wrap_socket(plain, server_side=True) if encrypted else plain as link:
+            with self.tls.wrap_socket(plain, server_side=True) if encrypted else plain as link:
                 if not self.open:
                     cut = threading.Timer(1, cut_off, [link])
                     cut.daemon = True
