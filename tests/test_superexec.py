@@ -70,7 +70,7 @@ def test_a_worker_may_begin_processes_of_its_own(messages):
 
 
 def test_the_server_has_one_thread_so_that_forking_it_is_safe_and_a_name_that_ps_shows(messages):
-    assert messages[4] == ["fork-server\n", 1]
+    assert messages[4] == ["forkserver\n", 1]
 
 
 # --- a GPU in a forked process

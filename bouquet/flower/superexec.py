@@ -45,7 +45,7 @@ from bouquet.flower import seams
 
 PR_SET_NAME = 15  # prctl(2)
 LIBRARIES = "bouquet.flower.libraries"
-SERVER = "fork-server"  # what ps and top show of it
+SERVER = "forkserver"  # what ps and top show of it; the next one is `python -c "from multiprocessing.forkserver …"`
 KEEP = 300.0  # seconds that a worker waits for its run's next message
 TRIES = 40  # of a fork, LEAST seconds apart
 # seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
