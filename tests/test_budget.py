@@ -40,9 +40,7 @@ from tests.test_privacy import photos as photos_of
 
 DELTA = 1e-5
 TERMS = Terms(photos=200, images=16, noise=1.0, clip=0.05)
-RUN = RunConfig.read(
-    {"rounds": 2, "local-steps": 60, "batch-size": 16}
-)  # 120 steps of 16: epsilon 6.11 with these terms
+RUN = RunConfig.read({"rounds": 2, "local-steps": 60, "batch-size": 16})  # epsilon 6.11 with these terms
 EIGHT = budget.Promise(8.0)
 
 

@@ -139,11 +139,8 @@ def _running(group: int, program: str) -> Iterator[int]:
         with suppress(OSError):
             command = (folder / "cmdline").read_bytes()  # empty: it has ended, and nobody has asked how
             name = (folder / "comm").read_bytes()
-            if (
-                command
-                and program.encode() in (command if name.startswith(b"python") else name)
-                and os.getpgid(int(folder.name)) == group
-            ):
+            shown = command if name.startswith(b"python") else name
+            if command and program.encode() in shown and os.getpgid(int(folder.name)) == group:
                 yield int(folder.name)
 
 

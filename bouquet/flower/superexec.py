@@ -127,7 +127,6 @@ def forked(_path: Any, _arguments: Any, descriptors: Sequence[int]) -> int:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
-    return 0
 
 
 def child(

@@ -102,8 +102,8 @@ def _outcome(call, *args) -> str:
         return repr(error)
 
 
-# a ClientApp, or what it is forked from
-if FILE.name and ("flwr-clientapp" in PROGRAM or "bouquet.flower.superexec" in PROGRAM):
+CLIENT = ("flwr-clientapp", "bouquet.flower.superexec", "multiprocessing.forkserver")  # or what it is forked from
+if FILE.name and any(name in PROGRAM for name in CLIENT):
     lying_client()
 elif FILE.name and "bouquet.flower.supernode" in PROGRAM:
     replaying_supernode()
