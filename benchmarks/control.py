@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.fab_pb2 import Fab
 
+from app import bundle
 from benchmarks.hostile import CONTROL, Door
 from bouquet import ROOT
-from bouquet.hub.sign import bundle
 
 
 class Control:
@@ -43,7 +42,7 @@ class Control:
 
     def start_run(self, config: Mapping[str, Any], app: Path | None = None) -> str:
         """What `flwr run` sends; the run's id."""
-        content = bundled(app or self.app)
+        content = bundle.build(app or self.app)
         fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
         answer = self.door.call(
             CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config)))
@@ -62,12 +61,6 @@ class Control:
     def said(self, run: str) -> dict[str, Any]:
         """The run's status.json; {} while there is none."""
         return read(self.adapters / run / "status.json")
-
-
-@cache
-def bundled(app: Path) -> bytes:
-    """A checkout's bundle; Flower walks through all of it, seconds."""
-    return bundle(app)
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +17,10 @@ from flwr.proto import control_pb2
 from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse
 from flwr.proto.run_pb2 import Run, RunStatus
 
+from app import bundle
 from app.errors import BouquetError
 from bouquet import ROOT
-from bouquet.hub import control
+from bouquet.hub import control, runs
 from tests.kit.wait import PATIENT
 
 SECTION = "[superlink.remote-deployment]\n"
@@ -49,7 +52,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     server.server_close()
 
 
-def runs(*found: Run) -> bytes:
+def known(*found: Run) -> bytes:
     return ListRunsResponse(run_dict={run.run_id: run for run in found}).SerializeToString()
 
 
@@ -61,7 +64,7 @@ def error() -> BouquetError:
 
 
 def test_the_newest_run_is_asked_for_with_one_call(hub):
-    hub.body = runs(Run(run_id=7, pending_at="earlier", starting_at=NOON, status=RunStatus(status="starting")))
+    hub.body = known(Run(run_id=7, pending_at="earlier", starting_at=NOON, status=RunStatus(status="starting")))
     assert control.run() == control.Told("7", "starting", "", NOON)
     [(path, kind, body)] = hub.asked
     assert (path, kind) == ("/v1/control/list-runs", "application/protobuf")
@@ -70,12 +73,12 @@ def test_the_newest_run_is_asked_for_with_one_call(hub):
 
 def test_a_run_that_ended_says_how(hub):
     status = RunStatus(status="finished", sub_status="failed", details="\x1b[2Jno")
-    hub.body = runs(Run(run_id=7, pending_at="a", finished_at="b", status=status))
+    hub.body = known(Run(run_id=7, pending_at="a", finished_at="b", status=status))
     assert control.run("7") == control.Told("7", "finished:failed", "\ufffd[2Jno", "b")
 
 
 def test_no_run_is_none(hub):
-    hub.body = runs()
+    hub.body = known()
     assert control.run() is None and control.run("../7") is None
     hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
     assert control.run("7") is None
@@ -87,6 +90,32 @@ def test_no_run_is_none(hub):
 def test_a_refusal_is_told_in_the_hubs_own_words(hub, body, said):
     hub.status, hub.body = 400, json.dumps(body).encode()
     assert error().found == f"400 {said or 'without a word that we know'}"
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
+def test_a_run_is_started_by_the_very_bytes_that_flwr_run_sends(hub, tmp_path):
+    shutil.copytree(ROOT / "app", (app := tmp_path / "checkout") / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", app)
+    (app / ".venv/app").mkdir(parents=True)
+    (app / ".venv/app/config.py").write_text("")
+    hub.body = control_pb2.StartRunResponse(run_id=7).SerializeToString()
+    changes = {"rounds": 3, "sample-prompts": "a rose", "ema-decay": 0.5}
+    assert control.start_run(bundle.build(app), changes) == "7"
+    words = " ".join(
+        f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in changes.items()
+    )
+    command = [runs.BIN / "flwr", "run", app, runs.CONNECTION, "--run-config", words]
+    subprocess.run(command, env=os.environ | runs.QUIET, check=True, timeout=PATIENT)
+    ours, theirs = hub.asked
+    assert ours[0] == theirs[0] == "/v1/control/start-run"
+    assert control_pb2.StartRunRequest.FromString(ours[2]) == control_pb2.StartRunRequest.FromString(theirs[2])
+
+
+def test_a_hub_that_starts_no_run_is_quoted(hub):
+    hub.body = control_pb2.StartRunResponse(note="not \x1b[2Jnow").SerializeToString()
+    with pytest.raises(BouquetError, match="HOST-08  The hub started no run") as caught:
+        control.start_run(b"", {})
+    assert caught.value.found == "not \ufffd[2Jnow"
 
 
 def test_an_answer_of_another_kind_is_no_answer(hub):
@@ -108,7 +137,7 @@ def test_without_a_connection_the_command_that_writes_one_is_named(hub, tmp_path
 
 def test_flower_itself_is_whole_after_its_messages_were_taken_out_of_it():
     code = """
-from bouquet.hub import control
+from bouquet.hub import control, runs
 import sys
 assert "flwr" not in sys.modules
 import flwr, flwr.cli.build

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from app import audit
+from app import audit, bundle
 from bouquet import ROOT, cli
 from bouquet import audit as commands
 from bouquet.hub import sign
@@ -200,7 +200,7 @@ def test_the_hub_logs_whom_it_admits_and_revokes_and_a_log_that_cannot_be_writte
 def test_signing_is_a_line_beside_the_keys_with_the_bundles_hash(tmp_path, capsys):
     sign.sign_and_tell([ROOT], tmp_path / "certs" / "publisher.key", tmp_path / "signatures")
     (_, entry) = audit.check((tmp_path / "certs" / "admitted" / commands.FILE).read_bytes()).entries
-    assert (entry["did"], entry["bundle"]) == ("signed", sha(sign.bundle(ROOT)))
+    assert (entry["did"], entry["bundle"]) == ("signed", sha(bundle.build(ROOT)))
     assert f"bundle {entry['bundle'][:12]}  publisher {entry['publisher']}" in capsys.readouterr().out
 
 
@@ -212,7 +212,7 @@ def test_a_run_is_logged_from_its_start_to_its_end_with_the_hashes_of_config_bun
     history = federation.history()
     config = sha(json.dumps(history["config"], sort_keys=True).encode())
     assert (begun["did"], begun["config"], begun["base"]) == ("run started", config, history["base"]["fingerprint"])
-    assert begun["bundle"] == sha(sign.bundle(ROOT))
+    assert begun["bundle"] == sha(bundle.build(ROOT))
     assert [(entry["did"], entry["round"], entry["adapter"]) for entry in (one, two)] == [
         ("round", entry["round"], entry["adapter"]) for entry in history["rounds"]
     ]

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from app import audit, bundle
 from app.config import RunConfig
 from app.errors import ConfigError, SiteError
 from app.site import consent, journal
 from bouquet import ROOT, cli
-from bouquet.hub import sign, status
+from bouquet.hub import status
 from tests.kit.memory import FakeTime, Federation
 
 RUN = RunConfig.read({"rounds": 2, "batch-size": 8, "gradient-accumulation": 2, "learning-rate": 0.01})
@@ -137,8 +138,8 @@ def test_the_operators_commands_list_approve_and_decline(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
-def test_the_bundle_that_is_shown_is_the_one_that_is_signed():
-    assert bundle.digest() == hashlib.sha256(sign.bundle(ROOT)).hexdigest()
+def test_the_bundle_that_is_shown_and_signed_is_the_one_that_flowers_command_makes():
+    assert bundle.digest() == hashlib.sha256(build_fab_from_disk(ROOT)).hexdigest()
 
 
 # --- between hub and sites

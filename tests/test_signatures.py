@@ -15,11 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from app import bundle
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.flower.superlink import signatures
 from bouquet.flower.trust import DAY, DAYS, Ran, Refusal, days, read, refusals
-from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign, sign_all
+from bouquet.hub.sign import publisher_id, publisher_key, sign, sign_all
 from tests.kit.wait import PATIENT
 
 NOW = 1_800_000_000
@@ -293,7 +294,7 @@ def hub(root: Path) -> Path:
 def here(root: Path, ago: int) -> Path:
     """A signature under the checkout's bundle, so many days and an hour old."""
     key, now = publisher_key(root / "certs/publisher.key"), int(time.time()) - ago * DAY - 3600
-    return sign(bundle(root), key, root / ".bouquet/signatures", again=True, now=now)
+    return sign(bundle.build(root), key, root / ".bouquet/signatures", again=True, now=now)
 
 
 def test_the_command_tells_how_long_a_signature_is_good_and_renews_an_old_one(hub: Path) -> None:

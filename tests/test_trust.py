@@ -29,6 +29,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app import bundle
 from app.errors import BouquetError
 from bouquet import ROOT
 from bouquet.flower import superlink
@@ -36,7 +37,7 @@ from bouquet.flower.superlink import signatures
 from bouquet.flower.trust import DAY, DAYS
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.runs import CONNECTION, connect, flwr, follow
-from bouquet.hub.sign import bundle, publisher_id, publisher_key, sign, trust
+from bouquet.hub.sign import publisher_id, publisher_key, sign, trust
 from tests.kit.wait import PATIENT
 
 TINY = "rounds=1 round-retries=0 local-steps=2 batch-size=2 lora-rank=2 validation-timesteps=1 sample-prompts=''"
@@ -67,7 +68,7 @@ def alter(app: Path, old: str, new: str) -> None:
 
 def test_the_checkout_and_what_flwr_run_sends_are_the_same_bytes_everywhere(checkout: Path) -> None:
     (checkout / "app" / "notes.txt").write_text("not in the bundle\n")
-    assert bundle(checkout) == bundle(ROOT)
+    assert bundle.build(checkout) == bundle.build(ROOT)
 
 
 def test_a_new_publisher_gets_a_key_that_nobody_else_may_read_and_what_the_sites_pin(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ runpy.run_module("bouquet.flower.supernode", run_name="__main__")
 def test_the_command_shows_the_fingerprint_that_ssh_keygen_shows(project: Path) -> None:
     shown = sh("scripts/bouquet hub sign --key .bouquet/publisher/publisher.key", project).stdout
     [digest] = [file.stem for file in (project / ".bouquet/signatures").iterdir()]
-    assert digest == hashlib.sha256(bundle(project)).hexdigest() and f"bundle {digest[:12]}" in shown
+    assert digest == hashlib.sha256(bundle.build(project)).hexdigest() and f"bundle {digest[:12]}" in shown
     assert sh("ssh-keygen -lf .bouquet/publisher/publisher.pub", project).stdout.split()[1] in shown
     assert len(base64.b64decode(shown.split("SHA256:")[1].split()[0] + "=")) == 32
 
@@ -301,7 +302,7 @@ def federation(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def signed(federation: Trusting) -> Iterator[Path]:
     """The signature file of this checkout's bundle, for the length of one test."""
-    file = sign(bundle(ROOT), publisher_key(federation.certs / "publisher.key"), federation.signatures)
+    file = sign(bundle.build(ROOT), publisher_key(federation.certs / "publisher.key"), federation.signatures)
     yield file
     file.unlink()
 
@@ -329,7 +330,7 @@ def test_one_altered_byte_is_refused_by_both_sites_also_when_the_hub_passes_it_o
     federation: Trusting, signed: Path, checkout: Path
 ) -> None:
     alter(checkout, "The ClientApp", "the ClientApp")
-    forged = signed.with_name(f"{hashlib.sha256(bundle(checkout)).hexdigest()}.json")
+    forged = signed.with_name(f"{hashlib.sha256(bundle.build(checkout)).hexdigest()}.json")
     assert forged != signed
     shutil.copy(signed, forged)
     assert_refused_by_both(federation, checkout)
@@ -339,7 +340,7 @@ def test_a_strangers_signature_is_refused_by_both_sites_also_under_the_pinned_pu
     federation: Trusting, checkout: Path, tmp_path: Path
 ) -> None:
     alter(checkout, "\nimport os\n", "\nimport os\nprint('a stranger was here', flush=True)\n")
-    file = sign(bundle(checkout), publisher_key(tmp_path / "publisher.key"), federation.signatures)
+    file = sign(bundle.build(checkout), publisher_key(tmp_path / "publisher.key"), federation.signatures)
     [(stranger, record)] = json.loads(file.read_text()).items()
     [pinned] = yaml.safe_load(federation.trusted.read_text())
     file.write_text(json.dumps({stranger: record, pinned: record}))
@@ -385,7 +386,7 @@ def fresh(federation: Trusting) -> Iterator[Trusting]:
 def sign_at(federation: Trusting, app: Path, when: int) -> str:
     """Sign a checkout's bundle with that time in place of any other; the bundle."""
     key = publisher_key(federation.certs / "publisher.key")
-    return sign(bundle(app), key, federation.signatures, again=True, now=when).stem
+    return sign(bundle.build(app), key, federation.signatures, again=True, now=when).stem
 
 
 def assert_ran_at(federation: Trusting, app: Path, sites: set[str], refused: dict[str, str]) -> None:

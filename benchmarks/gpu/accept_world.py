@@ -23,7 +23,6 @@ from typing import Any
 import pynvml
 
 from app.site import gpu
-from benchmarks.control import bundled
 from benchmarks.gpu.accept_desk import Child, Desk, kill
 from benchmarks.gpu.accept_hub import Deployment
 from bouquet import ROOT
@@ -159,7 +158,6 @@ class World:
         self.deployment.register()
         for name in sites:
             self.deployment.start_site(name)
-        bundled(ROOT)
         return self.deployment
 
     # --- looking

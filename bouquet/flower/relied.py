@@ -30,6 +30,14 @@ def relied(place: str, why: str, *facts: Fact, takes: str | None = None, instead
 RELIED = (
     *(relied(place, "a program of Flower's is called, and reads sys.argv", takes="") for place in PROGRAMS),
     relied(
+        "flwr.cli.build:build_fab_from_disk",
+        "bundle.py: so is a bundle made, of the files that are in no hidden folder",
+        fact(says, "", "build_fab_from_files(collect_files(app.expanduser().resolve()))[0]"),
+        takes="app",
+        instead="a build that leaves .venv and .git alone",
+    ),
+    relied("flwr.cli.utils:collect_files", "bundle.py: what a folder's files are called in a bundle", takes="root"),
+    relied(
         f"{HANDLERS}:activate_node",
         "reach.py: a question with a heartbeat of 0 s tells a known key from an unknown one and changes nothing",
         fact(in_order, "", "get_node_id_by_public_key", "_validate_heartbeat_interval", "state.activate_node"),

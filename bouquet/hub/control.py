@@ -6,6 +6,7 @@ the hub says of a run. Errors: HOST-08, no answer or a refusal, with the hub's o
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import importlib
 import importlib.util
@@ -14,6 +15,7 @@ import os
 import ssl
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,7 @@ from bouquet.hub.runs import CONNECTION
 
 PATH, MEDIA = "/v1/control/", "application/protobuf"
 LONGEST = 20.0  # seconds without a word
+LOOK = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
 IN_USE = "[code: 23]"  # flwr.supercore.error.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE
 Answer = TypeVar("Answer", bound=Message)
 
@@ -79,8 +82,7 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
         said = f"[code: {answered['code']}] {answered['detail']}" if "code" in answered else answered["detail"]
     except (DecodeError, ValueError, KeyError, TypeError):
         said = "without a word that we know"
-    fix = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
-    raise BouquetError("HOST-08", did=f"refused {call}", found=f"{status} {text.line(said)}", fix=fix)
+    raise BouquetError("HOST-08", did=f"refused {call}", found=f"{status} {text.line(said)}", fix=LOOK)
 
 
 def post(call: str, body: bytes) -> tuple[int, bytes]:
@@ -126,6 +128,18 @@ def register(name: str, pem: bytes) -> None:
 def unregister(node: int) -> None:
     """Cut a SuperNode off for good."""
     ask("unregister-node", control.UnregisterNodeRequest(node_id=node), control.UnregisterNodeResponse)
+
+
+def start_run(bundle: bytes, changes: Mapping[str, Any]) -> str:
+    """Start a run of this bundle under its own config with these changes; the run's id. Errors: HOST-08."""
+    from flwr.common.serde import user_config_to_proto
+
+    request = control.StartRunRequest(override_config=user_config_to_proto(dict(changes)))
+    request.fab.hash_str, request.fab.content = hashlib.sha256(bundle).hexdigest(), bundle
+    answer = ask("start-run", request, control.StartRunResponse)
+    if not answer.HasField("run_id"):
+        raise BouquetError("HOST-08", did="started no run", found=text.line(answer.note), fix=LOOK)
+    return str(answer.run_id)
 
 
 def run(number: str = "") -> Told | None:

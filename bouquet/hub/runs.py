@@ -64,15 +64,19 @@ def flwr(*args: str) -> dict[str, Any]:
 
 
 def start_run(run_config: str = "") -> str:
-    """`flwr run . remote-deployment`, after a check of the run config that names a wrong key. Returns the run's id."""
+    """As `flwr run . remote-deployment`, after a check of the run config that names a wrong key; the run's id. Errors:
+    CONFIG, HOST-08.
+    """
     from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 
+    from app import bundle
     from app.config import RunConfig
+    from bouquet.hub import control
 
-    overrides = ["--run-config", run_config] if run_config else []
+    changes = parse_config_args([run_config] if run_config else None)
     defaults = flatten_dict(get_project_config(ROOT)["tool"]["flwr"]["app"].get("config", {}))
-    RunConfig.read(defaults | parse_config_args([run_config] if run_config else None))
-    return str(flwr("run", str(ROOT), CONNECTION, *overrides)["run-id"])
+    RunConfig.read(defaults | changes)
+    return control.start_run(bundle.build(ROOT), changes)
 
 
 def status(run_id: str) -> tuple[str, str]:

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from flwr.supercore.primitives.asymmetric_ed25519 import (
     verify_signature,
 )
 
-from app import files
+from app import bundle, files
 from app.errors import BouquetError
 from bouquet import audit
 from bouquet.flower.trust import DAY, DAYS
@@ -47,7 +46,7 @@ Record = dict[str, Any]  # a publisher's in a file of signatures: signature (bas
 def sign_and_tell(apps: list[Path], key: Path, to: Path, again: bool = False) -> None:
     """Sign these checkouts, and say whose signatures they are and how long they are good. Errors: TRUST-02."""
     now = int(time.time())
-    public, files = sign_all([bundle(app) for app in apps], key, to, again, now)
+    public, files = sign_all([bundle.build(app) for app in apps], key, to, again, now)
     for file in files:
         print(f"sign: bundle {file.stem[:12]}  publisher {publisher_id(public)}  {fingerprint(public)}")
         audit.note(key.parent / "admitted", "signed", bundle=file.stem, publisher=publisher_id(public))
@@ -83,15 +82,6 @@ def outlook(file: Path, publisher: str, now: int) -> str:
     if later := sum(other.get("signed_at", 0) > at for other in others):
         text += f"\nsign: {later} signed later; sites that ran such a one take this after bouquet hub sign --again"
     return text
-
-
-def bundle(app: Path) -> bytes:
-    """The Flower App Bundle of a checkout, the same bytes on every machine (a zip, stored, with fixed dates)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)  # flwr 1.41 with pathspec 1.1
-        from flwr.cli.build import build_fab_from_disk
-
-        return build_fab_from_disk(app)
 
 
 def publisher_key(file: Path) -> Ed25519PrivateKey:
