@@ -4,8 +4,8 @@ http://…, https://…   answers 200
 tcp://HOST:PORT       takes a connection
 heard:FILE            the SuperNode wrote it after an answer from the hub, less than 75 s ago (2½ heartbeats)
 
-Docker starts it once a second while a container comes up, so it imports what its checks need and no more; and it asks
-directly, whatever the environment says of proxies: these are neighbours.
+Docker starts it every two seconds while a container comes up, so it imports what its checks need and no more; and it
+asks directly, whatever the environment says of proxies: these are neighbours.
 """
 
 import os

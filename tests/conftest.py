@@ -36,9 +36,6 @@ DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
     **dict.fromkeys((*DOCKER, "test_faults"), "docker"),
     "test_simulation": "simulation",
 }
-# A process of tests has torch's, diffusers' and thousands of tests' objects, none of which is garbage; by Python's own
-# thresholds looking through all of them again and again takes a sixth of the suite's time.
-gc.set_threshold(10_000, 10, 100)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else each would compute with every core; before any torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
@@ -72,6 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(of) if of in LONGEST else len(LONGEST), DOCKER.index(name) if name in DOCKER else 0
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """A process of tests has torch's, diffusers' and thousands of tests' objects, none of which is garbage: looking
+    through all of them again and again, as the product's own gc.collect() does too, takes a fifth of the suite's time.
+    """
+    gc.freeze()
 
 
 def sh(command: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

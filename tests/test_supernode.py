@@ -4,10 +4,15 @@ SuperExec behind that takes messages of the next one.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -19,7 +24,8 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from bouquet import ROOT
-from bouquet.flower import supernode
+from bouquet.flower import superexec, supernode
+from tests.kit import tiny
 from tests.kit.wait import PATIENT
 
 RUN = 7
@@ -110,3 +116,52 @@ def test_a_superexec_whose_supernode_ended_while_it_started_asks_nobody_for_work
         ended.wait()
         done = subprocess.run([*command, str(ended.pid)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENT)
         assert done.returncode == 1 and asked.is_alive(), done.stdout + done.stderr
+
+
+# --- the site's own checks, before it goes online ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def supernode_of(tmp_path, monkeypatch) -> Callable[..., subprocess.Popen[str]]:
+    """A SuperNode of ours that makes its checks first, in an environment with these changes."""
+    for name in [name for name in os.environ if name.startswith(("SITE_", "BOUQUET_"))]:
+        monkeypatch.delenv(name)
+    (cache := tmp_path / "cache").mkdir()
+    site = {"BOUQUET_DATA": tiny.site(tmp_path / "photos"), "BOUQUET_MODELS": tiny.models(), "BOUQUET_CACHE": cache}
+    site |= {"SITE_NAME": "site-1", "SITE_GPU": "none", "RUN_CONFIG": "base-model='tiny' resolution=16"}
+    site |= {"BOUQUET_PREFLIGHT": "1", "FLWR_HOME": tmp_path / "flwr"}
+
+    def begin(*arguments: str, **changes: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "bouquet.flower.supernode", *arguments]
+        env = os.environ | {name: str(value) for name, value in (site | changes).items()}
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+    return begin
+
+
+def test_a_site_whose_checks_fail_never_goes_online_and_leaves_no_process(supernode_of):
+    """HUB is not set, so that its check fails; Flower's own SuperNode, with these arguments, would ask for ever."""
+    node = supernode_of("--insecure", "--superlink=127.0.0.1:1")
+    said, _ = node.communicate(timeout=PATIENT)  # to the end of its output: nobody has that any more
+    lines = {line.split()[1]: line.split()[0] for line in said.splitlines() if re.match("(pass|warn|fail|skip) ", line)}
+    assert node.returncode == 1 and "not ready: " in said and "SuperNode ID" not in said
+    assert (lines["name"], lines["model"], lines["data"], lines["memory"]) == ("pass", "warn", "pass", "pass"), said
+    assert (lines["hub"], lines["key"]) == ("fail", "skip")
+
+
+@pytest.mark.parametrize("checks", [0, 1, -9])
+def test_a_superexec_waits_for_its_orders_while_there_is_a_supernode_whose_checks_have_passed(monkeypatch, checks):
+    done = SimpleNamespace(join=lambda: None, exitcode=checks)
+    monkeypatch.setattr(superexec, "child", lambda fork, does: done)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(["--insecure"])
+    if checks:
+        with pytest.raises(SystemExit, match="1"):
+            superexec.ordered(None, theirs)
+        assert not ours.poll()
+        return
+    assert superexec.ordered(None, theirs) == ["--insecure"] and ours.recv() is True
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    with pytest.raises(SystemExit, match="1"):
+        superexec.ordered(None, theirs)

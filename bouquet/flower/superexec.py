@@ -15,7 +15,8 @@ again (client_app.py says what). A worker
 The fork server holds the libraries (libraries.py) and no key, photo or model. Flower's log begins with warnings in all
 of these processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the
 app is.
-Enters: flower-superexec's own arguments, and SITE_KEEP (300; 0 is a process a message). Leaves: its exit code.
+Enters: flower-superexec's own arguments, from the command line or, after the site's checks, from the SuperNode by the
+pipe BOUQUET_ORDERS; and SITE_KEEP (300; 0 is a process a message). Leaves: its exit code.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from functools import partial, wraps
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from bouquet import ROOT
+from bouquet import COLLECTED, ROOT
 from bouquet.flower import seams
 
 PR_SET_NAME = 15  # prctl(2)
@@ -154,6 +155,7 @@ def settle(name: str) -> None:
     """What a forked process does first; `name` is what ps and top show."""
     # the collector would write to every object of the libraries: 150 MB that stay shared with the fork server
     gc.freeze()
+    gc.set_threshold(*COLLECTED)
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
@@ -336,12 +338,42 @@ def parent_of(arguments: list[str]) -> int:
     return int(options.parse_known_args(arguments)[0].parent_pid)
 
 
+def check() -> None:
+    """In a process of its own: the fast part of the site's checks."""
+    settle("bouquet-check")
+    from bouquet.site import preflight
+
+    os.chdir(ROOT)
+    sys.exit(preflight.check(fast=True))
+
+
+def ordered(fork: multiprocessing.context.ForkServerContext, supernode: Connection) -> list[str]:
+    """What the SuperNode starts this process with, once the site's checks have passed; until then it does not go
+    online. They need the libraries, which are here, and leave nothing in memory. Ends here where one fails, or the
+    SuperNode is gone.
+    """
+    checks = child(fork, check)
+    checks.join()
+    if checks.exitcode:
+        sys.exit(1)
+    try:
+        supernode.send(True)
+        arguments: list[str] = supernode.recv()
+    except (OSError, EOFError):
+        sys.exit(1)
+    supernode.close()
+    return arguments
+
+
 def main() -> None:
     hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
     seams.begin(lambda: seams.hold(seams.CLIENTAPPS_EXIT, seams.CLIENTAPPS_PULL, seams.CLIENTAPPS_INSTALL))
-    workers = Workers(server(), float(os.environ.get("SITE_KEEP") or KEEP))
+    fork = server()
+    if orders := os.environ.pop("BOUQUET_ORDERS", ""):
+        sys.argv += ordered(fork, Connection(int(orders)))
+    workers = Workers(fork, float(os.environ.get("SITE_KEEP") or KEEP))
     seams.begin(lambda: adopt(workers))
     if (parent := parent_of(sys.argv[1:])) and os.getppid() != parent:
         sys.exit(1)  # while the libraries were imported: else it took a message of the next SuperNode at this address

@@ -14,6 +14,7 @@ Errors: TRUST-04, -05, SITE-12 and FLWR-01 at the start; for a bundle that is no
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -32,9 +33,9 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supernode.cli import flower_supernode
 
-from bouquet import ROOT
 from bouquet.flower import seams, trust
 
+SUPEREXEC = [sys.executable, "-m", "bouquet.flower.superexec"]
 LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
 LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
 SHARE = 0.05  # of the time since it last worked: the longer it has been idle, the less often it asks
@@ -115,17 +116,33 @@ def judge_age(memory: Path, limit: int) -> None:
     seams.take(seams.VERIFICATION_ERROR, lambda flowers: flowers)  # that it will take, before it is needed
 
 
-def preflight() -> None:
-    """The fast part of the site's own checks, in a process of its own so that nothing of it stays in memory; ends here
-    on a failure.
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """The SuperExec that has the libraries (superexec.py)."""
+    return subprocess.Popen([*SUPEREXEC, *arguments])
+
+
+def checked() -> Callable[[list[str]], subprocess.Popen[bytes]]:
+    """As `start`, of a SuperExec that is begun here and makes the fast part of the site's own checks, which need the
+    libraries, too; ends here where one fails.
     """
-    if subprocess.run([sys.executable, "-m", "bouquet", "site", "check", "--fast"], cwd=ROOT).returncode:
+    ours, theirs = multiprocessing.Pipe()
+    orders = theirs.fileno()
+    superexec = subprocess.Popen(SUPEREXEC, env=os.environ | {"BOUQUET_ORDERS": str(orders)}, pass_fds=[orders])
+    theirs.close()
+    try:
+        ours.recv()
+    except EOFError:
         sys.exit(1)
 
+    def order(arguments: list[str]) -> subprocess.Popen[bytes]:
+        ours.send(arguments)
+        return superexec
 
-def hasten() -> None:
-    """Ask the hub at once where work is likely, and start messages from a process that has the libraries
-    (superexec.py).
+    return order
+
+
+def hasten(start: Callable[[list[str]], subprocess.Popen[bytes]]) -> None:
+    """Ask the hub at once where work is likely, and `start` a SuperExec that has the libraries.
 
     Flower's SuperNode asks every 3 s. Within a round the next message comes seconds after the last reply; a site that
     has been idle for a minute or more may ask as seldom as Flower's, which is what lets one hub have hundreds of them.
@@ -135,7 +152,7 @@ def hasten() -> None:
         @staticmethod
         def Popen(command: list[str]) -> subprocess.Popen[bytes]:
             assert command[0] == "flower-superexec", command
-            superexec = subprocess.Popen([sys.executable, "-m", "bouquet.flower.superexec", *command[1:]])
+            superexec = start(command[1:])
             threading.Thread(target=end_with, args=(superexec,), daemon=True).start()
             return superexec
 
@@ -207,13 +224,12 @@ def end_with_threads() -> None:
 
 
 def main() -> None:
-    if os.environ.get("BOUQUET_PREFLIGHT"):
-        preflight()
+    begin = checked() if os.environ.get("BOUQUET_PREFLIGHT") else start
     if "BOUQUET_HEARD" in os.environ:
         heard = Path(os.environ["BOUQUET_HEARD"])
         seams.begin(lambda: note_answers(heard))
     sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-    seams.begin(hasten, answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    seams.begin(lambda: hasten(begin), answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
     code: int | str | None = 1
     try:
         flower_supernode()

@@ -94,7 +94,7 @@ class Processes:
         self.home, self.certs, self.port, self.sites, self.trusted = home, certs, port, dict(sites), trusted
         self.adapters, self.logs, self.pids = home / "adapters", home / "logs", home / "state" / "pids.json"
         self.signatures = home / "signatures"
-        threads = str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // max(1, len(sites))))
         self.env = {
             "SITE_LIMITS": "", "SITE_PEERS": "", **os.environ, **QUIET, "PATH": f"{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
