@@ -152,6 +152,13 @@ class RunConfig:
         low=0.0,
         high=100.0,
     )
+    prior_target: str = _key(
+        "base",
+        "",
+        "what is learned of class images: to predict what the base model does, which keeps it as it is; or their noise,"
+        " as of photos",
+        choices=("base", "noise"),
+    )
     noise_offset: float = _key(
         0.0,
         "",

@@ -40,6 +40,8 @@ def clashes(config: Any) -> Iterator[tuple[str, str]]:
         usual = getattr(type(config), name)
         if getattr(config, name) != usual and not {config.strategy, config.secrecy} & {*of}:
             yield name, f"{usual:g}, its default: {' and '.join(of)} alone read it, and this run has another"
+    if config.prior_target != type(config).prior_target and not config.prior_loss_weight:
+        yield "prior_target", f"{type(config).prior_target}, its default, in a run without prior-loss-weight"
     if config.strategy == "svd" and config.ema_decay:
         yield "ema_decay", "0 with strategy=svd, which turns A and B each round, so that they have no average"
     if config.strategy == "alternate" and config.rounds < 2:

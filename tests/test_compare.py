@@ -60,6 +60,23 @@ def test_a_site_alone_takes_the_runs_steps_and_pooled_all_steps_both_sites_on_th
     assert {*pooled.held_out.keys} == {key for site in sites for key in site.held_out.keys}
 
 
+def test_a_contender_with_class_images_has_those_that_the_base_model_draws_once_beside_the_same_photos(
+    comparison, monkeypatch
+):
+    monkeypatch.setattr(compare, "CLASSES", 3)
+    told = comparison.told("federated, prior-loss-weight=1.0", 42)
+    sites, plain = comparison.sites(told, comparison.folders), comparison.sites(comparison.of(42), comparison.folders)
+    assert [site.folder.name for site in sites] == ["site-1", "site-2"] and not any(
+        site.privacy.private for site in sites
+    )
+    assert [site.train.keys for site in sites] == [site.train.keys for site in plain]
+    assert sites[0].prior.keys == sites[1].prior.keys and len(sites[0].prior.keys) == 3 and plain[0].prior is None
+    lines = (sites[0].folder / "class-images/metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"].split()[2].rstrip(",") for line in lines] == ["allium", "daisy", "rose"]
+    monkeypatch.setattr(learned, "imagined", lambda *_: pytest.fail("drawn again"))
+    assert comparison.sites(told, comparison.folders)[1].prior.keys == sites[1].prior.keys
+
+
 def test_what_was_trained_and_measured_is_not_done_again(comparison, monkeypatch):
     made = []
 

@@ -90,6 +90,24 @@ def test_the_loss_of_a_fixed_batch_falls_with_gradient_checkpointing_too(name):
     assert measure() < 0.95 * before
 
 
+@pytest.mark.parametrize("name", kit.ALL)
+def test_what_the_base_model_predicts_is_asked_of_the_net_without_its_adapter(name):
+    """A fresh adapter changes nothing; one that does is away from the base, and as far after it was asked again."""
+    run = config(name)
+    objective, net = train.load(kit.base(name), run, train.accelerator(run))
+    rows, given = photos(name).batch(torch.arange(2))
+
+    def away() -> float:
+        return diffusion.noise_loss(net, objective, rows, given, torch.Generator().manual_seed(1), kept=True).item()
+
+    assert away() == 0.0
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            parameter += 0.1 * (".lora_B." in key)
+    assert away() == away() > 0.0
+    assert {".lora_" in key for key, parameter in net.named_parameters() if parameter.requires_grad} == {True}
+
+
 # --- the arithmetic ---------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from app import model
-from app.errors import SiteError
+from app.config import RunConfig
+from app.errors import ConfigError, SiteError
 from app.site import cache, diffusion, privacy, train
 from app.site.photos import data, prior
 from bouquet.site import preflight
@@ -19,6 +20,7 @@ from tests.kit import tiny
 
 CPU = torch.device("cpu")
 ASKED = tiny.config(prior_loss_weight=0.5)
+NOISE = replace(ASKED, prior_target="noise")
 
 
 def encoded(count: int, seed: int) -> cache.Encoded:
@@ -34,8 +36,10 @@ def fitted(config, others: cache.Encoded | None) -> tuple[model.Adapter, float]:
 
 
 def dreambooth(config, others: cache.Encoded) -> tuple[model.Adapter, float]:
-    """diffusers' loop: photos and class images in one forward pass, whose halves have their own mean squared errors."""
-    unet, photos = tiny.unet(config), encoded(6, 0)
+    """diffusers' loop: photos and class images in one forward pass, whose halves have their own mean squared errors. Of
+    class images the target is their noise, or what a net without an adapter predicts.
+    """
+    unet, photos, base = tiny.unet(config), encoded(6, 0), model.load_net(tiny.base(), torch.float32)
     schedule = diffusion.Objective.of(tiny.base()).schedule
     lora = [p for p in unet.parameters() if p.requires_grad]
     optimiser, losses = torch.optim.AdamW(lora, lr=config.learning_rate, weight_decay=0.0), []
@@ -57,8 +61,13 @@ def dreambooth(config, others: cache.Encoded) -> tuple[model.Adapter, float]:
                 noises.append(torch.randn(latents[-1].shape, generator=draw))
                 levels.append(schedule.draw(len(pick), draw))
             z, noise, t = torch.cat(latents), torch.cat(noises), torch.cat(levels)
-            said = unet(schedule.noisy(z, noise, t), t, torch.cat(texts)).sample
-            (own, class_), (own_target, class_target) = said.chunk(2), schedule.target(z, noise, t).chunk(2)
+            asked = (schedule.noisy(z, noise, t), t, torch.cat(texts))
+            (own, class_), (own_target, class_target) = (
+                some.chunk(2) for some in (unet(*asked).sample, schedule.target(z, noise, t))
+            )
+            if config.prior_target == "base":
+                with torch.no_grad():
+                    _, class_target = base(*asked).sample.chunk(2)
             loss = F.mse_loss(own, own_target) + config.prior_loss_weight * F.mse_loss(class_, class_target)
             (loss / config.gradient_accumulation).backward()
             losses.append(loss.item())
@@ -68,9 +77,10 @@ def dreambooth(config, others: cache.Encoded) -> tuple[model.Adapter, float]:
     return model.adapter_of(unet), sum(losses) / len(losses)
 
 
+@pytest.mark.parametrize("target", ["noise", "base"])
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2, "batch_size": 2, "prior_loss_weight": 1.5}])
-def test_a_round_with_class_images_is_dreambooths_loop(changes):
-    config = replace(ASKED, **changes)
+def test_a_round_with_class_images_is_dreambooths_loop(changes, target):
+    config = replace(ASKED, prior_target=target, **changes)
     (adapter, loss), (expected, expected_loss) = (one(config, encoded(5, 3)) for one in (fitted, dreambooth))
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for key, value in adapter.items():
@@ -80,12 +90,61 @@ def test_a_round_with_class_images_is_dreambooths_loop(changes):
 
 def test_class_images_have_no_min_snr_weights_and_the_photos_keep_theirs():
     """As diffusers has it: with a weight of 1 the loss grows by what the class images' own plain loss is."""
-    config = tiny.config(local_steps=1, min_snr_gamma=5.0, prior_loss_weight=1.0, caption_dropout=0.0)
+    config = replace(NOISE, local_steps=1, min_snr_gamma=5.0, prior_loss_weight=1.0, caption_dropout=0.0)
     others, draw = encoded(4, 3), torch.Generator().manual_seed(2)
     pick = next(train._batches(4, 4, draw))
     rows, given = others.batch(pick)
     plain = diffusion.noise_loss(tiny.unet(), diffusion.Objective.of(tiny.base()), rows, given, draw).item()
     assert fitted(config, others)[1] - fitted(config, None)[1] == pytest.approx(plain, rel=1e-4)
+
+
+# --- what the base model makes of them --------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_nothing_and_has_nothing_to_learn_of_them():
+    """Its B is 0: in the first step the net is the base model, whose own prediction has no loss and no gradient."""
+    config = replace(ASKED, local_steps=1, prior_loss_weight=100.0)
+    (with_, loss), (without, plain) = fitted(config, encoded(5, 3)), fitted(config, None)
+    assert loss == plain and tiny.equal(with_, without)
+
+
+def test_the_more_they_weigh_the_nearer_the_net_stays_to_the_base_model():
+    """On class images, after steps that learn photos: the mean squared difference from the base's prediction."""
+    others, objective = encoded(5, 3), diffusion.Objective.of(tiny.base())
+    rows, given = others.batch(torch.arange(5))
+
+    def away(weight: float) -> float:
+        unet, config = tiny.unet(), replace(ASKED, local_steps=12, prior_loss_weight=weight)
+        train.fit(unet, objective, encoded(6, 0), config, train.accelerator(config), 1, prior=others)
+        draw = torch.Generator().manual_seed(5)
+        return diffusion.noise_loss(unet, objective, rows, given, draw, kept=True).item()
+
+    assert 0 < away(100.0) < 0.5 * away(1.0) < 0.5 * away(0.0)
+
+
+def test_what_the_base_model_predicts_is_asked_of_the_net_itself_and_only_what_is_trained_stays_trained():
+    """Where a round trains B alone (strategy=alternate), A is where it was, to the bit."""
+    config = replace(ASKED, strategy="alternate")
+    before, (after, _) = model.adapter_of(tiny.unet(config)), fitted(config, encoded(5, 3))
+    moved = {key.split(".lora_")[1][0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved == {"B"}
+    unet, base = tiny.unet(), model.load_net(tiny.base(), torch.float32)
+    model.apply_adapter(unet, tiny.adapter(3))
+    rows, given = encoded(4, 3).batch(torch.arange(4))
+    draw = torch.Generator().manual_seed(5)
+    noise, t = torch.randn(rows.shape, generator=draw), torch.tensor([1, 300, 600, 900])
+    objective = diffusion.Objective.of(tiny.base())
+    noisy = objective.schedule.noisy(rows, noise, t)
+    expected = (unet(noisy, t, given["text"]).sample - base(noisy, t, given["text"]).sample).square().mean((1, 2, 3))
+    found = diffusion.losses(unet, objective, rows, given, noise, t, kept=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_target_that_no_class_image_has_is_refused():
+    with pytest.raises(ConfigError, match="CONFIG-02") as caught:
+        RunConfig.read({"prior-target": "noise"})
+    assert "prior-loss-weight" in caught.value.report()
+    assert RunConfig.read({"prior-target": "noise", "prior-loss-weight": 1.0}).prior_target == "noise"
 
 
 # --- a site's own -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ Shapes: latents_BChw as the family makes them (SD 1.5: C=4, h=H/8; mini: H/4); g
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,9 +72,9 @@ class Objective:
 
 def noise_loss(
     net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, generator: torch.Generator,
-    *, min_snr_gamma: float = 0.0, noise_offset: float = 0.0,
+    *, min_snr_gamma: float = 0.0, noise_offset: float = 0.0, kept: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Mean squared error of the prediction, one random noise level an image.
+    """Mean squared error of the prediction, one random noise level an image; `kept`: of what the base model predicts.
 
     Returns: float32 scalar.
     Errors: ConfigError when the schedule's prediction_type is neither epsilon nor v_prediction.
@@ -87,7 +88,7 @@ def noise_loss(
         noise_ += noise_offset * torch.randn((*latents_BChw.shape[:2], 1, 1), generator=generator)
     noise = to_device(noise_, device)
     t_B = to_device(schedule.draw(len(latents_BChw), generator), device)
-    loss_B = losses(net, objective, latents_BChw, given, noise, t_B)
+    loss_B = losses(net, objective, latents_BChw, given, noise, t_B, kept=kept)
     if min_snr_gamma:
         loss_B = loss_B * schedule.weight(t_B, min_snr_gamma)
     return loss_B.mean()
@@ -99,14 +100,35 @@ def predict(net: Any, family: Family, noisy_BChw: Tensor, told_B: Tensor, given:
     return family.predict(net, noisy_BChw.to(net.dtype), told_B, given)
 
 
+@contextmanager
+def without_adapter(net: Any) -> Iterator[None]:
+    """The base model alone. Afterwards those numbers are trained that were before: PEFT trains every one of an adapter
+    that it turns on again, and a round may train a half (factors.py).
+    """
+    trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    net.disable_adapters()
+    try:
+        yield
+    finally:
+        net.enable_adapters()
+        for parameter in net.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+
 def losses(
-    net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, noise_BChw: Tensor, t_B: Tensor
-) -> Tensor:
-    """Squared error of the net's prediction at the given noise and levels: float32 [B]."""
+    net: Any, objective: Objective, latents_BChw: Tensor, given: Conditions, noise_BChw: Tensor, t_B: Tensor,
+    *, kept: bool = False,
+) -> Tensor:  # fmt: skip
+    """Squared error of the net's prediction at the given noise and levels: float32 [B]. `kept`: against what the base
+    model predicts there, as in Li and Hoiem 2016, arXiv:1606.09282, in place of what is so.
+    """
     schedule = objective.schedule
     noisy = schedule.noisy(latents_BChw, noise_BChw, t_B)
-    predicted = predict(net, objective.family, noisy, schedule.told(t_B), given)
     target = schedule.target(latents_BChw, noise_BChw, t_B)
+    if kept:
+        with without_adapter(net), torch.no_grad():
+            target = predict(net, objective.family, noisy, schedule.told(t_B), given)
+    predicted = predict(net, objective.family, noisy, schedule.told(t_B), given)
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 

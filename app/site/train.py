@@ -252,8 +252,9 @@ def fit(
     read at the end. With proximal_mu > 0 the adapter is pulled to the one that arrived.
 
     With class images (`prior`), a pass adds prior_loss_weight times their loss, of as many of them, with noise of their
-    own: as diffusers' train_dreambooth.py, whose prior loss has no min-SNR weights. They are drawn by a generator of
-    their own, so that the photos' batches and noise are those of a run without them.
+    own: as diffusers' train_dreambooth.py, whose prior loss has no min-SNR weights. There they are learned as photos
+    are; here, unless the run says so, to be what the base model makes of them (prior_target). They are drawn by a
+    generator of their own, so that the photos' batches and noise are those of a run without them.
     """
     generator, device = torch.Generator().manual_seed(seed), accelerator.device
     trained = factors.trained(net, config, number)
@@ -302,7 +303,8 @@ def _class_losses(
         rows, given = prior.batch(pick, None, prior.words(pick, generator), generator)
         asked = objective.at(given["size"], config.resolution) if config.resolutions else objective
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
-        yield diffusion.noise_loss(net, asked, latents, given, generator, noise_offset=config.noise_offset)
+        how = {"noise_offset": config.noise_offset, "kept": config.prior_target == "base"}
+        yield diffusion.noise_loss(net, asked, latents, given, generator, **how)
 
 
 def in_buckets(buckets: list[torch.Tensor], size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

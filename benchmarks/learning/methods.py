@@ -94,6 +94,11 @@ METHODS = {
     "own photos alone": Method("fedavg whose sites have no photo of a species that the base knows", common=""),
     "own, class images": Method(
         "such photos are class images instead, twice the work (Ruiz et al. 2023, arXiv:2208.12242)",
+        run={"prior-loss-weight": 1.0, "prior-target": "noise"},
+        common="class-images",
+    ),
+    "own, base kept": Method(
+        "such class images, to predict what the base model does (Li and Hoiem 2016, arXiv:1606.09282)",
         run={"prior-loss-weight": 1.0},
         common="class-images",
     ),

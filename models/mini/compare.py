@@ -8,8 +8,8 @@ Enters: finished runs of the demo, alike but for their seed, and its two sites' 
 For every seed, "alone" takes as many steps on one site's photos as a site takes in the run, "pooled, same steps" as
 many on both sites' photos in one place, "pooled, all steps" as many as both sites together. A seed that no run is given
 of is federated here, in one process, by the hub's own averaging. All by the runs' learning rate over their own steps.
-A contender may be `federated` with other keys of the run's config, or `site 1 personal`: the federated adapter, trained
-on at that site, as `bouquet site personal` does it.
+A contender may be `federated` with other keys of the run's config, class images drawn by the base model where they ask
+for some, or `site 1 personal`: the federated adapter, trained on at that site, as `bouquet site personal` does it.
 Each training and each row is kept in `--work` as soon as it is there: who is interrupted goes on with the next.
 """
 
@@ -45,6 +45,7 @@ PERSONAL = ("site 1 personal", "site 2 personal")
 NEW = (*draw.UNSEEN[1], *draw.UNSEEN[2])
 DRAWINGS = 3  # times `--count` pictures of a species, each from noise of its own
 HELD_OUT = 24  # drawn photos of each known species, to measure on
+CLASSES = 112  # pictures that the base model draws, where a contender has class images
 NORMAL = 1.96
 MARK = "comparison"  # in the page
 PICTURED = (
@@ -98,7 +99,18 @@ class Comparison:
         return RunConfig.read(mine | (parse_config_args([keys]) if keys != contender else {}))
 
     def sites(self, config: RunConfig, folders: Sequence[Path]) -> list[train.Site]:
+        if config.prior_loss_weight:
+            folders = self.with_classes(folders)
         return [train.Site(config, self.models, folder, self.work / f"cache-{folder.name}", "") for folder in folders]
+
+    def with_classes(self, folders: Sequence[Path]) -> list[Path]:
+        """Copies of them, of the same names, with class images that the base model draws, the same for all."""
+        copies = [self.work / "classes" / folder.name for folder in folders]
+        if not all(copy.exists() for copy in copies):
+            base = self.models / self.config.base_model
+            classes = list(learned.imagined(base, self.config, CLASSES))
+            copies = [learned.with_classes(*both, classes) for both in zip(folders, copies, strict=True)]
+        return copies
 
     def adapter(self, contender: str, seed: int) -> model.Adapter:
         """As it was trained, once."""

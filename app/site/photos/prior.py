@@ -1,6 +1,6 @@
 """A site's class images, for prior preservation: pictures of the kind of thing that its photos show, but of others.
 
-A net that learns one dog from a few photos forgets what other dogs look like; so each step also learns a batch of
+A net that learns one dog from a few photos forgets what other dogs look like; so each step also learns from a batch of
 these. Source: Ruiz et al. 2023, arXiv:2208.12242, section 3.2.
 Enters: the folder `class-images` in a site's data folder, where no file is one of the site's photos: there they count
 neither as its images nor in its validation. It may hold what a data folder may; as a rule pictures, and a `caption.txt`
