@@ -59,9 +59,10 @@ def test_nothing_asked_is_wrong_use_and_shows_what_there_is(capsys):
     [
         "hub admit garden", "hub invite", "hub status not-a-number", "hub nothing", "report --follow --out -",
         "adapter sample --strength 2", "adapter sample --grid --strength 0.5", "data partition --dataset mini --by iid",
-        "data partition --by colour", "data partition --sites 0", "measure pictures run --kid other",
-        "measure pictures run --count 1", "adapter publish flowers", "adapter card",
-        "adapter parity here", "--nonsense",
+        "data partition --by colour", "data partition --sites 0", "data class-images --out here",
+        "data class-images --out here --prompts nowhere.txt", "measure pictures run --kid other",
+        "measure pictures run --count 1", "adapter publish flowers", "adapter card", "adapter parity here",
+        "--nonsense",
     ],
 )  # fmt: skip
 def test_wrong_use_ends_with_2_before_anything_is_done(asked, capsys):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from app import model
+from app.adapter import sample
 from app.config import RunConfig
 from app.errors import ConfigError, SiteError
 from app.site import cache, diffusion, privacy, train
 from app.site.photos import data, prior
+from bouquet import cli
 from bouquet.site import preflight
 from tests.kit import tiny
 
@@ -238,3 +243,23 @@ def test_the_preflight_looks_for_them_where_the_run_asks(folder, tmp_path):
     (folder / "class-images").rename(folder / "others")
     with pytest.raises(SiteError, match="SITE-15"):
         preflight.Preflight(preflight.Settings.read(env)).check_decode()
+
+
+# --- drawn by the base model ------------------------------------------------------------------------------------------
+
+
+def test_the_base_model_draws_a_folder_of_them_that_a_site_reads_and_writes_into_no_other(tmp_path, capsys):
+    photos, models = tiny.site(tmp_path / "data"), tiny.models()
+    (lines := tmp_path / "prompts.txt").write_text("a white lily\n\n a pink lotus \n")
+    asked = ["data", "class-images", "--base=tiny", f"--models={models}", "--size=16", "--steps=1", "--seed=5"]
+    asked += ["--count=10", "--prompt=a photo of a flower", f"--prompts={lines}", f"--out={photos / 'class-images'}"]
+    assert cli.main(asked) == 0
+    found = prior.scan(photos)
+    assert capsys.readouterr().out == f"drawn    by tiny: {found.report(3)}\n" and found.counts == {"images": 10}
+    captions = [json.loads(line)["text"] for line in (found.folder / "metadata.jsonl").read_text().splitlines()]
+    assert captions == (["a photo of a flower", "a white lily", "a pink lotus"] * 4)[:10]
+    [ninth] = sample.render(sample.plain(tiny.base()), None, captions[8:9], tiny.config(sample_steps=1), seed=13)
+    with Image.open(found.folder / "00008.png") as kept:
+        assert np.abs(np.asarray(kept).astype(int) - np.asarray(ninth)).max() <= 1  # of 255: another batch
+    assert cli.main(asked) == 1
+    assert capsys.readouterr().err.startswith("SITE-09  ") and prior.scan(photos).counts == {"images": 10}

@@ -303,8 +303,8 @@ def _class_losses(
         rows, given = prior.batch(pick, None, prior.words(pick, generator), generator)
         asked = objective.at(given["size"], config.resolution) if config.resolutions else objective
         latents, given = diffusion.to_device(rows, device), diffusion.moved(given, device)
-        how = {"noise_offset": config.noise_offset, "kept": config.prior_target == "base"}
-        yield diffusion.noise_loss(net, asked, latents, given, generator, **how)
+        kept = config.prior_target == "base"
+        yield diffusion.noise_loss(net, asked, latents, given, generator, noise_offset=config.noise_offset, kept=kept)
 
 
 def in_buckets(buckets: list[torch.Tensor], size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

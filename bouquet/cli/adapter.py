@@ -62,12 +62,7 @@ def sample(
 
     if grid and strength != 1.0:
         raise wrong("--grid draws every strength: no --strength")
-    lines = list(prompt or [])
-    if prompts:
-        try:
-            lines += [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise wrong(f"--prompts {prompts}: {error}") from None
+    lines = common.lines(prompt, prompts)
     which = sample.Which(adapter, base, models)
     if merge:
         sample.merge(which, strength, merge)

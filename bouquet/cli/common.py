@@ -41,3 +41,12 @@ def instead(program: Path, *arguments: str) -> NoReturn:
     """Another program in this process's place."""
     sys.stdout.flush()
     os.execv(program, [str(program), *arguments])
+
+
+def lines(given: list[str] | None, file: Path | None) -> list[str]:
+    """Prompts, from the command line and from a file that has one a line."""
+    try:
+        told = file.read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise wrong(f"--prompts {file}: {error}") from None
+    return [*(given or []), *(line.strip() for line in told if line.strip())]

@@ -9,7 +9,7 @@ import typer
 
 from bouquet import ROOT
 from bouquet.cli import common
-from bouquet.cli.common import wrong
+from bouquet.cli.common import MODELS, Models, wrong
 
 data = common.group("Photos for sites.")
 
@@ -50,3 +50,29 @@ def partition(
     partition.divide(
         Division(dataset, sites, out, images_per_site, seed, caption_template, by or "iid", alpha, public, split)
     )
+
+
+@data.command("class-images")
+def class_images(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder that is made: class-images in a site's data folder")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw, and each picture's caption; may be given again")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a text file, a prompt a line")] = None,
+    count: Annotated[int, typer.Option(min=1, help="pictures, of one prompt after another")] = 200,
+    base: Annotated[str, typer.Option(metavar="NAME", help="base model")] = "mini",
+    models: Models = MODELS,
+    size: Annotated[int, typer.Option(help="side in pixels: the run's resolution")] = 64,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance")] = 5.0,
+    seed: Annotated[int, typer.Option(help="of the first picture's noise; the next one's is one more")] = 0,
+) -> None:
+    """Pictures that the base model draws itself, for a run that is to keep what it knows (prior-loss-weight)."""
+    from app.config import RunConfig
+    from bouquet.data import classes
+
+    asked = common.lines(prompt, prompts)
+    if not asked:
+        raise wrong("nothing to draw: --prompt or --prompts")
+    drawn = {"base-model": base, "resolution": size, "sample-steps": steps, "sample-guidance": guidance, "seed": seed}
+    classes.draw(RunConfig.read(drawn), models, asked, count, out)
