@@ -369,9 +369,10 @@ def main() -> None:
     hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
+    orders = os.environ.pop("BOUQUET_ORDERS", "")
     seams.begin(lambda: seams.hold(seams.CLIENTAPPS_EXIT, seams.CLIENTAPPS_PULL, seams.CLIENTAPPS_INSTALL))
     fork = server()
-    if orders := os.environ.pop("BOUQUET_ORDERS", ""):
+    if orders:
         sys.argv += ordered(fork, Connection(int(orders)))
     workers = Workers(fork, float(os.environ.get("SITE_KEEP") or KEEP))
     seams.begin(lambda: adopt(workers))
