@@ -136,6 +136,9 @@ COMMANDS = {
         PRESET, "--run-config app/presets/sd15.toml --stream"),
     ".venv/bin/bouquet data partition --dataset <name or folder> --sites 2 --out .bouquet/flowers": (
         f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "<name or folder>"),
+    "bouquet data class-images": (
+        "tests/test_prior.py::test_the_base_model_draws_a_folder_of_them_that_a_site_reads_and_writes_into_no_other",
+        '"data", "class-images"'),
     "bouquet data partition": (
         f"{HERE}::test_the_partition_command_divides_a_folder_of_parquet", "bouquet data partition"),
     "bouquet doctor": (BEFORE_PYTHON, "scripts/bouquet doctor"),
