@@ -148,7 +148,8 @@ class RunConfig:
     prior_loss_weight: float = _key(
         0.0,
         "",
-        "of the sites' class images, of which each pass takes a batch too, twice the work; 0 is off, 1 is usual",
+        "of the sites' class images, of which each pass takes a batch too, more than twice the work; 0 is off, 1 is"
+        " usual",
         low=0.0,
         high=100.0,
     )

@@ -14,6 +14,7 @@ from app.site import train
 from benchmarks import pages
 from bouquet import worth
 from bouquet.adapter import personal
+from bouquet.data import classes
 from models.mini import compare, draw, learned
 from models.mini.compare import CONTENDERS, FEDERATED, Comparison, Row
 from tests.kit import tiny
@@ -73,7 +74,7 @@ def test_a_contender_with_class_images_has_those_that_the_base_model_draws_once_
     assert sites[0].prior.keys == sites[1].prior.keys and len(sites[0].prior.keys) == 3 and plain[0].prior is None
     lines = (sites[0].folder / "class-images/metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"].split()[2].rstrip(",") for line in lines] == ["allium", "daisy", "rose"]
-    monkeypatch.setattr(learned, "imagined", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(classes, "draw", lambda *_: pytest.fail("drawn again"))
     assert comparison.sites(told, comparison.folders)[1].prior.keys == sites[1].prior.keys
 
 

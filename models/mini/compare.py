@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -33,9 +34,11 @@ from app import files, model
 from app.adapter import sample, store
 from app.config import RunConfig
 from app.site import train
+from app.site.photos.folders import CLASS
 from benchmarks import pages
 from bouquet import ROOT, worth
 from bouquet.adapter import personal
+from bouquet.data import classes
 from models.mini import draw, learned
 
 HERE = Path(__file__).parent
@@ -104,13 +107,13 @@ class Comparison:
         return [train.Site(config, self.models, folder, self.work / f"cache-{folder.name}", "") for folder in folders]
 
     def with_classes(self, folders: Sequence[Path]) -> list[Path]:
-        """Copies of them, of the same names, with class images that the base model draws, the same for all."""
-        copies = [self.work / "classes" / folder.name for folder in folders]
-        if not all(copy.exists() for copy in copies):
-            base = self.models / self.config.base_model
-            classes = list(learned.imagined(base, self.config, CLASSES))
-            copies = [learned.with_classes(*both, classes) for both in zip(folders, copies, strict=True)]
-        return copies
+        """Copies of them, of the same names, with class images of what the base model knows, which it draws itself."""
+        drawn = self.work / "classes" / CLASS
+        if not drawn.exists():
+            asked = [draw.caption(*words) for words in itertools.product(draw.KNOWN, draw.COLOURS, draw.BACKGROUNDS)]
+            every = len(asked) // CLASSES
+            classes.draw(replace(self.config, seed=1000), self.models, asked[::every], CLASSES, drawn)
+        return [learned.with_classes(folder, drawn.with_name(folder.name), drawn) for folder in folders]
 
     def adapter(self, contender: str, seed: int) -> model.Adapter:
         """As it was trained, once."""

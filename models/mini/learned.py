@@ -7,7 +7,6 @@ how many drawn pictures the judge sees the right species in.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,22 +76,15 @@ def write(folder: Path, pictures: Pictures, classes: Pictures = ()) -> Path:
     return folder
 
 
-def with_classes(folder: Path, target: Path, classes: Pictures) -> Path:
+def with_classes(folder: Path, target: Path, classes: Path) -> Path:
     """A copy of a site's folder with these class images, once, whole or not at all."""
     if not target.exists():
         shutil.rmtree(beside := target.with_name(f".{target.name}"), ignore_errors=True)
-        beside.parent.mkdir(exist_ok=True)
         shutil.copytree(folder, beside)
-        privacy.declare_public(beside, (*data.look(beside).photos, *_fill(beside / CLASS, classes)))
+        shutil.copytree(classes, beside / CLASS)
+        privacy.declare_public(beside, (*data.look(beside).photos, *data.look(beside / CLASS).photos))
         beside.rename(target)
     return target
-
-
-def imagined(base: Path, config: RunConfig, count: int) -> Pictures:
-    """So many pictures, at most 224, of what the base model knows, drawn by itself."""
-    asked = [draw.caption(*words) for words in itertools.product(draw.KNOWN, draw.COLOURS, draw.BACKGROUNDS)]
-    asked = asked[:: len(asked) // count][:count]
-    return zip(sample.render(sample.pipeline(base, config), None, asked, config, seed=1000), asked, strict=True)
 
 
 def _fill(folder: Path, pictures: Pictures) -> tuple[data.Photo, ...]:
