@@ -6,26 +6,23 @@ run wrote there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.common.serde import user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListNodesResponse,
     ListRunsRequest,
     ListRunsResponse,
-    StartRunRequest,
     StartRunResponse,
 )
-from flwr.proto.fab_pb2 import Fab
 
 from app import bundle
 from benchmarks.hostile import CONTROL, Door
 from bouquet import ROOT
+from bouquet.hub.control import order
 
 
 class Control:
@@ -42,11 +39,7 @@ class Control:
 
     def start_run(self, config: Mapping[str, Any], app: Path | None = None) -> str:
         """What `flwr run` sends; the run's id."""
-        content = bundle.build(app or self.app)
-        fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
-        answer = self.door.call(
-            CONTROL + "start-run", StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(config)))
-        )
+        answer = self.door.call(CONTROL + "start-run", order(bundle.build(app or self.app), config))
         assert answer.status == 200, answer
         return str(StartRunResponse.FromString(answer.body).run_id)
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -121,27 +120,16 @@ def test_a_superexec_whose_supernode_ended_while_it_started_asks_nobody_for_work
 # --- the site's own checks, before it goes online ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def supernode_of(tmp_path, monkeypatch) -> Callable[..., subprocess.Popen[str]]:
-    """A SuperNode of ours that makes its checks first, in an environment with these changes."""
-    for name in [name for name in os.environ if name.startswith(("SITE_", "BOUQUET_"))]:
-        monkeypatch.delenv(name)
+def test_a_site_whose_checks_fail_never_goes_online_and_leaves_no_process(tmp_path):
+    """HUB is not set, so that its check fails; Flower's own SuperNode, with these arguments, would ask for ever."""
     (cache := tmp_path / "cache").mkdir()
     site = {"BOUQUET_DATA": tiny.site(tmp_path / "photos"), "BOUQUET_MODELS": tiny.models(), "BOUQUET_CACHE": cache}
     site |= {"SITE_NAME": "site-1", "SITE_GPU": "none", "RUN_CONFIG": "base-model='tiny' resolution=16"}
     site |= {"BOUQUET_PREFLIGHT": "1", "FLWR_HOME": tmp_path / "flwr"}
-
-    def begin(*arguments: str, **changes: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "bouquet.flower.supernode", *arguments]
-        env = os.environ | {name: str(value) for name, value in (site | changes).items()}
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
-
-    return begin
-
-
-def test_a_site_whose_checks_fail_never_goes_online_and_leaves_no_process(supernode_of):
-    """HUB is not set, so that its check fails; Flower's own SuperNode, with these arguments, would ask for ever."""
-    node = supernode_of("--insecure", "--superlink=127.0.0.1:1")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SITE_", "BOUQUET_"))}
+    env |= {name: str(value) for name, value in site.items()}
+    command = [sys.executable, "-m", "bouquet.flower.supernode", "--insecure", "--superlink=127.0.0.1:1"]
+    node = subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
     said, _ = node.communicate(timeout=PATIENT)  # to the end of its output: nobody has that any more
     lines = {line.split()[1]: line.split()[0] for line in said.splitlines() if re.match("(pass|warn|fail|skip) ", line)}
     assert node.returncode == 1 and "not ready: " in said and "SuperNode ID" not in said

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import sh
+from flwr.cli.build import build_fab_from_disk
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -66,9 +67,10 @@ def alter(app: Path, old: str, new: str) -> None:
 # -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
 def test_the_checkout_and_what_flwr_run_sends_are_the_same_bytes_everywhere(checkout: Path) -> None:
     (checkout / "app" / "notes.txt").write_text("not in the bundle\n")
-    assert bundle.build(checkout) == bundle.build(ROOT)
+    assert bundle.build(checkout) == build_fab_from_disk(checkout) == bundle.build(ROOT)
 
 
 def test_a_new_publisher_gets_a_key_that_nobody_else_may_read_and_what_the_sites_pin(tmp_path: Path) -> None:

@@ -124,10 +124,11 @@ def losses(
     """
     schedule = objective.schedule
     noisy = schedule.noisy(latents_BChw, noise_BChw, t_B)
-    target = schedule.target(latents_BChw, noise_BChw, t_B)
     if kept:
         with without_adapter(net), torch.no_grad():
             target = predict(net, objective.family, noisy, schedule.told(t_B), given)
+    else:
+        target = schedule.target(latents_BChw, noise_BChw, t_B)
     predicted = predict(net, objective.family, noisy, schedule.told(t_B), given)
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 

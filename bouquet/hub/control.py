@@ -130,13 +130,18 @@ def unregister(node: int) -> None:
     ask("unregister-node", control.UnregisterNodeRequest(node_id=node), control.UnregisterNodeResponse)
 
 
-def start_run(bundle: bytes, changes: Mapping[str, Any]) -> str:
-    """Start a run of this bundle under its own config with these changes; the run's id. Errors: HOST-08."""
+def order(bundle: bytes, changes: Mapping[str, Any]) -> Any:
+    """What `flwr run` sends: a run of this bundle under its own config with these changes."""
     from flwr.common.serde import user_config_to_proto
 
     request = control.StartRunRequest(override_config=user_config_to_proto(dict(changes)))
     request.fab.hash_str, request.fab.content = hashlib.sha256(bundle).hexdigest(), bundle
-    answer = ask("start-run", request, control.StartRunResponse)
+    return request
+
+
+def start_run(bundle: bytes, changes: Mapping[str, Any]) -> str:
+    """The id of the run that is started. Errors: HOST-08."""
+    answer = ask("start-run", order(bundle, changes), control.StartRunResponse)
     if not answer.HasField("run_id"):
         raise BouquetError("HOST-08", did="started no run", found=text.line(answer.note), fix=LOOK)
     return str(answer.run_id)

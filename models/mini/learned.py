@@ -65,26 +65,35 @@ def federated(
 # --- photos -----------------------------------------------------------------------------------------------------------
 
 
+def once(target: Path, fill: Callable[[Path], object]) -> Path:
+    """The folder that `fill` makes of a path, once, whole or not at all."""
+    if not target.exists():
+        shutil.rmtree(beside := target.with_name(f".{target.name}"), ignore_errors=True)
+        fill(beside)
+        beside.rename(target)
+    return target
+
+
 def write(folder: Path, pictures: Pictures, classes: Pictures = ()) -> Path:
-    """A site's folder, once, whole or not at all; everybody may have these photos. classes: its class images."""
-    if not folder.exists():
-        shutil.rmtree(beside := folder.with_name(f".{folder.name}"), ignore_errors=True)
+    """A site's folder; everybody may have these photos. classes: its class images."""
+
+    def fill(beside: Path) -> None:
         found = list(_fill(beside, pictures))
         found += _fill(beside / CLASS, classes) if classes else ()
         privacy.declare_public(beside, found)
-        beside.rename(folder)
-    return folder
+
+    return once(folder, fill)
 
 
 def with_classes(folder: Path, target: Path, classes: Path) -> Path:
-    """A copy of a site's folder with these class images, once, whole or not at all."""
-    if not target.exists():
-        shutil.rmtree(beside := target.with_name(f".{target.name}"), ignore_errors=True)
+    """A copy of a site's folder with these class images."""
+
+    def fill(beside: Path) -> None:
         shutil.copytree(folder, beside)
         shutil.copytree(classes, beside / CLASS)
         privacy.declare_public(beside, (*data.look(beside).photos, *data.look(beside / CLASS).photos))
-        beside.rename(target)
-    return target
+
+    return once(target, fill)
 
 
 def _fill(folder: Path, pictures: Pictures) -> tuple[data.Photo, ...]:
@@ -98,11 +107,8 @@ def _fill(folder: Path, pictures: Pictures) -> tuple[data.Photo, ...]:
 
 
 def pooled(folders: Sequence[Path], target: Path) -> Path:
-    """All photos in one folder, once, whole or not at all."""
-    if not target.exists():
-        shutil.rmtree(beside := target.with_name(f".{target.name}"), ignore_errors=True)
-        worth.together(list(folders), beside).rename(target)
-    return target
+    """All photos in one folder."""
+    return once(target, lambda beside: worth.together(list(folders), beside))
 
 
 def drawn(home: Path, count: int, species: Sequence[str] = draw.SPECIES) -> dict[str, Path]:
