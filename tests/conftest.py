@@ -27,8 +27,8 @@ ALONE = {  # tests that share nothing with their file, and take as long as anoth
     "test_ctrl_c_in_the_demo_stops_everything": "demo",
 }
 LONGEST = (
-    *("docker", "test_compose", "test_faults", "containers", "comparison", "test_federation", "test_trust"),
-    *("test_accept", "test_bench", "test_join", "test_publish", "demo", "test_superexec", "test_database"),
+    *("test_faults", "test_bench", "test_federation", "docker", "test_compose", "containers", "comparison"),
+    *("test_trust", "test_accept", "test_join", "test_publish", "demo", "test_learning", "test_parity"),
 )
 DEPLOYMENTS = {  # the fixture of a file that starts a hub, or more
     **dict.fromkeys(("test_federation", "test_trust", "test_preflight"), "federation"),

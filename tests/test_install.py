@@ -81,12 +81,12 @@ class Host:
         code = (
             "import importlib.metadata as m; print(*(d.metadata['Name'] + '=' + d.version for d in m.distributions()))"
         )
-        words = subprocess.run(
-            [self.venv / "bin/python", "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-        return {
-            name: version for name, version in (word.split("=") for word in words) if name not in ("pip", "setuptools")
-        }
+        pairs = (word.split("=") for word in self.run("-c", code).split())
+        return {name: version for name, version in pairs if name not in ("pip", "setuptools")}
+
+    def run(self, *args: str) -> str:
+        command = [self.venv / "bin/python", *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -189,6 +189,39 @@ def test_what_the_roles_import_is_compiled_whatever_the_environment_says(
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     host.install("cpu")
     assert list(host.venv.glob("lib/python3*/site-packages/__pycache__/torch.*.pyc"))
+
+
+def pip_of(host: Host) -> str:
+    return host.run("-m", "pip", "--version").split()[1]
+
+
+def test_the_locks_pip_takes_the_place_of_the_one_that_python_brings_once(host: Host) -> None:
+    """A wheel of the very pip that is here, under the number 99.0."""
+    (host.folder / "constraints.txt").write_text(f"pip==99.0\n{LOCK}")
+    [module] = host.venv.glob("lib/python3*/site-packages/pip")
+    [info] = module.parent.glob("pip-*.dist-info")
+    version = pip_of(host)
+    with zipfile.ZipFile(host.wheels / "pip-99.0-py3-none-any.whl", "w") as archive:
+        for file in module.rglob("*.py*"):
+            if file.suffix != ".pyc" and file != module / "__init__.py":
+                archive.write(file, file.relative_to(module.parent))
+        for part in ("WHEEL", "entry_points.txt", "METADATA"):
+            told = (info / part).read_text().replace(f"\nVersion: {version}\n", "\nVersion: 99.0\n")
+            archive.writestr(f"pip-99.0.dist-info/{part}", told)
+        archive.writestr("pip-99.0.dist-info/RECORD", "")
+        archive.writestr("pip/__init__.py", '__version__ = "99.0"\n')
+    for _ in range(2):  # the second time nobody asks for it
+        done = host.install("cpu")
+        assert (done.returncode, done.stderr) == (0, "") and host.packages() == HAS["cpu"]
+        assert pip_of(host) == "99.0"
+        shutil.rmtree(host.wheels, ignore_errors=True)
+
+
+def test_where_the_locks_pip_is_not_found_the_one_that_is_here_does_it_and_says_so(host: Host) -> None:
+    (host.folder / "constraints.txt").write_text(f"pip==99.0\n{LOCK}")
+    done = host.install("cpu")
+    assert done.returncode == 0 and host.packages() == HAS["cpu"]
+    assert done.stderr == "install: no pip 99.0 found; going on with the one that is here\n"
 
 
 def test_the_lock_names_every_package_once_at_one_version() -> None:
