@@ -3,7 +3,7 @@
 BOUQUET_REQUIRE_DOCKER=1 turns "skipped, no Docker Engine" into a failure; .ci/run sets it.
 With `-n` (pytest-xdist; scripts/test gives it) a file is worked on by one process, which makes the file's deployment
 once; the files that share an image are worked on by one of them. The groups that take longest begin first.
-A test that needs its file's deployment is slow, as is whatever is marked so: what takes more than some five seconds.
+A test that needs its file's deployment is slow, as is whatever is marked so: what takes a core three seconds or more.
 """
 
 from __future__ import annotations

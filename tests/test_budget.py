@@ -294,6 +294,7 @@ def message_to(root: Path, kind: str = "train", number: int = 1, run: int = 7, *
     return client_app.app(message, Context(run, 1, own, RecordDict(), asked))
 
 
+@pytest.mark.slow
 def test_a_site_that_is_killed_in_a_round_has_paid_for_all_of_it(tmp_path, monkeypatch):
     """A real process, killed by the kernel while it trains; another one knows what it spent, and does not train on."""
     tiny.site(tmp_path / "data", 40)
@@ -320,6 +321,7 @@ def test_a_site_that_is_killed_in_a_round_has_paid_for_all_of_it(tmp_path, monke
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_the_promise_tells_an_adapter_the_photos_epsilon_and_no_other_number(tmp_path, monkeypatch):
     federation = Federation(tmp_path, sample_prompts="")
     monkeypatch.setenv("SITE_PRIVACY", "epsilon=400 clip=0.1 noise=0.7")
@@ -395,6 +397,7 @@ def test_with_masks_each_site_pays_too_and_weighs_what_it_told(tmp_path, monkeyp
     assert all(value.isfinite().all() for value in moved.values()) and not tiny.equal(moved, tiny.fresh())
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_a_sites_part_whatever_the_run_says(tmp_path, monkeypatch):
     tiny.site(tmp_path / "data", 40)
     monkeypatch.setenv("SITE_PRIVACY", "epsilon=7 noise=1")

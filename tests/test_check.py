@@ -268,6 +268,7 @@ def test_a_plain_fedavgs_file_is_judged_by_the_same_questions(saved, said, tmp_p
     assert check.check_stock(tmp_path / "adapter.safetensors", honest, honest) == said
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_from_another_passes(tmp_path, monkeypatch):
     monkeypatch.setenv("BOUQUET_KEEP_SENT", "1")
     cut = Federation(tmp_path, rounds=3, sample_prompts="")

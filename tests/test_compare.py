@@ -124,6 +124,7 @@ def test_a_personal_adapter_is_the_one_that_the_sites_own_command_writes(compari
     assert tiny.equal(comparison.adapter("site 1 personal", 42), store.read_adapter(done.folder))
 
 
+@pytest.mark.slow
 def test_the_command_leaves_tables_a_sheet_and_the_numbers_and_trains_nothing_twice(
     finished, tmp_path, monkeypatch, capsys
 ):

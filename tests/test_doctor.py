@@ -323,6 +323,7 @@ def test_a_kit_that_cannot_be_written_and_pictures_that_cannot_are_named(copy: P
         assert str(place) in caught.value.found
 
 
+@pytest.mark.slow
 def test_a_kit_is_never_written_through_a_link(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("somebody's")
     (tmp_path / "folder").mkdir()

@@ -469,6 +469,7 @@ formats.write_formats(Path(sys.argv[1]), tiny.adapter(3), tiny.CONFIG, sd.FAMILY
 """
 
 
+@pytest.mark.slow
 def test_the_same_adapter_makes_the_same_bytes_in_every_process(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()

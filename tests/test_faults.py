@@ -263,6 +263,7 @@ def test_an_adapter_whose_writing_is_killed_in_every_tenth_is_never_half_written
     assert result.survived, result
 
 
+@pytest.mark.slow
 def test_bad_photos_are_set_aside_and_folders_with_too_few_are_named() -> None:
     results = photos.play(None, 1)
     assert len(results) == 10 and not [result for result in results if not result.survived]

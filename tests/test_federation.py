@@ -30,7 +30,7 @@ from benchmarks.speed.watch import MESSAGE, Watch, processes
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port, is_alive
 from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
-from tests.kit import families
+from tests.kit import families, tiny
 from tests.kit.wait import PATIENT, until
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it
@@ -161,11 +161,14 @@ FAMILIES = {"sdxl": "alternate", "zimage": "fedavg"}  # and the strategy that it
 
 @pytest.fixture(scope="module")
 def families_runs(federation: Processes, workers: dict[str, dict[str, set[int]]]) -> dict[str, Path]:
-    """A run's folder for SDXL and for a family that matches flows, tiny."""
+    """A run's folder for SDXL and for a family that matches flows, tiny; the second learns class images, too."""
     small, runs = SMALL.replace("local-steps=2", "local-steps=6"), {}
+    for folder in federation.sites.values():
+        tiny.site(folder / "class-images", count=3, public=False)
     for name, strategy in FAMILIES.items():
         shutil.copytree(families.base(name), federation.models / f"tiny-{name}")
         more = f"resolution=32 lora-targets='attention' learning-rate=0.05 wire-precision='fp16' strategy='{strategy}'"
+        more += f" prior-loss-weight={float(name == 'zimage')}"
         runs[name], _ = went(federation, workers, f"{small} base-model='tiny-{name}' {more}")
     return runs
 
@@ -186,6 +189,16 @@ def test_another_family_of_base_models_is_trained_by_the_same_deployment(
     assert files == {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"} | (
         {"kohya.safetensors"} if name == "sdxl" else set()
     )
+
+
+def test_a_run_that_asks_for_class_images_has_each_sites_own_and_they_count_as_none_of_its_photos(
+    federation: Processes, families_runs: dict[str, Path]
+) -> None:
+    for site in federation.sites:  # of three runs one asked
+        assert (federation.logs / f"{site}.log").read_text().count("class-images holds 3 usable ") == 1
+    images = [{site: told["num-examples"] for site, told in entry["sites"].items()} for run in families_runs.values()
+              for entry in history(run)["rounds"]]  # fmt: skip
+    assert images == [images[0]] * 4
 
 
 def test_a_run_that_alternates_trains_b_in_its_first_round_and_a_in_its_second_and_loses_nothing_by_averaging(

@@ -66,6 +66,7 @@ def test_without_prompts_nothing_is_drawn(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_shows_the_rounds_before_it_too(tmp_path, monkeypatch):
     Federation(tmp_path / "one", rounds=1).go(monkeypatch)
     second = Federation(tmp_path / "two", rounds=2, resume="7")

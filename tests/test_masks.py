@@ -426,6 +426,7 @@ def drop(site: str, after_offers: bool = True):
     return tamper
 
 
+@pytest.mark.slow
 def test_a_site_that_drops_out_is_left_out_of_the_next_try_whose_mean_is_the_others(tmp_path, monkeypatch):
     how = {"rounds": 1, "round_retries": 1, "local_steps": 1, "validation_timesteps": 1}
     hidden = federation(tmp_path / "hidden", sites=4, **how)

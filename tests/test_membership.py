@@ -135,6 +135,7 @@ def test_of_every_family_the_loss_score_is_what_validation_gains_and_pia_a_dista
         assert again[kind] == pytest.approx([found[kind][3], found[kind][1]], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_overfitted_tells_its_photos_and_one_that_learned_nothing_tells_none():
     config = tiny.config(local_steps=100, batch_size=16, learning_rate=0.02, lora_rank=16, caption_dropout=0.0)
     objective, net, everyone = diffusion.Objective.of(tiny.base()), tiny.unet(config), encoded(44)
@@ -152,6 +153,7 @@ def test_an_adapter_that_was_overfitted_tells_its_photos_and_one_that_learned_no
 # --- at a site --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sites_file_has_numbers_alone_of_the_photos_that_its_run_trained_on(tmp_path, capsys):
     """About half of 120 photos are held out, as in the run. An adapter of random numbers knows nobody: the true area is
     within twice the interval, which chance misses once in 10,000 times.

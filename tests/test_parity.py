@@ -74,6 +74,7 @@ def test_every_path_draws_the_picture_that_training_meant(final):
     assert all(row.difference < (0.0001 if row.precision == "fp32" else 0.003) for row in rows)
 
 
+@pytest.mark.slow
 def test_every_path_draws_the_same_picture_on_the_base_model_that_ships(tmp_path):
     base, config = tiny.ROOT / "models" / "mini", RunConfig.read({"lora-rank": 4})
     final = formats.write_final(tmp_path, trained(base, config, 0.1), config, sd.FAMILY)

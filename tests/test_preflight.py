@@ -508,6 +508,7 @@ def test_a_switch_that_is_neither_on_nor_off_ends_the_preflight_with_its_name(
     assert "CHECK-09" in shown and "SITE_CHECKPOINTING=yes" in shown
 
 
+@pytest.mark.slow
 def test_a_forced_checkpointing_takes_less_memory_in_the_estimate_and_is_in_the_step(
     site: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_fresh_adapter_changes_nothing_and_has_nothing_to_learn_of_them():
     assert loss == plain and tiny.equal(with_, without)
 
 
+@pytest.mark.slow
 def test_the_more_they_weigh_the_nearer_the_net_stays_to_the_base_model():
     """On class images, after steps that learn photos: the mean squared difference from the base's prediction."""
     others, objective = encoded(5, 3), diffusion.Objective.of(tiny.base())

@@ -318,6 +318,7 @@ def test_what_leaves_and_what_is_logged_has_nothing_of_the_secret(private_run, c
         assert all(secret not in file.read_text() for file in folder.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_taken_up_again_goes_on_bit_for_bit_with_the_sites_secret(private_run, tmp_path, monkeypatch):
     federation, whole = private_run
     federation.run_config["rounds"] = 1

@@ -193,6 +193,7 @@ def test_the_pages_commands_run_as_printed(copy):
         ).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_pages_snippets_run_as_printed_one_after_the_other_and_draw_what_they_say(copy, monkeypatch):
     from diffusers import StableDiffusionPipeline as Pipeline
 
@@ -386,6 +387,7 @@ def test_without_the_sites_figures_a_look_is_free_and_sending_is_refused_before_
     assert code == 1 and "EXPORT-09" in shown and "--without-membership" in shown and hub.asked == []
 
 
+@pytest.mark.slow
 def test_sent_with_figures_the_card_has_them_and_with_a_threshold_below_them_nothing_is_sent(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     final = publish.final

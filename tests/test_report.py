@@ -440,6 +440,7 @@ def test_light_dark_and_print_have_their_colours(browser, shown):
     assert browser.pdf().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_docs_are_made_by_the_command(browser, shown, tmp_path):
     sh(f".venv/bin/python -m benchmarks.shots {shown.parent} --out {tmp_path}", ROOT)
     sizes = {}

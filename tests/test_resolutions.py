@@ -234,6 +234,7 @@ def test_the_loop_draws_each_batchs_levels_by_that_batchs_size(monkeypatch, prio
         assert asked == expected
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_the_largest_side_and_counts_what_is_kept_of_each():
     of = lambda on_gpu, **more: estimate.estimate(tiny.base(), tiny.config(**more), half=False, on_gpu=on_gpu, photos=9)  # noqa: E731
     several = {"resolution": 16, "resolutions": "16,32"}

@@ -39,6 +39,7 @@ print(json.dumps([str(kind) for kind in AutoExecPlugin.supported_task_types]))
     assert kinds == [["flwr-serverapp"]]
 
 
+@pytest.mark.slow
 def test_a_runs_process_has_the_libraries_and_flowers_command_but_no_app_and_is_forked_from_one_thread():
     looks = (
         "import json, sys; wanted = {'torch', 'peft', 'diffusers', 'flwr.superlink.cli.flwr_serverapp', 'app'}; "

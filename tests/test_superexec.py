@@ -89,6 +89,7 @@ torch._C._accelerator_getAccelerator = lambda *a, **k: torch.device("cuda")
 """
 
 
+@pytest.mark.slow
 def test_importing_the_libraries_never_asks_cuda_whatever_the_user_set():
     [[asked, after]] = run(f"""{PRELUDE}
 import os
@@ -103,6 +104,7 @@ print(json.dumps([before, asked]))
     assert after == ["_cuda_getDeviceCount"]  # from now on it is CUDA that answers
 
 
+@pytest.mark.slow
 def test_the_libraries_do_ask_cuda_where_nvml_does_not_answer_for_it():
     [asked] = run(f"""{PRELUDE}
 {AS_CUDA}
@@ -112,6 +114,7 @@ print(json.dumps(asked))
     assert "_cuda_getDeviceCount" in asked  # else the guard is no longer needed, and the test above shows nothing
 
 
+@pytest.mark.slow
 def test_a_library_that_starts_cuda_at_import_is_left_to_the_worker_that_needs_it(tmp_path):
     """bitsandbytes, which peft imports wherever it is installed; here one that only asks."""
     (tmp_path / "bitsandbytes.py").write_text("import torch\ntorch._C._cuda_init()\n")
@@ -127,6 +130,7 @@ print(json.dumps([before, asked]))
     assert (before, after) == ([], ["_cuda_init"])
 
 
+@pytest.mark.slow
 def test_a_server_whose_children_could_not_use_the_gpu_does_not_start():
     [said] = run(f"""{PRELUDE}
 import torch
@@ -231,6 +235,7 @@ def took(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Took]:
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_the_messages_of_a_run_go_to_one_process(took):
     assert took("7:a", "wait", "7:b", "wait", "7:c") == [("a", 1), ("b", 1), ("c", 1)]
 

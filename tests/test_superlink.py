@@ -170,7 +170,7 @@ def test_a_supernode_has_our_superexec_and_ends_with_it(hub: Hub) -> None:
         for task in Path(f"/proc/{supernode.pid}/task").iterdir()
         for pid in (task / "children").read_text().split()
     ]
-    assert "bouquet.flower.superexec" in Path(f"/proc/{superexec}/cmdline").read_text().split("\0")
+    assert Path(f"/proc/{superexec}/comm").read_text() == "flwr-superexec\n"
     os.kill(superexec, signal.SIGKILL)
     wait(lambda: supernode.poll() is not None, lambda: hub.log("site-1"))
     assert (

@@ -103,23 +103,34 @@ def test_the_next_message_of_a_run_is_not_answered_for_the_last_ones_client_app(
     assert len(node.get_messages_legacy(is_reply=False)) == (not looked)
 
 
+ORDERED = """
+import multiprocessing, sys
+from bouquet.flower import superexec
+ours, theirs = multiprocessing.Pipe()
+ours.send(sys.argv[1:])
+superexec.run(theirs, checks=False)
+"""
+
+
+@pytest.mark.slow
 def test_a_superexec_whose_supernode_ended_while_it_started_asks_nobody_for_work():
     """The next SuperNode may have the same address, and would wait for the reply to what this one took along."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         asked = threading.Thread(target=door.accept, daemon=True)
         asked.start()
         address = f"127.0.0.1:{door.getsockname()[1]}"
-        told = ["--insecure", "--runtime-api-address", address, "--parent-pid"]
-        command = [sys.executable, "-m", "bouquet.flower.superexec", *told]
         ended = subprocess.Popen(["true"])
         ended.wait()
-        done = subprocess.run([*command, str(ended.pid)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENT)
+        told = ["--insecure", "--runtime-api-address", address, "--parent-pid", str(ended.pid)]
+        command = [sys.executable, "-c", ORDERED, *told]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENT)
         assert done.returncode == 1 and asked.is_alive(), done.stdout + done.stderr
 
 
 # --- the site's own checks, before it goes online ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_site_whose_checks_fail_never_goes_online_and_leaves_no_process(tmp_path):
     """HUB is not set, so that its check fails; Flower's own SuperNode, with these arguments, would ask for ever."""
     (cache := tmp_path / "cache").mkdir()
@@ -145,11 +156,11 @@ def test_a_superexec_waits_for_its_orders_while_there_is_a_supernode_whose_check
     ours.send(["--insecure"])
     if checks:
         with pytest.raises(SystemExit, match="1"):
-            superexec.ordered(None, theirs)
+            superexec.ordered(None, theirs, True)
         assert not ours.poll()
         return
-    assert superexec.ordered(None, theirs) == ["--insecure"] and ours.recv() is True
+    assert superexec.ordered(None, theirs, True) == ["--insecure"] and ours.recv() is True
     ours, theirs = multiprocessing.Pipe()
     ours.close()
     with pytest.raises(SystemExit, match="1"):
-        superexec.ordered(None, theirs)
+        superexec.ordered(None, theirs, True)

@@ -274,6 +274,7 @@ def test_with_buckets_a_round_of_private_photos_needs_as_many_passes_as_photos()
         rules.check_photos(RunConfig(aspect_buckets=True, local_steps=7), trained=100, held_out=8)
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_the_largest_shape_and_every_view():
     run = {"resolution": 64, "aspect_buckets": True}
     shape = views.largest(tiny.config(**run), 8)

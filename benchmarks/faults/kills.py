@@ -46,7 +46,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
 CASES = [
     Case("kill", "SIGKILL of a SuperNode, started again at once with the same key", ends("site-3", KILL)),
     Case("kill", "SIGKILL of a ClientApp", ends_child("site-3", "flwr-clientapp")),
-    Case("kill", "SIGKILL of a site's SuperExec", ends_child("site-3", "bouquet.flower.superexec")),
+    Case("kill", "SIGKILL of a site's SuperExec", ends_child("site-3", "flwr-superexec")),
     Case("kill", "SIGKILL of a site's fork server", ends_child("site-3", "forkserver")),
     Case(
         "kill", "SIGKILL of a SuperNode that stays away, min-sites 2", stays_away, config={"min-sites": 2}, same=False

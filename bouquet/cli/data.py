@@ -60,11 +60,13 @@ def class_images(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="a text file, a prompt a line")] = None,
     count: Annotated[int, typer.Option(min=1, help="pictures, of one prompt after another")] = 200,
-    base: Annotated[str, typer.Option(metavar="NAME", help="base model")] = "mini",
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="base model; default: a run's, as of all below")
+    ] = None,
     models: Models = MODELS,
-    size: Annotated[int, typer.Option(help="side in pixels: the run's resolution")] = 64,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="classifier-free guidance")] = 5.0,
+    size: Annotated[int | None, typer.Option(help="side in pixels: the run's resolution")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance")] = None,
     seed: Annotated[int, typer.Option(help="of the first picture's noise; the next one's is one more")] = 0,
 ) -> None:
     """Pictures that the base model draws itself, for a run that is to keep what it knows (prior-loss-weight)."""
@@ -75,4 +77,5 @@ def class_images(
     if not asked:
         raise wrong("nothing to draw: --prompt or --prompts")
     drawn = {"base-model": base, "resolution": size, "sample-steps": steps, "sample-guidance": guidance, "seed": seed}
-    classes.draw(RunConfig.read(drawn), models, asked, count, out)
+    given = {key: value for key, value in drawn.items() if value is not None}  # the rest as in a run
+    classes.draw(RunConfig.read(given), models, asked, count, out)

@@ -30,6 +30,12 @@ def relied(place: str, why: str, *facts: Fact, takes: str | None = None, instead
 RELIED = (
     *(relied(place, "a program of Flower's is called, and reads sys.argv", takes="") for place in PROGRAMS),
     relied(
+        "flwr.supercore.logger:update_console_handler",
+        "superexec.py: a SuperExec is forked when Flower's log has its level already",
+        takes="level, timestamps, colored",
+        instead="FLWR_LOG_LEVEL before the import",
+    ),
+    relied(
         "flwr.cli.build:build_fab_from_disk",
         "bundle.py: so is a bundle made, of the files that are in no hidden folder",
         fact(says, "", "build_fab_from_files(collect_files(app.expanduser().resolve()))[0]"),

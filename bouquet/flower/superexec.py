@@ -12,11 +12,12 @@ again (client_app.py says what). A worker
   - takes nobody along when it dies: the message that it had becomes an error reply, as Flower does it, the next one a
     fresh worker.
 
-The fork server holds the libraries (libraries.py) and no key, photo or model. Flower's log begins with warnings in all
-of these processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees to the rest where the
-app is.
-Enters: flower-superexec's own arguments, from the command line or, after the site's checks, from the SuperNode by the
-pipe BOUQUET_ORDERS; and SITE_KEEP (300; 0 is a process a message). Leaves: its exit code.
+This process itself is forked from the SuperNode at its start (supernode.py), which has imported half of Flower by
+then, and no key. The fork server holds the libraries (libraries.py) and no key, photo or model. Flower's log begins
+with warnings in all of these processes (FLWR_LOG_LEVEL, which whoever starts them may set to INFO); app/quiet.py sees
+to the rest where the app is.
+Enters: flower-superexec's own arguments, from the SuperNode by a pipe; SITE_KEEP (300; 0 is a process a message).
+Leaves: its exit code.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from bouquet.flower import seams
 
 PR_SET_NAME = 15  # prctl(2)
 LIBRARIES = "bouquet.flower.libraries"
-SERVER = "forkserver"  # what ps and top show of it; the next one is `python -c "from multiprocessing.forkserver …"`
+NAME = "flwr-superexec"  # what ps and top show of this process, which has the SuperNode's command line
+SERVER = "forkserver"  # what they show of that; the next one is `python -c "from multiprocessing.forkserver …"`
+QUIET = "WARNING"
 KEEP = 300.0  # seconds that a worker waits for its run's next message
 TRIES = 40  # of a fork, LEAST seconds apart
 # seconds between two questions to the SuperNode: a share of the time since there was work, at least LEAST
@@ -58,8 +61,11 @@ SOON = {"initial_backoff": LEAST, "backoff_cap": 0.2, "max_tries_per_object": No
 
 
 def hush() -> None:
-    """Flower reads the level of its log once, when it is imported: to be called before."""
-    os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+    """Flower's log from warnings on, unless somebody has said otherwise; Flower reads that when it is imported."""
+    if "FLWR_LOG_LEVEL" not in os.environ:
+        os.environ["FLWR_LOG_LEVEL"] = QUIET
+        if logger := sys.modules.get("flwr.supercore.logger"):
+            logger.update_console_handler(level=QUIET)
 
 
 def quietly(install: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,17 +353,17 @@ def check() -> None:
     sys.exit(preflight.check(fast=True))
 
 
-def ordered(fork: multiprocessing.context.ForkServerContext, supernode: Connection) -> list[str]:
-    """What the SuperNode starts this process with, once the site's checks have passed; until then it does not go
-    online. They need the libraries, which are here, and leave nothing in memory. Ends here where one fails, or the
-    SuperNode is gone.
+def ordered(fork: multiprocessing.context.ForkServerContext, supernode: Connection, checks: bool) -> list[str]:
+    """Flower's arguments, from the SuperNode; where there are `checks`, once these have passed, and until then it does
+    not go online. They need the libraries, which are here, and leave nothing in memory. Ends here where one fails, or
+    the SuperNode is gone.
     """
-    checks = child(fork, check)
-    checks.join()
-    if checks.exitcode:
-        sys.exit(1)
     try:
-        supernode.send(True)
+        if checks:
+            (checking := child(fork, check)).join()
+            if checking.exitcode:
+                sys.exit(1)
+            supernode.send(True)
         arguments: list[str] = supernode.recv()
     except (OSError, EOFError):
         sys.exit(1)
@@ -365,21 +371,18 @@ def ordered(fork: multiprocessing.context.ForkServerContext, supernode: Connecti
     return arguments
 
 
-def main() -> None:
+def run(supernode: Connection, checks: bool) -> None:
+    """In the process that the SuperNode has forked, from which on this is the main program."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, NAME.encode())
+    sys.modules["__main__"] = sys.modules[__name__]  # a worker asks which program it belongs to
     hush()
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
-    orders = os.environ.pop("BOUQUET_ORDERS", "")
     seams.begin(lambda: seams.hold(seams.CLIENTAPPS_EXIT, seams.CLIENTAPPS_PULL, seams.CLIENTAPPS_INSTALL))
     fork = server()
-    if orders:
-        sys.argv += ordered(fork, Connection(int(orders)))
+    sys.argv = ["flower-superexec", *ordered(fork, supernode, checks)]
     workers = Workers(fork, float(os.environ.get("SITE_KEEP") or KEEP))
     seams.begin(lambda: adopt(workers))
     if (parent := parent_of(sys.argv[1:])) and os.getppid() != parent:
         sys.exit(1)  # while the libraries were imported: else it took a message of the next SuperNode at this address
     flower_superexec()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -33,9 +32,8 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supernode.cli import flower_supernode
 
-from bouquet.flower import seams, trust
+from bouquet.flower import seams, superexec, trust
 
-SUPEREXEC = [sys.executable, "-m", "bouquet.flower.superexec"]
 LEAST = 0.1  # seconds between two questions to the hub, at least; at most Flower's own
 LOOK = 0.05  # seconds between two looks for its own ClientApp's reply, which costs next to nothing
 SHARE = 0.05  # of the time since it last worked: the longer it has been idle, the less often it asks
@@ -116,33 +114,34 @@ def judge_age(memory: Path, limit: int) -> None:
     seams.take(seams.VERIFICATION_ERROR, lambda flowers: flowers)  # that it will take, before it is needed
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    """The SuperExec that has the libraries (superexec.py)."""
-    return subprocess.Popen([*SUPEREXEC, *arguments])
-
-
-def checked() -> Callable[[list[str]], subprocess.Popen[bytes]]:
-    """As `start`, of a SuperExec that is begun here and makes the fast part of the site's own checks, which need the
-    libraries, too; ends here where one fails.
+def superexec_of(checks: bool) -> Callable[[list[str]], int]:
+    """Fork the SuperExec that has the libraries (superexec.py), while there is one thread and nothing of the site's in
+    memory. With `checks` it makes the fast part of the site's own, which need the libraries, too; ends here where one
+    fails. Leaves: what tells it Flower's arguments, and which process it is.
     """
+    assert threading.active_count() == 1
     ours, theirs = multiprocessing.Pipe()
-    orders = theirs.fileno()
-    superexec = subprocess.Popen(SUPEREXEC, env=os.environ | {"BOUQUET_ORDERS": str(orders)}, pass_fds=[orders])
+    sys.stdout.flush()
+    if not (process := os.fork()):
+        ours.close()
+        superexec.run(theirs, checks)
+        sys.exit()
     theirs.close()
-    try:
-        ours.recv()
-    except EOFError:
-        sys.exit(1)
+    if checks:
+        try:
+            ours.recv()
+        except EOFError:
+            sys.exit(1)
 
-    def order(arguments: list[str]) -> subprocess.Popen[bytes]:
+    def order(arguments: list[str]) -> int:
         ours.send(arguments)
-        return superexec
+        return process
 
     return order
 
 
-def hasten(start: Callable[[list[str]], subprocess.Popen[bytes]]) -> None:
-    """Ask the hub at once where work is likely, and `start` a SuperExec that has the libraries.
+def hasten(order: Callable[[list[str]], int]) -> None:
+    """Ask the hub at once where work is likely, and `order` the SuperExec that is there to begin.
 
     Flower's SuperNode asks every 3 s. Within a round the next message comes seconds after the last reply; a site that
     has been idle for a minute or more may ask as seldom as Flower's, which is what lets one hub have hundreds of them.
@@ -150,11 +149,9 @@ def hasten(start: Callable[[list[str]], subprocess.Popen[bytes]]) -> None:
 
     class Warm:
         @staticmethod
-        def Popen(command: list[str]) -> subprocess.Popen[bytes]:
+        def Popen(command: list[str]) -> None:
             assert command[0] == "flower-superexec", command
-            superexec = start(command[1:])
-            threading.Thread(target=end_with, args=(superexec,), daemon=True).start()
-            return superexec
+            threading.Thread(target=end_with, args=(order(command[1:]),), daemon=True).start()
 
     class Clock:
         worked = 0.0  # when a message was last worked on
@@ -203,9 +200,9 @@ def answer_for_the_dead() -> None:
     seams.take(seams.FINISH_TASK, with_reply)
 
 
-def end_with(superexec: subprocess.Popen[bytes]) -> None:
+def end_with(process: int) -> None:
     """End here when the SuperExec has: Flower's SuperNode would stay online and work on no message ever again."""
-    code = superexec.wait()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     time.sleep(GOODBYE)
     print(f"bouquet: the SuperExec has ended ({code}), and the SuperNode with it", flush=True)
     os._exit(1)
@@ -224,12 +221,12 @@ def end_with_threads() -> None:
 
 
 def main() -> None:
-    begin = checked() if os.environ.get("BOUQUET_PREFLIGHT") else start
+    order = superexec_of(checks=bool(os.environ.get("BOUQUET_PREFLIGHT")))
     if "BOUQUET_HEARD" in os.environ:
         heard = Path(os.environ["BOUQUET_HEARD"])
         seams.begin(lambda: note_answers(heard))
     sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-    seams.begin(lambda: hasten(begin), answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    seams.begin(lambda: hasten(order), answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
     code: int | str | None = 1
     try:
         flower_supernode()

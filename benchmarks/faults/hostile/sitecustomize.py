@@ -102,8 +102,8 @@ def _outcome(call, *args) -> str:
         return repr(error)
 
 
-CLIENT = ("flwr-clientapp", "bouquet.flower.superexec", "multiprocessing.forkserver")  # or what it is forked from
-if FILE.name and any(name in PROGRAM for name in CLIENT):
+SUPERNODE = "bouquet.flower.supernode"  # from which all of a site's processes are forked
+if FILE.name and any(name in PROGRAM for name in ("flwr-clientapp", SUPERNODE, "multiprocessing.forkserver")):
     lying_client()
-elif FILE.name and "bouquet.flower.supernode" in PROGRAM:
+if FILE.name and SUPERNODE in PROGRAM:
     replaying_supernode()
