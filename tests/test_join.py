@@ -352,6 +352,12 @@ def test_a_joined_site_trains_and_the_hub_shows_its_images_and_rounds(root: Path
     told = sh(f"./site personal {root}/.bouquet/adapters/{history['run']} --steps 2", garden.kit).stdout
     assert re.search(r"^2 steps at home; loss on this site's \d held-out photos ", told, re.MULTILINE), told
     assert (garden.kit / f"personal/{history['run']}/final/pytorch_lora_weights.safetensors").is_file()
+    drawn = "./site class-images --prompt 'a rose' --prompt 'a daisy' --count 3 --steps 1"
+    told = sh(drawn, garden.kit).stdout
+    assert told.endswith(f"next     mv drawn/class-images {garden.kit.parent}/photos/\n"), told
+    lines = (garden.kit / "drawn/class-images/metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["a rose", "a daisy", "a rose"]
+    assert "SITE-09" in sh(drawn, garden.kit, check=False).stdout  # nothing is drawn over
     told = sh("./site personal ../mistyped", garden.kit, check=False).stdout
     assert told.startswith("JOIN-08  The folder is not there.\n  found  the folder of the run: ../mistyped\n"), told
 

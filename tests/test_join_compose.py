@@ -201,6 +201,14 @@ def test_the_joined_site_trains_the_runs_adapter_on_in_its_own_container_and_kee
     assert provenance["personal"]["site"] == "garden"
 
 
+def test_the_joined_sites_container_draws_class_images_that_the_site_can_read(site: Operator) -> None:
+    said = sh("./site class-images --prompt 'a rose' --count 2 --steps 1", site.folder).stdout
+    assert said.splitlines()[-1].startswith("next     mv drawn/class-images /"), said
+    drawn = site.folder / "drawn/class-images"
+    assert {file.name for file in drawn.iterdir()} == {"00000.png", "00001.png", "metadata.jsonl"}
+    assert (drawn / "metadata.jsonl").read_text().count("a rose") == 2
+
+
 def test_a_gpu_that_docker_cannot_give_to_a_container_is_named(site: Operator, tmp_path: Path) -> None:
     sh(
         f"cp -r {site.folder} {tmp_path}/garden && cd garden && sed -i \"s/^SITE_GPU=.*/SITE_GPU='GPU-of-nobody'/\""
