@@ -20,8 +20,8 @@ from app.site import diffusion, train
 from app.site.cache import Encoded
 from benchmarks.gpu import gpu
 from benchmarks.speed import __main__ as bench
-from benchmarks.speed import floor, hub, sites, tries
-from benchmarks.speed.contenders import PHASES, Result, by_phase
+from benchmarks.speed import base, contenders, floor, hub, sites, tries
+from benchmarks.speed.contenders import PHASES, Result, Task, by_phase
 from benchmarks.speed.naive import naive
 from benchmarks.speed.watch import MESSAGE, Process, Watch, idle_cpu, processes
 from bouquet import ROOT
@@ -128,6 +128,18 @@ def test_naive_trains_from_the_adapter_that_arrived(tmp_path, monkeypatch):
     assert folder == str(tmp_path)
     assert tiny.equal(model.adapter_of(pipe.unet), sent)
     assert watch.seconds.keys() == {"start", "imports", "load"}
+
+
+@pytest.mark.slow
+def test_the_floor_runs_all_sites_and_gives_the_two_phases_of_arithmetic(tmp_path):
+    base.build(tmp_path / "models", "tiny")
+    folders = {name: tiny.site(tmp_path / name, 8, seed) for seed, name in enumerate(("site-1", "site-2"))}
+    found = contenders.floor(Task(tmp_path, folders, 6, 2, 2, 4, 2), lambda line: None)
+    assert len(found.rounds) == 2
+    assert all(
+        {phase for phase, seconds in entry.items() if seconds} == {"train", "evaluate"} for entry in found.rounds
+    )
+    assert found.peak_mb > 100
 
 
 # --- looking at processes
@@ -301,6 +313,4 @@ def test_the_comparison_runs_all_three_on_a_real_deployment_and_draws_its_bars(t
         phases = sum(seconds for phase, seconds in steady[kind].items() if phase != "round")
         assert phases >= steady[kind]["round"] - 0.01, kind
     assert steady["ours"]["encode"] < steady["naive"]["encode"]  # read, not encoded
-    arithmetic = {phase for phase, seconds in steady["floor"].items() if seconds and phase != "round"}
-    assert arithmetic == {"train", "evaluate"}
     assert (tmp_path / "phases.png").read_bytes().startswith(b"\x89PNG")
