@@ -16,6 +16,7 @@ import pytest
 from flwr.proto import control_pb2
 from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse
 from flwr.proto.run_pb2 import Run, RunStatus
+from flwr.supercore.protobuf import framing
 
 from app import bundle
 from app.errors import BouquetError
@@ -109,6 +110,21 @@ def test_a_run_is_started_by_the_very_bytes_that_flwr_run_sends(hub, tmp_path):
     ours, theirs = hub.asked
     assert ours[0] == theirs[0] == "/v1/control/start-run"
     assert control_pb2.StartRunRequest.FromString(ours[2]) == control_pb2.StartRunRequest.FromString(theirs[2])
+
+
+def test_a_runs_log_comes_in_pieces_each_with_its_moment_and_ends_where_the_hub_is_gone(hub):
+    pieces = [("bouquet: ro", 2.5), ("und 1/2\n", 3.5)]
+    said = [control_pb2.StreamLogsResponse(log_output=text, latest_timestamp=at) for text, at in pieces]
+    hub.body = b"".join(map(framing.frame_message, said))
+    assert [*control.log("7", 1.5)] == pieces
+    [(path, _, body)] = hub.asked
+    asked = control_pb2.StreamLogsRequest(run_id=7, after_timestamp=1.5)
+    assert path == "/v1/control/stream-logs" and control_pb2.StreamLogsRequest.FromString(body) == asked
+    whole = hub.body
+    for hub.body in (whole[:-3], whole[: len(framing.frame_message(said[0])) + 2]):  # cut in a message, and in its size
+        assert [*control.log("7", 0.0)] == pieces[:1]
+    hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
+    assert [*control.log("7", 0.0)] == []
 
 
 def test_a_hub_that_starts_no_run_is_quoted(hub):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bouquet import cli, progress
-from bouquet.hub import runs
+from bouquet.hub import control, runs
 
 PLAIN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -84,20 +84,15 @@ def test_a_data_set_that_is_divided_counts_each_sites_photos(tmp_path, monkeypat
 
 
 @pytest.fixture
-def flwr(tmp_path, monkeypatch):
-    """Flower's command, of which a run's log has two rounds."""
-    program = tmp_path / "flwr"
-    program.write_text(
-        "#!/bin/sh\n[ $1 = log ] && printf '%s\\n' 'INFO : Start' 'bouquet: round 1/2  train 0.2' "
-        "'bouquet: round 2/2  train 0.1'\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(runs, "BIN", tmp_path)
+def hub(monkeypatch):
+    """A hub of which a run's log has two rounds, a line in two pieces."""
+    said = ["INFO : Start\nbouquet: round 1/2  train 0.2\nbouquet: ro", "und 2/2  train 0.1\n"]
+    monkeypatch.setattr(control, "log", lambda run, after: iter([(piece, after + 1) for piece in said]))
     monkeypatch.setattr(runs, "start_run", lambda run_config: "7")
     monkeypatch.setattr(runs, "status", lambda run: ("finished:completed", ""))
 
 
-def test_a_run_at_a_terminal_has_its_lines_above_a_bar_of_its_rounds(flwr, monkeypatch):
+def test_a_run_at_a_terminal_has_its_lines_above_a_bar_of_its_rounds(hub, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
     assert cli.main(["run"]) == 0
     shown = words(terminal)
@@ -105,7 +100,7 @@ def test_a_run_at_a_terminal_has_its_lines_above_a_bar_of_its_rounds(flwr, monke
     assert re.search(r"rounds .*? 2/2", shown) and "Start" not in shown
 
 
-def test_a_run_without_a_terminal_is_its_lines_alone(flwr, capsys):
+def test_a_run_without_a_terminal_is_its_lines_alone(hub, capsys):
     assert cli.main(["run"]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [

@@ -62,6 +62,18 @@ RELIED = (
         fact(says, "", "PUBLIC_KEY_ALREADY_IN_USE = 23", "FORBIDDEN_ACTION"),
     ),
     relied(
+        "flwr.supercore.protobuf.framing:frame_message",
+        "control.py: before each message of a stream is its size, in FRAME bytes",
+        fact(says, "", "len(payload).to_bytes(FRAME_HEADER_SIZE, 'big') + payload"),
+        fact(says, "flwr.supercore.protobuf.constants", "FRAME_HEADER_SIZE = 4"),
+        takes="message",
+    ),
+    relied(
+        "flwr.superlink.servicer.control.control_handlers:_stream_logs",
+        "control.py: a run's log goes on after a moment, to its end",
+        fact(says, "", "state.get_task_log(task_id, after_timestamp)", "latest_timestamp=latest_timestamp"),
+    ),
+    relied(
         f"{ROUTER}:router",
         "gateway.conf: ten calls of a SuperNode pass, two stay shut",
         fact(called_with, ROUTER, "router.post", *(f"'/{call}'" for call in CALLS.split())),

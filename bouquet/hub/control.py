@@ -15,7 +15,8 @@ import os
 import ssl
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from bouquet.hub.runs import CONNECTION
 
 PATH, MEDIA = "/v1/control/", "application/protobuf"
 LONGEST = 20.0  # seconds without a word
+FRAME = 4  # bytes before each message of a stream: its size (flwr.supercore.protobuf.framing)
 LOOK = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
 IN_USE = "[code: 23]"  # flwr.supercore.error.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE
 Answer = TypeVar("Answer", bound=Message)
@@ -87,6 +89,13 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
 
 def post(call: str, body: bytes) -> tuple[int, bytes]:
     """(HTTP status, body). Errors: OSError, HTTPException, KeyError and ValueError for what config.toml lacks."""
+    with answered(call, body) as answer:
+        return answer.status, answer.read()
+
+
+@contextmanager
+def answered(call: str, body: bytes) -> Iterator[http.client.HTTPResponse]:
+    """The answer as it begins; the link is closed afterwards. Errors: those of post()."""
     settings = connection()
     host, _, port = settings["address"].rpartition(":")
     if settings.get("insecure"):
@@ -94,12 +103,9 @@ def post(call: str, body: bytes) -> tuple[int, bytes]:
     else:
         tls = ssl.create_default_context(cafile=settings.get("root-certificates"))
         link = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=LONGEST, context=tls)
-    try:
+    with closing(link):
         link.request("POST", PATH + call, body, {"Content-Type": MEDIA})
-        answer = link.getresponse()
-        return answer.status, answer.read()
-    finally:
-        link.close()
+        yield link.getresponse()
 
 
 def connection() -> dict[str, Any]:
@@ -159,6 +165,20 @@ def run(number: str = "") -> Told | None:
             return None
         raise
     return next(map(told, found), None)
+
+
+def log(number: str, after: float) -> Iterator[tuple[str, float]]:
+    """What a run says after a moment, as it comes: (text, its moment). Over when the run is, when nothing is said for
+    LONGEST or when the hub is gone: who asks again with the last moment misses nothing.
+    """
+    request = control.StreamLogsRequest(run_id=int(number), after_timestamp=after)
+    gone = suppress(OSError, http.client.HTTPException, DecodeError, KeyError, ValueError)
+    with gone, answered("stream-logs", request.SerializeToString()) as answer:
+        while answer.status == 200 and len(size := answer.read(FRAME)) == FRAME:
+            if len(body := answer.read(int.from_bytes(size, "big"))) < int.from_bytes(size, "big"):
+                return  # it was cut
+            said = control.StreamLogsResponse.FromString(body)
+            yield said.log_output, said.latest_timestamp
 
 
 def told(run: Any) -> Told:

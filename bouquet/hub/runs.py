@@ -101,22 +101,15 @@ def nodes_online() -> int:
 
 def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> tuple[str, str]:
     """Pass on the server's own lines as they come, until the run has really ended; its (state, details)."""
-    shown, end = 0, time.monotonic() + timeout
+    from bouquet.hub import control
+
+    heard, begun, end = 0.0, "", time.monotonic() + timeout
     while True:
-        command = [str(BIN / "flwr"), "log", run_id, CONNECTION, "--stream"]
-        with subprocess.Popen(
-            command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as log:
-            try:
-                ours = 0
-                for line in log.stdout or ():
-                    if OURS.match(line):
-                        ours += 1
-                        if ours > shown:  # a stream that was cut starts again from the first line
-                            show(text.printable(line.rstrip()))
-                shown = max(shown, ours)
-            finally:
-                log.kill()
+        for said, moment in control.log(run_id, heard):
+            heard = moment
+            *lines, begun = (begun + said).split("\n")
+            for line in filter(OURS.match, lines):
+                show(text.printable(line.rstrip()))
         state, details = status(run_id)
         if state.startswith("finished") or time.monotonic() > end:
             return state, details
