@@ -6,6 +6,7 @@ Each of these could stop to work while the rest goes on as if nothing were; none
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -13,22 +14,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.control_pb2 import RegisterNodeRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.superlink import main
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from starlette.requests import Request
+from starlette.responses import Response
 
 from benchmarks.control import Control
 from benchmarks.faults.bench import certificates
-from benchmarks.hostile import CONTROL, Door, Key, new_key, public
+from benchmarks.hostile import CONTROL, MEDIA, Door, Key, new_key, parse, public
 from bouquet import ROOT
+from bouquet.flower import superlink, supernode
 from bouquet.hub.deployment import Processes, free_port
 from tests.kit.wait import until
 
@@ -38,6 +45,12 @@ from flwr.supercore import sql_mixin
 sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", "0"), *sql_mixin.SQLITE_PRAGMAS[1:])  # no patience of Flower's own
 from bouquet.flower import superlink
 superlink.BUSY = {BUSY}
+from starlette.middleware.base import BaseHTTPMiddleware
+called = BaseHTTPMiddleware.__call__
+async def told(self, scope, receive, send):
+    print(f"{{type(self).__name__}} has {{scope.get('path')}}", flush=True)
+    await called(self, scope, receive, send)
+BaseHTTPMiddleware.__call__ = told
 superlink.main()
 """
 SITE = """
@@ -146,6 +159,116 @@ def test_a_reply_in_another_sites_name_is_refused_by_the_superlink(hub: Hub) -> 
     assert f"bouquet: node {own} sent a reply in another SuperNode's name; refused\n" in hub.log("superlink")
 
 
+EVERYBODYS = {"BaseHTTPMiddleware", "ProtobufTranslationMiddleware"}  # the first translates errors
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        (
+            "/v1/control/list-nodes",
+            ("ControlSensitiveResponse", "ControlAuthentication", "ControlLicense", "ControlEventLog"),
+        ),
+        ("/v1/fleet/pull-messages", ("NodeAuth",)),  # which refuses it: it has no key
+        ("/v1/runtime/get-nodes", ("RuntimeTracing",)),
+        ("/health", ()),
+    ],
+)
+def test_a_request_goes_through_the_layers_of_its_own_api_and_past_all_others(
+    hub: Hub, path: str, own: tuple[str, ...]
+) -> None:
+    hub.door.send("GET" if path == "/health" else "POST", path)
+    wait(lambda: f"has {path}\n" in hub.log("superlink"), lambda: hub.log("superlink"))
+    lines = (line.partition(" has ") for line in hub.log("superlink").splitlines())
+    assert {name for name, _, asked in lines if asked == path} == EVERYBODYS | {f"{name}Middleware" for name in own}
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/v1/fleet/activate-node", "/v1/fleet/push-object"])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "{path}", "/{path}", "/.{path}", "{path}/", "{path}?x", "{path}%3Fx", "{path}#x", "/%76{rest}",
+        "https://other{path}", "/v1/control/..{fleet}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("host", ["hub", "hub/v1/control", "hub?"])
+def test_no_spelling_of_a_sites_call_gets_past_the_layer_that_asks_for_its_key(
+    hub: Hub, path: str, spelled: str, host: str
+) -> None:
+    target = spelled.format(path=path, rest=path[2:], fleet=path[3:])
+    asked = f"POST {target} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {MEDIA}\r\nConnection: close\r\n"
+    answers = parse(hub.door.raw(f"{asked}Content-Length: 0\r\n\r\n".encode(), wait=20))
+    assert answers and answers[0].status >= 300, answers  # sent to the other spelling, or refused
+
+
+def test_a_layer_that_is_passed_would_only_have_handed_the_request_on() -> None:
+    """Each of Flower's own that has a path of its own, asked about every path of the other APIs."""
+    layers = {layer.cls.__name__: layer for layer in main._get_middleware()}  # type: ignore[attr-defined]
+    assert layers.keys() - superlink.LAYERS.keys() == EVERYBODYS
+    paths = sorted({path for _, path in PROTOBUF_REQUEST_TYPES} | {"/health", "/docs", "/v1/runtime/responses"})
+    assert {path.split("/")[2] for path in paths if path.startswith("/v1/")} == {"control", "fleet", "runtime"}
+
+    async def passes(name: str, path: str) -> None:
+        asked, answer = [], Response("as it was", 207, {"x-own": "1"})
+
+        async def call_next(request: Request) -> Response:
+            asked.append((request, dict(request.state._state)))
+            return answer
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "server": ("h", 1)}
+        request = Request({**scope, "app": SimpleNamespace(state=SimpleNamespace()), "state": {"protobuf_request": 1}})
+        assert await layers[name].cls(None).dispatch(request, call_next) is answer
+        assert asked == [(request, {"protobuf_request": 1})] and answer.body == b"as it was"
+        assert dict(answer.headers) == {"content-length": "9", "x-own": "1"} and answer.status_code == 207
+
+    for name, own in superlink.LAYERS.items():
+        others = [path for path in paths if not path.startswith(own)]
+        assert len(others) < len(paths) > 30
+        for path in others:
+            asyncio.run(passes(name, path))
+
+
+def test_a_site_that_could_not_take_leave_waits_until_the_hub_has_ended_its_last_session(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FleetHttpClient, "ActivateNode", FleetHttpClient.ActivateNode)  # back afterwards
+    supernode.outlast_the_last_session()
+    answers: list[int] = []
+    with hub.admitted() as (client, request):
+        node = client.ActivateNode(request).node_id  # nobody says goodbye for it
+        assert capfd.readouterr().out == ""
+        coming = threading.Thread(target=lambda: answers.append(client.ActivateNode(request).node_id))
+        coming.start()
+        wait(lambda: "waiting until" in capfd.readouterr().out, lambda: "it does not say that it waits")
+        assert not answers
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))  # as the hub does after 66 s without a heartbeat
+        coming.join()
+    assert answers == [node] and capfd.readouterr().out == ""
+
+
+def test_a_key_that_the_hub_does_not_know_and_one_that_somebody_else_uses_are_refused_as_before(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FleetHttpClient, "ActivateNode", FleetHttpClient.ActivateNode)
+    monkeypatch.setattr(supernode, "TRIES", 2)
+    monkeypatch.setattr(supernode, "AGAIN", 0.0)
+    supernode.outlast_the_last_session()
+
+    def refused(client: FleetHttpClient, request: ActivateNodeRequest) -> int:
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            client.ActivateNode(request)
+        return supernode.code(error.value)
+
+    with hub.admitted() as (client, request):
+        hub.door.call(CONTROL + "unregister-node", UnregisterNodeRequest(node_id=client.ActivateNode(request).node_id))
+        refused(client, request)
+        assert capfd.readouterr().out == ""
+    with hub.admitted() as (client, request):
+        client.ActivateNode(request)
+        assert refused(client, request) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+        assert capfd.readouterr().out.count("waiting until") == 1
+
+
 def test_a_hub_that_cannot_write_says_so_and_a_supernode_waits_and_goes_on(hub: Hub) -> None:
     said, before = "bouquet: /v1/fleet/activate-node was answered with 503: database is locked\n", hub.online()
     with hub.locked():
@@ -159,7 +282,9 @@ def test_a_hub_that_cannot_write_says_so_and_a_supernode_waits_and_goes_on(hub: 
 
 
 def test_a_supernode_asks_at_once_where_work_is_likely(hub: Hub) -> None:
-    wait(lambda: hub.log("site-1").count("sleeps 0.1\n") > 2, lambda: hub.log("site-1"))
+    ended = hub.running["site-1"].poll
+    wait(lambda: hub.log("site-1").count("sleeps 0.1\n") > 2 or ended() is not None, lambda: hub.log("site-1"))
+    assert ended() is None, hub.log("site-1")
     assert "sleeps 3\n" not in hub.log("site-1")
 
 

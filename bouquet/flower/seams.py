@@ -91,6 +91,21 @@ ERROR_TRANSLATOR = Seam(
         fact(says, "flwr.supercore.heartbeat:make_task_heartbeat_fn_http", "httpx.codes.SERVICE_UNAVAILABLE"),
     ),
 )
+CONTROL_PATHS, FLEET_PATHS = "flwr.superlink.routers.control.middlewares", "flwr.superlink.routers.fleet.middlewares"
+MIDDLEWARE = Seam(
+    f"{MAIN}:_get_middleware",
+    "a request goes past what of Flower's nine layers is about another API: a quarter of what it costs the hub",
+    "layers of a router, or of a path",
+    takes="",
+    seen=((f"{MAIN}:create_app", "_get_middleware"),),
+    facts=(
+        fact(says, f"{MAIN}:create_app", "middleware=_get_middleware()"),
+        fact(says, f"{CONTROL_PATHS}:_is_control_path", "path.startswith('/v1/control/')"),
+        fact(says, f"{FLEET_PATHS}:FleetEventLogMiddleware", "request.url.path.startswith('/v1/fleet/')"),
+        fact(says, f"{KEYS}:NodeAuthMiddleware", "request.url.path.startswith('/v1/fleet/')"),
+        fact(says, ROUTER, "APIRouter(prefix='/v1/fleet'"),
+    ),
+)
 ALEMBIC = "flwr.supercore.state.alembic.utils"
 ALEMBIC_CONFIG = Seam(
     f"{ALEMBIC}:build_alembic_config",
@@ -121,6 +136,24 @@ ANSWERS = Seam(
         (f"{FLEET}:FleetHttpClient.{call}", "self._unary_unary") for call in ("PullMessages", "SendNodeHeartbeat")
     ),
     facts=(fact(says, FLEET, "class FleetHttpClient(ProtobufClient)"),),
+)
+ACTIVATE = Seam(
+    f"{FLEET}:FleetHttpClient.ActivateNode",
+    "a site that could not take leave waits until its last session has ended; Flower's SuperNode ends, and again",
+    "a SuperNode that asks again, or a SuperLink that lets a key's new session end its old one",
+    takes="self, request",
+    seen=(("flwr.supernode.fleet_http_connection:http_request_response", "client.ActivateNode"),),
+    facts=(
+        fact(
+            in_order,
+            f"{HANDLERS}:activate_node",
+            "get_node_id_by_public_key",
+            "_validate_heartbeat_interval",
+            "if not state.activate_node(",
+            "ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL",
+            "ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED",
+        ),
+    ),
 )
 VERIFY_FAB = Seam(
     f"{LOOP}:_verify_fab",

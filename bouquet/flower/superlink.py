@@ -6,9 +6,8 @@ that fetches a bundle carries what lies in BOUQUET_SIGNATURES/<SHA-256 of the bu
 writes. Nothing is trusted of the hub by that: a site verifies the signature over the bytes it received, with the key
 it pinned. Flower's SuperLink believes the sender that is written in a reply; here it must be the site whose key signed
 the request, and a reply is made of at most MOST_OBJECTS pieces. What a site chose is harmless in the log, and no site
-fills it. Its database is made, or brought to this version, before Flower opens it (database.py). How all of that is
-put into
-Flower: seams.py.
+fills it. Its database is made, or brought to this version, before Flower opens it (database.py). A request meets the
+layers of its own API alone. How all of that is put into Flower: seams.py.
 Enters: flower-superlink's own arguments. Leaves: its exit code.
 Errors: STATE-01 to -03 and FLWR-01 at the start.
 """
@@ -28,8 +27,10 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.superlink.cli import flower_superlink
 from sqlalchemy.exc import OperationalError
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import text
 from app.errors import BouquetError
@@ -38,6 +39,15 @@ from bouquet.flower import seams
 MOST_OBJECTS = 1000  # Flower cuts an adapter into objects of 5 MiB: 5 GB in one reply
 BUSY = 25_000  # milliseconds that a locked database is waited for; its clients wait 30 s
 MOST_TOLD = 1000  # things that are told of, before the counts start again
+LAYERS = {  # of Flower's, which of them look at the requests of one API alone
+    "ControlSensitiveResponseMiddleware": "/v1/control/",
+    "ControlAuthenticationMiddleware": "/v1/control/",
+    "ControlLicenseMiddleware": "/v1/control/",
+    "ControlEventLogMiddleware": "/v1/control/",
+    "RuntimeTracingMiddleware": "/v1/runtime/",
+    "NodeAuthMiddleware": "/v1/fleet/",
+    "FleetEventLogMiddleware": "/v1/fleet/",
+}
 seen: Counter[str] = Counter()
 
 
@@ -138,6 +148,33 @@ def ask_to_come_back() -> None:
     seams.take(seams.ERROR_TRANSLATOR, with_503)
 
 
+class Within:
+    """ASGI: a layer for the requests of one API, past which go all others, which it would only hand on.
+
+    `path` is what the router takes a request by, too: nothing of that API can be reached past the layer.
+    """
+
+    def __init__(self, app: ASGIApp, layer: Middleware, path: str) -> None:
+        self.past, self.through, self.path = app, layer.cls(app, *layer.args, **layer.kwargs), path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        within = scope["type"] != "http" or scope["path"].startswith(self.path)
+        await (self.through if within else self.past)(scope, receive, send)
+
+
+def spare_layers() -> None:
+    """Flower's SuperLink takes every request through all of its nine layers, of which four are about that request."""
+
+    def own(layers: Callable[[], list[Middleware]]) -> Callable[[], list[Middleware]]:
+        def within(layer: Middleware) -> Middleware:
+            path = LAYERS.get(getattr(layer.cls, "__name__", ""))
+            return Middleware(Within, layer=layer, path=path) if path else layer
+
+        return wraps(layers)(lambda: [*map(within, layers())])
+
+    seams.take(seams.MIDDLEWARE, own)
+
+
 def prepare_database(arguments: list[str]) -> None:
     """The file that Flower will open, where there is one; ends here where it cannot."""
     from bouquet.flower import database
@@ -157,7 +194,7 @@ def main() -> None:
     text.tidy_log("flwr", "uvicorn.error")
     prepare_database(sys.argv[1:])
     signed = Path(os.environ["BOUQUET_SIGNATURES"])
-    seams.begin(wait_for_database, ask_to_come_back, refuse_impostors, lambda: send_signatures(signed))
+    seams.begin(wait_for_database, ask_to_come_back, spare_layers, refuse_impostors, lambda: send_signatures(signed))
     flower_superlink()
 
 

@@ -3,8 +3,10 @@
 Flower's SuperNode keeps its HTTP thread when its message loop has died of one bad answer from the hub: the process
 lives, answers "healthy", and is offline for ever; so it does when its heartbeat has died; and it stays online and idle
 when its SuperExec has. Here the end of any of them is the end of the process, whoever started it can start it again,
-and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Flower
-verifies who signed a bundle; how long ago that may be is judged here (trust.py).
+and every answer of the hub is noted in the file BOUQUET_HEARD for the healthcheck (health.py heard:FILE). Where the
+hub still has the site's last session, as it could not take leave, Flower's SuperNode ends, and is started again until
+that session is over; here it waits. Flower verifies who signed a bundle; how long ago that may be is judged here
+(trust.py).
 Enters: flower-supernode's own arguments; $NAME in one of them is that environment variable; SITE_TRUST_DAYS.
 Leaves: its exit code, 1 when the loop raised.
 How all of that is put into Flower: seams.py.
@@ -12,10 +14,12 @@ Errors: TRUST-04, -05, SITE-12 and FLWR-01 at the start; for a bundle that is no
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,10 +29,13 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from flwr.app.error import Error
 from flwr.common.config import parse_config_args
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supernode.cli import flower_supernode
 
@@ -41,6 +48,9 @@ SHARE = 0.05  # of the time since it last worked: the longer it has been idle, t
 # most.
 SOON = {"initial_backoff": LEAST, "backoff_cap": 1.0, "max_tries_per_object": None}
 IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
+# A last session lives on for up to 66 s after the hub has heard of it last: so often, so many seconds apart, the site
+# asks whether it has ended, and is refused as by Flower after that: then somebody else has its key.
+TRIES, AGAIN = 45, 2.0
 GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
 
 
@@ -59,15 +69,54 @@ def note_answers(file: Path) -> None:
     seams.take(seams.ANSWERS, noting)
 
 
-def limit_trust(arguments: list[str]) -> None:
-    """Where the site pins publishers, run nothing of theirs that is too old; end here where that cannot be promised."""
+def outlast_the_last_session() -> None:
+    """While the hub has the site's last session still, ask again until that is over: Flower's SuperNode would end."""
+
+    def patiently(activate: Callable[..., Any]) -> Callable[..., Any]:
+        def is_admitted(client: Any, key: bytes) -> bool:
+            """As reach.py asks: without a heartbeat a key that the hub knows is refused for that, and nothing else."""
+            try:
+                activate(client, ActivateNodeRequest(public_key=key, heartbeat_interval=0))
+            except httpx.HTTPStatusError as error:
+                return code(error) == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+            raise AssertionError("the hub took a heartbeat of 0 s")
+
+        @wraps(activate)
+        def activated(self: Any, request: ActivateNodeRequest) -> Any:
+            for again in range(TRIES):
+                try:
+                    return activate(self, request)
+                except httpx.HTTPStatusError as error:
+                    turned_away = code(error) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+                    if not turned_away or not is_admitted(self, request.public_key):
+                        raise
+                if not again:
+                    print("bouquet: waiting until the hub has ended this site's last session, up to 66 s", flush=True)
+                time.sleep(AGAIN)
+            return activate(self, request)
+
+        return activated
+
+    seams.take(seams.ACTIVATE, patiently)
+
+
+def code(error: httpx.HTTPStatusError) -> int:
+    """Which of Flower's errors the hub answered; 0 for another answer."""
+    answered = FlowerError.from_json(error.response.text)
+    return int(answered.code) if answered else 0
+
+
+def limit_trust(arguments: list[str]) -> Callable[[], None]:
+    """Where the site pins publishers, run nothing of theirs that is too old; end here where that cannot be promised.
+    Leaves: what begins that.
+    """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--trusted-entities", type=Path)
     options.add_argument("--node-config", default="")
     own = options.parse_known_args(arguments)[0]
     file = own.trusted_entities
     if not file or not file.is_file():
-        return  # nothing is asked for, or Flower ends it
+        return lambda: None  # nothing is asked for, or Flower ends it
     if not (pinned := yaml.safe_load(file.read_text())):  # Flower takes that for no check wanted, and runs any code
         fix = "put the hub's trusted.yaml there"
         sys.exit(str(trust.Refusal("TRUST-05", "The site pins no publisher.", f"{file} is empty", fix)))
@@ -77,9 +126,13 @@ def limit_trust(arguments: list[str]) -> None:
         found, fix = "no cache-path in --node-config", "start it with --node-config 'cache-path=\"…\" …'"
         sys.exit(str(trust.Refusal("SITE-12", "The site does not say where its data are.", found, fix)))
     memory = Path(cache) / trust.MEMORY
-    judge_age(memory, limit)
-    print(f"trust: bundles signed within {limit} days by {', '.join(map(str, pinned))}", flush=True)
-    print(f"trust: none signed before the newest that ran here, {memory}", flush=True)
+
+    def begin() -> None:
+        judge_age(memory, limit)
+        print(f"trust: bundles signed within {limit} days by {', '.join(map(str, pinned))}", flush=True)
+        print(f"trust: none signed before the newest that ran here, {memory}", flush=True)
+
+    return begin
 
 
 def judge_age(memory: Path, limit: int) -> None:
@@ -127,10 +180,11 @@ def superexec_of(checks: bool) -> Callable[[list[str]], int]:
         superexec.run(theirs, checks)
         sys.exit()
     theirs.close()
+    atexit.register(os.kill, process, signal.SIGKILL)  # where nothing begins: main() ends past this
     if checks:
         try:
             ours.recv()
-        except EOFError:
+        except EOFError:  # it has said why
             sys.exit(1)
 
     def order(arguments: list[str]) -> int:
@@ -221,12 +275,13 @@ def end_with_threads() -> None:
 
 
 def main() -> None:
+    sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
+    trusting = limit_trust(sys.argv[1:])
     order = superexec_of(checks=bool(os.environ.get("BOUQUET_PREFLIGHT")))
     if "BOUQUET_HEARD" in os.environ:
         heard = Path(os.environ["BOUQUET_HEARD"])
         seams.begin(lambda: note_answers(heard))
-    sys.argv = [os.path.expandvars(argument) for argument in sys.argv]
-    seams.begin(lambda: hasten(order), answer_for_the_dead, end_with_threads, lambda: limit_trust(sys.argv[1:]))
+    seams.begin(lambda: hasten(order), outlast_the_last_session, answer_for_the_dead, end_with_threads, trusting)
     code: int | str | None = 1
     try:
         flower_supernode()
