@@ -59,7 +59,7 @@ def test_it_goes_on_with_the_cells_that_are_not_there_and_writes_the_table_betwe
 def test_the_command_trains_and_measures_on_the_demos_base_model(tmp_path):
     files = f"--json {tmp_path}/privacy.json --picture {tmp_path}/drawn.png"
     shown = sh(f"scripts/bench privacy --tiny --sites 2 {files}", ROOT).stdout
-    rows = [row for row in shown.splitlines() if row.startswith("| 16 |")]
+    rows = [row for row in shown.splitlines() if row.startswith("| 8 |")]
     assert [row.split("|")[2].strip() for row in rows] == ["none", "8"], shown
     cells = json.loads((tmp_path / "privacy.json").read_text())
     assert all(len(one["attacks"]) == len(one["after"]) == 2 for one in cells) and cells[1]["noise"] > 0

@@ -161,9 +161,7 @@ def table(cells: list[Cell]) -> str:
 
 def main(args: argparse.Namespace) -> int:
     if args.quick or args.tiny:
-        few = (
-            {"photos": [60], "steps": 6, "held_out": 60} if args.quick else {"photos": [16], "steps": 3, "held_out": 4}
-        )
+        few = {"photos": [60], "steps": 6, "held_out": 60} if args.quick else {"photos": [8], "steps": 3, "held_out": 4}
         args = argparse.Namespace(**vars(args) | few | {"epsilon": ["none", "8"]})
     home = args.json.with_suffix("")
     home.mkdir(parents=True, exist_ok=True)
