@@ -113,7 +113,7 @@ def drawn_by(home: Path, count: int, epsilon: str, seed: int) -> Path:
     return home / f"adapter-{count}-{epsilon}-{seed}.safetensors"
 
 
-def picture(home: Path, cells: list[Cell], file: Path) -> None:
+def picture(home: Path, cells: list[Cell], file: Path, tiny: bool) -> None:
     """A row a cell that has an adapter here, the base model above; four flowers that it was to learn."""
     from safetensors.torch import load_file
 
@@ -127,7 +127,7 @@ def picture(home: Path, cells: list[Cell], file: Path) -> None:
         if (adapter := drawn_by(home, one["photos"], one["epsilon"], one["seed"])).exists():
             said = "no noise" if one["epsilon"] == "none" else f"epsilon {one['epsilon']}"
             contenders[f"{one['photos']:,} photos, {said}"] = load_file(adapter)
-    config = RunConfig.read({})
+    config = RunConfig.read({"sample-steps": 2} if tiny else {})
     pipe = sample.pipeline(ROOT / "models/mini", config)
     rows = [sample.render(pipe, adapter, prompts, config) for adapter in contenders.values()]
     sample.grid(rows, list(contenders), prompts, cell=96).save(file)
@@ -183,5 +183,5 @@ def main(args: argparse.Namespace) -> int:
     if args.docs:
         pages.write(args.docs, MARK, table(shown))
     if args.picture:
-        picture(home, shown, args.picture)
+        picture(home, shown, args.picture, args.tiny)
     return 0

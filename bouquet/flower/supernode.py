@@ -180,12 +180,12 @@ def superexec_of(checks: bool) -> Callable[[list[str]], int]:
         superexec.run(theirs, checks)
         sys.exit()
     theirs.close()
-    atexit.register(os.kill, process, signal.SIGKILL)  # where nothing begins: main() ends past this
     if checks:
         try:
             ours.recv()
-        except EOFError:  # it has said why
+        except EOFError:
             sys.exit(1)
+    atexit.register(os.kill, process, signal.SIGKILL)  # where nothing begins after all; main() ends past this
 
     def order(arguments: list[str]) -> int:
         ours.send(arguments)
