@@ -123,7 +123,7 @@ def _tenths() -> Outcome:
         volume_.write_round(run, 1, adapter, config, sd.FAMILY, {}, {})
         start = time.monotonic()
         volume_.write_round(run, 2, adapter, config, sd.FAMILY, {}, {})
-        whole = time.monotonic() - start
+        whole = time.monotonic() - start  # of the last writing: how long one takes changes with what else the disk does
         for tenth in range(10):
             rewritten = {key: value + tenth + 1 for key, value in adapter.items()}
             if not (child := os.fork()):
@@ -138,10 +138,11 @@ def _tenths() -> Outcome:
                     problems.append(f"lost: round {number}")
             start = time.monotonic()
             volume_.write_round(run, 3, rewritten, config, sd.FAMILY, {}, {})
+            whole = time.monotonic() - start
             if model.adapter_hash(store.read_adapter(run / "round-0003")) != model.adapter_hash(rewritten):
                 problems.append("the next writing failed")
     problems += [f"only {cut} of 10 writings were cut off"] * (cut < 5)
-    return Outcome(TENTHS, not problems, round(time.monotonic() - start, 1), lost(problems), problems)
+    return Outcome(TENTHS, not problems, round(whole, 1), lost(problems), problems)
 
 
 CASES = [
