@@ -85,11 +85,12 @@ def test_a_data_set_that_is_divided_counts_each_sites_photos(tmp_path, monkeypat
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub of which a run's log has two rounds, a line in two pieces."""
+    """A hub of which a run's log has two rounds, one in two pieces, of which the second comes when the run is over."""
     said = ["INFO : Start\nbouquet: round 1/2  train 0.2\nbouquet: ro", "und 2/2  train 0.1\n"]
-    monkeypatch.setattr(control, "log", lambda run, after: iter([(piece, after + 1) for piece in said]))
+    ends = iter([("running", ""), ("finished:completed", "")])
+    monkeypatch.setattr(control, "log", lambda run, after: iter([(said[int(after)], after + 1)]))
     monkeypatch.setattr(runs, "start_run", lambda run_config: "7")
-    monkeypatch.setattr(runs, "status", lambda run: ("finished:completed", ""))
+    monkeypatch.setattr(runs, "status", lambda run: next(ends))
 
 
 def test_a_run_at_a_terminal_has_its_lines_above_a_bar_of_its_rounds(hub, monkeypatch):

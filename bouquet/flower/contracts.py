@@ -250,10 +250,8 @@ def _sees(place: str, spelled: str, new: Any) -> bool:
     elif first in function.__globals__:
         value = function.__globals__[first]
     else:
-        return first in (
-            *function.__code__.co_varnames,
-            *function.__code__.co_cellvars,
-        )  # also what a function in it takes
+        code = function.__code__
+        return first in code.co_varnames + code.co_cellvars  # the second: what a function in it takes
     while value is not new and rest:
         value = getattr(value, rest.pop(0), None)
     return value is new

@@ -29,6 +29,7 @@ CONNECTION = "remote-deployment"
 ROUND = re.compile(r"bouquet: round (\d+)/(\d+)  ")
 OURS = re.compile(r"bouquet: |[A-Z]+-\d\d  |  (found|fix|help) ")  # the server's progress lines and its named errors
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+AGAIN = 0.2  # seconds until a log that has ended is looked at again
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -105,15 +106,15 @@ def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> t
 
     heard, begun, end = 0.0, "", time.monotonic() + timeout
     while True:
+        state, details = status(run_id)  # before its log, of which nothing is missed then
         for said, moment in control.log(run_id, heard):
             heard = moment
             *lines, begun = (begun + said).split("\n")
             for line in filter(OURS.match, lines):
                 show(text.printable(line.rstrip()))
-        state, details = status(run_id)
         if state.startswith("finished") or time.monotonic() > end:
             return state, details
-        time.sleep(2)
+        time.sleep(AGAIN)
 
 
 def watch(run_id: str) -> tuple[str, str]:
