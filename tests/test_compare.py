@@ -31,6 +31,7 @@ def comparison(finished, tmp_path) -> Comparison:
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_federation_in_one_process_ends_with_the_adapter_that_the_hub_wrote_bit_for_bit(comparison, finished):
     by_the_hub = store.read_adapter(finished[1] / "final")
     assert tiny.equal(replace(comparison, runs={}).train(FEDERATED, 42), by_the_hub)

@@ -100,6 +100,7 @@ HAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", HAS)
 def test_the_build_that_was_asked_for_is_installed_though_the_other_lies_beside_it(host: Host, build: str) -> None:
     done = host.install(build)
@@ -195,6 +196,7 @@ def pip_of(host: Host) -> str:
     return host.run("-m", "pip", "--version").split()[1]
 
 
+@pytest.mark.slow
 def test_the_locks_pip_takes_the_place_of_the_one_that_python_brings_once(host: Host) -> None:
     """A wheel of the very pip that is here, under the number 99.0."""
     (host.folder / "constraints.txt").write_text(f"pip==99.0\n{LOCK}")

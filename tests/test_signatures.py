@@ -190,6 +190,7 @@ cli.flower_supernode = ask
 """
 
 
+@pytest.mark.slow
 def test_flowers_check_asks_for_the_age_and_its_error_says_what_was_wrong(
     tmp_path: Path, key: Ed25519PrivateKey
 ) -> None:
@@ -212,6 +213,7 @@ def test_flowers_check_asks_for_the_age_and_its_error_says_what_was_wrong(
     assert "fpk_" not in public and str(tmp_path) not in public
 
 
+@pytest.mark.slow
 def test_what_a_hub_writes_in_place_of_a_signature_is_no_signature_and_ends_nothing(
     tmp_path: Path, key: Ed25519PrivateKey
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_database_that_cannot_be_written_is_answered_with_try_again_and_a_bug_
     assert capfd.readouterr().out.endswith(said) == (status == 503)
 
 
+@pytest.mark.slow
 def test_a_supernode_whose_heartbeat_has_died_ends_so_that_it_can_be_started_again() -> None:
     code = f"""
 import runpy, sys, threading, time

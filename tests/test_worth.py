@@ -59,6 +59,7 @@ def column(site, runs, tmp_path_factory) -> dict:
     return records.told(found)
 
 
+@pytest.mark.slow
 def test_each_number_is_the_fixed_noise_loss_of_that_adapter_on_the_sites_held_out_photos(column, site, tmp_path):
     here = train.Site(tiny.config(seed=2), tiny.models(), site, tmp_path, "")
     model.apply_adapter(here.net, tiny.adapter(2))
