@@ -261,7 +261,7 @@ def test_a_key_that_the_hub_does_not_know_and_one_that_somebody_else_uses_are_re
 
     with hub.admitted() as (client, request):
         hub.door.call(CONTROL + "unregister-node", UnregisterNodeRequest(node_id=client.ActivateNode(request).node_id))
-        refused(client, request)
+        assert refused(client, request) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
         assert capfd.readouterr().out == ""
     with hub.admitted() as (client, request):
         client.ActivateNode(request)

@@ -138,10 +138,8 @@ def compare(args: argparse.Namespace) -> int:
                 show(f"{name}, {number + 1} of {args.repeats}")
                 looked = name == "ours" and not number and not args.tiny
                 idle = {"idle": 5.0 if args.quick else 30.0} if looked else {}
-                own = (
-                    replace(task, rounds=1) if args.tiny and name == "naive" else task
-                )  # each of its rounds is a first
-                found[name].append(getattr(contenders, name)(own, show, **idle))
+                alike = args.tiny and name == "naive"  # each of its rounds is as the first
+                found[name].append(getattr(contenders, name)(replace(task, rounds=1) if alike else task, show, **idle))
     said = {
         "machine": machine(),
         "base": kind,

@@ -21,6 +21,16 @@ PROGRAMS = (
     "flwr.supercore.cli.flower_superexec:flower_superexec",
 )
 WAY = "nothing: it is the way"
+ACTIVATES = f"{HANDLERS}:activate_node"
+TELLS_APART = fact(  # with a heartbeat of 0 s a key that is known is refused for that, and another for what it is
+    in_order,
+    ACTIVATES,
+    "get_node_id_by_public_key",
+    "_validate_heartbeat_interval",
+    "if not state.activate_node(",
+    "ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL",
+    "ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED",
+)
 
 
 def relied(place: str, why: str, *facts: Fact, takes: str | None = None, instead: str = WAY) -> Seam:
@@ -44,9 +54,9 @@ RELIED = (
     ),
     relied("flwr.cli.utils:collect_files", "bundle.py: what a folder's files are called in a bundle", takes="root"),
     relied(
-        f"{HANDLERS}:activate_node",
+        ACTIVATES,
         "reach.py: a question with a heartbeat of 0 s tells a known key from an unknown one and changes nothing",
-        fact(in_order, "", "get_node_id_by_public_key", "_validate_heartbeat_interval", "state.activate_node"),
+        TELLS_APART,
         instead="a call that says whether a key is admitted",
     ),
     relied(f"{CONSTANT}:TIMESTAMP_TOLERANCE", "reach.py: BEHIND", fact(says, CONSTANT, "TIMESTAMP_TOLERANCE = 300")),

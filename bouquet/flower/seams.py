@@ -26,7 +26,7 @@ from bouquet.flower.contracts import (
     uses_only,
     wrong,
 )
-from bouquet.flower.relied import HANDLERS, RELIED, ROUTER
+from bouquet.flower.relied import HANDLERS, RELIED, ROUTER, TELLS_APART
 
 __all__ = ["Seam", "begin", "check", "declared", "hold", "take"]
 
@@ -143,17 +143,7 @@ ACTIVATE = Seam(
     "a SuperNode that asks again, or a SuperLink that lets a key's new session end its old one",
     takes="self, request",
     seen=(("flwr.supernode.fleet_http_connection:http_request_response", "client.ActivateNode"),),
-    facts=(
-        fact(
-            in_order,
-            f"{HANDLERS}:activate_node",
-            "get_node_id_by_public_key",
-            "_validate_heartbeat_interval",
-            "if not state.activate_node(",
-            "ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL",
-            "ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED",
-        ),
-    ),
+    facts=(TELLS_APART,),
 )
 VERIFY_FAB = Seam(
     f"{LOOP}:_verify_fab",

@@ -163,7 +163,7 @@ class Within:
 
 
 def spare_layers() -> None:
-    """Flower's SuperLink takes every request through all of its nine layers, of which four are about that request."""
+    """Flower's SuperLink takes every request through all of its nine layers, of which two to six are about it."""
 
     def own(layers: Callable[[], list[Middleware]]) -> Callable[[], list[Middleware]]:
         def within(layer: Middleware) -> Middleware:

@@ -168,7 +168,7 @@ def judge_age(memory: Path, limit: int) -> None:
 
 
 def superexec_of(checks: bool) -> Callable[[list[str]], int]:
-    """Fork the SuperExec that has the libraries (superexec.py), while there is one thread and nothing of the site's in
+    """Fork the SuperExec that has the libraries (superexec.py), while there is one thread, and no key or photo in
     memory. With `checks` it makes the fast part of the site's own, which need the libraries, too; ends here where one
     fails. Leaves: what tells it Flower's arguments, and which process it is.
     """
