@@ -178,6 +178,7 @@ print(json.dumps(ends))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_files_the_old_or_the_new(tmp_path):
     """SIGKILL before each single write, sync and rename of a round, the history and `latest`, one process for each."""
     adapter = {"w.lora_A.weight": torch.full((2, 4), 2.0)}

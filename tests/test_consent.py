@@ -137,6 +137,7 @@ def test_the_operators_commands_list_approve_and_decline(tmp_path, capsys):
     assert cli.main(["site", "approve", "../7", str(tmp_path)]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 def test_the_bundle_that_is_shown_and_signed_is_the_one_that_flowers_command_makes():
     assert bundle.digest() == hashlib.sha256(build_fab_from_disk(ROOT)).hexdigest()

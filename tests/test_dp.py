@@ -193,6 +193,7 @@ def test_a_round_without_any_photo_has_no_loss_of_its_own(plain):
     assert math.isnan(dp.fit(net, objective, photos(), config, train.accelerator(config), NOBODY))
 
 
+@pytest.mark.slow
 def test_little_noise_and_a_wide_clip_learn_the_photos():
     config = tiny.config(local_steps=20, learning_rate=0.03, caption_dropout=0.0)
     net, encoded, objective = tiny.unet(config), photos(4), diffusion.Objective.of(tiny.base())

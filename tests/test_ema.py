@@ -43,6 +43,7 @@ def averaged(tmp_path_factory):
     return root, federation
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_average_of_its_rounds_also_when_it_was_taken_up(averaged):
     root, federation = averaged
     run = root / "adapters" / "8"

@@ -288,6 +288,7 @@ def test_a_reason_is_text_to_tensorboard_and_no_markdown(fresh):
     assert all(line.startswith("    ") for line in event.tensor_proto.string_val[0].decode().split("\n"))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_an_older_one_takes_over_no_hostile_text(tmp_path, monkeypatch):
     federation = Federation(tmp_path, rounds=1, local_steps=1, sample_prompts="")
     first = federation.go(monkeypatch, run_id=6)

@@ -45,7 +45,7 @@ def torch(folder: Path, version: str, cuda: str | None) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with pip, to be copied."""
+    """A virtual environment with pip, whose files are linked into each host's: pip takes files away and puts others."""
     venv = tmp_path_factory.mktemp("bare") / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     return venv
@@ -59,7 +59,7 @@ class Host:
     def __init__(self, folder: Path, bare: Path) -> None:
         self.folder, self.venv, self.wheels = folder, folder / "venv", folder / "found"
         self.wheels.mkdir()
-        shutil.copytree(bare, self.venv, symlinks=True)
+        shutil.copytree(bare, self.venv, symlinks=True, copy_function=os.link)
         shutil.copy(ROOT / "docker" / "install", folder / "install")
         (folder / "warm.py").write_text("import torch\n")
         (folder / "constraints.txt").write_text(LOCK)

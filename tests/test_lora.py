@@ -205,6 +205,7 @@ def test_a_run_begins_with_its_own_kind_of_file_whose_layers_have_several_ranks(
             torch.testing.assert_close(begun[key], value)
 
 
+@pytest.mark.slow
 def test_a_run_cannot_go_on_with_another_alpha_and_can_from_before_there_was_one(tmp_path, monkeypatch):
     federation = Federation(tmp_path, rounds=1, sample_prompts="")
     run = federation.go(monkeypatch)

@@ -360,6 +360,7 @@ def hidden(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     return ran
 
 
+@pytest.mark.slow
 def test_of_what_averaging_lost_it_is_said_that_nobody_knows(hidden):
     run = read(hidden.adapters / "7")
     assert [entry.aggregation_error for entry in run.rounds] == [None, None]
@@ -367,6 +368,7 @@ def test_of_what_averaging_lost_it_is_said_that_nobody_knows(hidden):
     assert averaging(run) == {"last": None, "chart": None} and "products: not known" in page(run)
 
 
+@pytest.mark.slow
 def test_a_run_with_masks_ends_with_the_adapter_of_a_run_without(hidden, tmp_path, monkeypatch):
     plain = federation(tmp_path, secrecy="none")
     one, other = hidden.adapters / "7", plain.go(monkeypatch)

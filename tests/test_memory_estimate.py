@@ -254,6 +254,7 @@ def test_what_does_not_depend_on_the_batch_is_the_models_own_numbers(sd15: Path)
     assert eight - 8 * (many - eight) / 56 == pytest.approx(2 * 859_520_964 + 16 * 1_594_368, rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_the_inputs_of_the_blocks_and_computes_one_at_a_time_again(sd15: Path) -> None:
     """By hand, an image of 64² latents, in (channels, side): what enters each resnet, in bf16; of each transformer
     what enters its first norm, which autocast has in float32, its two convolutions and its block, in bf16.
@@ -286,6 +287,7 @@ def test_evaluation_and_encoding_count_where_they_take_more_than_a_step(sd15: Pa
     assert guess(sd15, 8, evaluated=32).peak == guess(sd15, 8).peak  # without checkpointing the step is the larger
 
 
+@pytest.mark.slow
 def test_the_sum_of_the_parts_is_the_estimate() -> None:
     run, parts = tiny.config(), {"half": False}
     unet = tiny.unet()

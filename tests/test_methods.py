@@ -126,6 +126,7 @@ def test_one_site_alone_loses_nothing_so_exact_is_fedavg(folders):
     torch.testing.assert_close(exact, fedavg, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rounds_in_turn_move_b_then_a_and_send_half_of_the_bytes_of_both(folders):
     start = tiny.fresh()
     one, first = ends(folders, "ffa", 1)

@@ -39,6 +39,7 @@ def test_adamw_is_the_one_of_before():
     assert type(made) is torch.optim.AdamW and made.defaults["weight_decay"] == 0 and made.defaults["lr"] == 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_rounds_learn_and_repeat_bit_for_bit(name):
     config = tiny.config(local_steps=8, learning_rate=0.03, caption_dropout=0.0, optimizer=name)

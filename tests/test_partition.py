@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -19,25 +21,30 @@ from PIL import Image
 
 from app.site.photos.data import scan
 from app.site.photos.images import REASONS
-from bouquet import ROOT
+from bouquet import ROOT, cli
 from models.mini.draw import UNSEEN, site_photos
 
 SHARED = ROOT.parent / "shared" / "data"
 CLASSES = ("pink primrose", "tiger lily", "globe-flower", "corn_poppy")
-NO_NETWORK = """
-import os, socket, sys
-socket.socket.connect = socket.getaddrinfo = lambda *a, **k: os._exit(99)
-from bouquet import cli
-sys.exit(cli.main(["data", "partition", *sys.argv[1:]]))
-"""
 
 
-def partition(*args, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """Run the script in a process that dies with 99 when it opens a connection; its output."""
-    command = [sys.executable, "-c", NO_NETWORK, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | (env or {}))
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def partition(*args, code: int = 0) -> str:
+    """Call the command where a connection ends in an error and is told; its output."""
+    asked, told = [], io.StringIO()
+
+    def refuse(*address: object) -> None:
+        asked.append(address)
+        raise OSError("no network in this test")
+
+    with (
+        mock.patch("socket.socket.connect", refuse),
+        mock.patch("socket.getaddrinfo", refuse),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+    ):
+        ended = cli.main(["data", "partition", *map(str, args)])
+    assert (ended, asked) == (code, []), told.getvalue()
+    return told.getvalue()
 
 
 def listed(site: Path) -> dict[str, str]:
@@ -277,8 +284,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_hub_name_without_the_network_is_named(tmp_path):
-    out = partition("--dataset", "nobody/none", "--out", tmp_path, code=1, env={"HF_HUB_OFFLINE": "1"})
-    assert out.startswith("SITE-08") and "nobody/none" in out
+    command = [sys.executable, "-m", "bouquet", "data", "partition", "--dataset", "nobody/none", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("SITE-08") and "nobody/none" in done.stderr
 
 
 def test_an_unknown_split_says_which_there_are(tmp_path, flowers):

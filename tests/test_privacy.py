@@ -294,6 +294,7 @@ def private_run(tmp_path, monkeypatch) -> tuple[Federation, Path]:
     return federation, federation.go(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_over_private_photos_goes_well_and_hears_rounded_numbers_alone(private_run):
     federation, folder = private_run
     assert federation.history()["state"] == "finished"
@@ -304,6 +305,7 @@ def test_a_run_over_private_photos_goes_well_and_hears_rounded_numbers_alone(pri
     assert (sites["site-1"]["num-examples"], sites["site-2"]["num-examples"]) == (16, 130)
 
 
+@pytest.mark.slow
 def test_what_leaves_and_what_is_logged_has_nothing_of_the_secret(private_run, capfd):
     federation, folder = private_run
     said = "".join(capfd.readouterr())
@@ -331,6 +333,7 @@ def test_a_run_that_is_taken_up_again_goes_on_bit_for_bit_with_the_sites_secret(
     assert not tiny.equal(store.read_adapter(again / "final"), store.read_adapter(whole / "final"))
 
 
+@pytest.mark.slow
 def test_a_site_that_has_answered_enough_this_week_refuses_the_next_run_by_name(private_run, monkeypatch):
     federation, _ = private_run
     for own in federation.own.values():

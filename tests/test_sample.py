@@ -166,6 +166,7 @@ def test_a_device_that_is_not_there_or_none_is_refused_before_the_run_begins(
     assert federation.grid.sent == []
 
 
+@pytest.mark.slow
 def test_the_hubs_pictures_are_drawn_on_the_device_that_was_asked_for(monkeypatch, tmp_path):
     """On a GPU's machine too: its pipeline is told the device, and nothing is left to what torch sees."""
     asked = []

@@ -333,6 +333,7 @@ def test_checkouts_of_one_command_have_one_time(hub: Path, tmp_path: Path) -> No
     assert len(times) == 2 and times[0] == times[1]
 
 
+@pytest.mark.slow
 def test_a_hub_without_the_key_hears_when_the_signature_ends_and_then_that_the_key_is_elsewhere(hub: Path) -> None:
     files = {ago: here(hub, ago).read_bytes() for ago in (181, 100)}
     file = here(hub, 0)

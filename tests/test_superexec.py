@@ -240,6 +240,7 @@ def test_the_messages_of_a_run_go_to_one_process(took):
     assert took("7:a", "wait", "7:b", "wait", "7:c") == [("a", 1), ("b", 1), ("c", 1)]
 
 
+@pytest.mark.slow
 def test_another_run_gets_a_process_of_its_own_and_ends_the_idle_one(took):
     assert took("7:a", "wait", "8:b", "wait", "alive", "7:c") == [("a", 1), ("b", 2), ("alive", 1), ("c", 3)]
 
