@@ -71,6 +71,15 @@ def test_a_fresh_adapter_has_no_b_and_an_a_as_pefts_own():
     assert not torch.equal(found["l.lora_A.weight"], averaging.fresh(adapter, 2)["l.lora_A.weight"])
 
 
+def test_decay_takes_its_share_of_the_product_and_leaves_a_as_it_is():
+    """B·A is 3 · 2 = 6 in the one number, of which 5 % are 0.3."""
+    shrunk = averaging.shrunk(
+        {"l.lora_A.weight": torch.tensor([[2.0]]), "l.lora_B.weight": torch.tensor([[3.0]])}, 0.05
+    )
+    assert averaging.product(shrunk, "l").item() == pytest.approx(5.7)
+    assert shrunk["l.lora_A.weight"].item() == 2
+
+
 def test_what_is_sent_is_the_halves_that_were_trained():
     adapter = {"l.lora_A.weight": torch.zeros(2, 10), "l.lora_B.weight": torch.zeros(5, 2)}  # 80 and 40 bytes
     assert [averaging.sent(adapter, halves) for halves in ("AB", "A", "B")] == [120, 80, 40]

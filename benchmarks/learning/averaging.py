@@ -72,6 +72,11 @@ def fresh(adapter: Mapping[str, Tensor], seed: int) -> Adapter:
     }
 
 
+def shrunk(adapter: Mapping[str, Tensor], by: float) -> Adapter:
+    """Weight decay towards the base (Krogh and Hertz 1991): every product B·A loses that part of itself."""
+    return {key: value * (1 - by) if ".lora_B." in key else value for key, value in adapter.items()}
+
+
 def into_base(net: Net, dense: Dense) -> None:
     """Add to the frozen layers' weights."""
     modules = dict(net.named_modules())

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MARK = "methods"  # in the page
 MODELS = ROOT / "models"
 HELD_OUT = 12  # photos a kind that nobody trains on, at most
+DECAY = 0.05  # of the adapter, a round
 BESIDE = "fedavg"  # the row that the others are held against
 
 
@@ -90,6 +91,15 @@ METHODS = {
         "a pull to the global adapter (Li et al. 2020, arXiv:1812.06127)", run={"proximal-mu": 0.01}
     ),
     "rank 4": Method("fedavg with an adapter of a quarter of the size", run={"lora-rank": 4}),
+    "attention alone": Method("fedavg with no adapter in the residual blocks", run={"lora-targets": "attention"}),
+    "rank by layer": Method(
+        "fedavg with a quarter of the rank but where the words are read",
+        run={"lora-rank": 4, "rank-pattern": "attn2=16"},
+    ),
+    "decay": Method(
+        "fedavg that takes 5 % of the adapter away after each round before the rate falls (Krogh and Hertz 1991)",
+        averages="shrunk",
+    ),
     "no caption dropout": Method("fedavg that trains on every caption", run={"caption-dropout": 0.0}),
     "own photos alone": Method("fedavg whose sites have no photo of a species that the base knows", common=""),
     "own, class images": Method(
@@ -192,6 +202,7 @@ def federated(sites: Sequence[Any], config: Any, method: Method) -> tuple[Any, f
     """
     from app import lora, model
     from app.hub.strategy import Strategy
+    from app.site import rate
     from benchmarks.learning import averaging
     from models.mini import learned
 
@@ -207,7 +218,9 @@ def federated(sites: Sequence[Any], config: Any, method: Method) -> tuple[Any, f
         if method.averages == "stacked":
             averaging.into_base(net, averaging.stacked(replies, scales))
             return averaging.fresh(adapter, 1000 * config.seed + number)
-        return hub.aggregate(number, replies, adapter)
+        adapter = hub.aggregate(number, replies, adapter)
+        constant = number <= config.rounds - config.rounds / rate.LAST
+        return averaging.shrunk(adapter, DECAY) if method.averages == "shrunk" and constant else adapter
 
     learned.federated(sites, config, average, lambda _, number: averaging.train_only(net, method.halves(number)))
     sent = [averaging.sent(start, method.halves(number)) for number in range(1, config.rounds + 1)]
