@@ -25,7 +25,8 @@ from app import text
 from app.errors import BouquetError
 from bouquet import ROOT, dotenv
 from bouquet.hub.deployment import Compose, Processes
-from bouquet.hub.runs import CONNECTION, flwr, follow, start_run
+from bouquet.hub.following import follow
+from bouquet.hub.runs import CONNECTION, flwr, start_run
 from bouquet.report import progress
 
 TIMES: list[tuple[str, float]] = []

@@ -1,4 +1,5 @@
-"""How a command ends when nobody reads its output any more: `bouquet hub status | head -1`.
+"""How a command ends when nobody reads its output any more: `bouquet hub status | head -1`. What a terminal has no sign
+for ends none: it is shown as ?.
 
 Enters: a command's main(). Leaves: its exit code; 141, as a shell says it of cat, and no traceback where the output's
 reader has gone. A connection that broke is another thing, and raised as it was: so SIGPIPE stays ignored, as Python
@@ -7,6 +8,7 @@ has it.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -14,6 +16,8 @@ from collections.abc import Callable
 
 
 def quietly(main: Callable[[], int | None]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             return main() or 0

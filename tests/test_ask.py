@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +33,7 @@ NOON = "2026-01-02T12:00:00"
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     """A hub on loopback that says what it is told to; `asked` is what it was asked."""
-    hub = SimpleNamespace(status=200, body=b"", asked=[])
+    hub = SimpleNamespace(status=200, body=b"", asked=[], silence=0.0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -39,7 +41,9 @@ def hub(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
             hub.asked.append((self.path, self.headers["Content-Type"], body))
             self.send_response(hub.status)
             self.end_headers()
-            self.wfile.write(hub.body)
+            time.sleep(hub.silence)
+            with suppress(ConnectionError):  # it was left
+                self.wfile.write(hub.body)
 
         def log_message(self, *_) -> None:
             pass
@@ -73,14 +77,21 @@ def test_the_newest_run_is_asked_for_with_one_call(hub):
 
 
 def test_a_run_that_ended_says_how(hub):
-    status = RunStatus(status="finished", sub_status="failed", details="\x1b[2Jno")
-    hub.body = known(Run(run_id=7, pending_at="a", finished_at="b", status=status))
-    assert control.run("7") == control.Told("7", "finished:failed", "\ufffd[2Jno", "b")
+    status = RunStatus(status="finished", sub_status="fai\nled", details="\x1b[2Jno")
+    hub.body = known(Run(run_id=7, pending_at="a", finished_at=NOON, status=status))
+    assert control.run("7") == control.Told("7", "finished:fai led", "\ufffd[2Jno", NOON)
+
+
+@pytest.mark.parametrize(("since", "shown"), [("", "never"), ("\x1b[2Jnow", "\ufffd[2Jnow")])
+def test_a_run_that_began_at_no_time_is_named(hub, since, shown):
+    hub.body = known(Run(run_id=7, pending_at=since))
+    assert error().found == f"run 7 since {shown}"
 
 
 def test_no_run_is_none(hub):
     hub.body = known()
     assert control.run() is None and control.run("../7") is None
+    assert control.run(str(2**64)) is None and control.run("9" * 5000) is None and len(hub.asked) == 1
     hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
     assert control.run("7") is None
 
@@ -91,6 +102,18 @@ def test_no_run_is_none(hub):
 def test_a_refusal_is_told_in_the_hubs_own_words(hub, body, said):
     hub.status, hub.body = 400, json.dumps(body).encode()
     assert error().found == f"400 {said or 'without a word that we know'}"
+
+
+def test_an_answer_without_an_end_is_left(hub, monkeypatch):
+    monkeypatch.setattr(control, "LARGEST", 1 << 20)
+    hub.body = bytes((1 << 20) + 1)
+    assert error().found == "more than 1 MiB in one answer"
+
+
+@pytest.mark.parametrize(("status", "again"), [(400, False), (403, False), (502, True), (503, True)])
+def test_of_a_hub_that_is_away_or_busy_asking_again_may_help(hub, status, again):
+    hub.status, hub.body = status, b"[" * 100_000
+    assert isinstance(error(), control.Unanswered) == again
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr 1.41 with pathspec 1.1
@@ -112,7 +135,7 @@ def test_a_run_is_started_by_the_very_bytes_that_flwr_run_sends(hub, tmp_path):
     assert control_pb2.StartRunRequest.FromString(ours[2]) == control_pb2.StartRunRequest.FromString(theirs[2])
 
 
-def test_a_runs_log_comes_in_pieces_each_with_its_moment_and_ends_where_the_hub_is_gone(hub):
+def test_a_runs_log_comes_in_pieces_each_with_its_moment(hub):
     pieces = [("bouquet: ro", 2.5), ("und 1/2\n", 3.5)]
     said = [control_pb2.StreamLogsResponse(log_output=text, latest_timestamp=at) for text, at in pieces]
     hub.body = b"".join(map(framing.frame_message, said))
@@ -120,10 +143,30 @@ def test_a_runs_log_comes_in_pieces_each_with_its_moment_and_ends_where_the_hub_
     [(path, _, body)] = hub.asked
     asked = control_pb2.StreamLogsRequest(run_id=7, after_timestamp=1.5)
     assert path == "/v1/control/stream-logs" and control_pb2.StreamLogsRequest.FromString(body) == asked
-    whole = hub.body
-    for hub.body in (whole[:-3], whole[: len(framing.frame_message(said[0])) + 2]):  # cut in a message, and in its size
-        assert [*control.log("7", 0.0)] == pieces[:1]
-    hub.status, hub.body = 404, b'{"detail": "Run ID not found.", "code": 2}'
+
+
+def test_of_a_runs_log_that_is_no_good_it_is_said_whether_to_ask_again(hub):
+    first, second = (
+        framing.frame_message(control_pb2.StreamLogsResponse(log_output=text, latest_timestamp=1.0)) for text in "ab"
+    )
+
+    def ends(body: bytes, status: int = 200) -> BouquetError:
+        hub.body, hub.status, came = body, status, []
+        with pytest.raises(BouquetError, match="HOST-08") as caught:
+            came += control.log("7", 0.0)
+        return caught.value
+
+    for cut in (first + second[:-3], first + second[:2]):  # in a message, and in its size
+        assert (said := ends(cut)).found == "it was cut" and isinstance(said, control.Unanswered)
+    assert isinstance(ends(b"{}", 503), control.Unanswered)
+    for wrong in (ends(b"\xff\xff\xff\xff" + bytes(99)), ends(b"\0\0\0\2\xff\xff")):
+        assert not isinstance(wrong, control.Unanswered)
+    assert ends(b'{"detail": "Run ID not found.", "code": 2}', 404).found == "404 [code: 2] Run ID not found."
+
+
+def test_a_log_of_nothing_new_is_over_after_a_silence(hub, monkeypatch):
+    monkeypatch.setattr(control, "LONGEST", 0.05)
+    hub.silence = 1.0
     assert [*control.log("7", 0.0)] == []
 
 

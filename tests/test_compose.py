@@ -21,7 +21,8 @@ from conftest import copy_project, sh
 
 from bouquet import ROOT
 from bouquet.hub.deployment import free_port
-from bouquet.hub.runs import follow, status
+from bouquet.hub.following import follow
+from bouquet.hub.runs import status
 from tests.kit.wait import until
 
 pytestmark = pytest.mark.usefixtures("docker")

@@ -23,7 +23,8 @@ from packaging.utils import canonicalize_name
 
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port
-from bouquet.hub.runs import connect, follow, start_run
+from bouquet.hub.following import follow
+from bouquet.hub.runs import connect, start_run
 from tests.kit.nvml import A10, library
 from tests.kit.wait import PATIENT
 

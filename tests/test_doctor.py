@@ -360,6 +360,12 @@ def test_a_key_that_the_operators_container_does_not_see_is_not_made_there_anew(
         (copy / "certs/trusted.yaml").unlink(missing_ok=True)
 
 
+def test_what_a_terminal_has_no_sign_for_is_shown_as_a_question_mark() -> None:
+    code = "from bouquet.ended import quietly; quietly(lambda: print('a \ufffd rose'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True) == "a ? rose\n"
+
+
 def test_who_reads_no_more_ends_a_command_without_a_traceback(copy: Path) -> None:
     told = sh("scripts/certs; scripts/bouquet hub sign | head -1", copy)
     assert "Traceback" not in told.stdout and "sign: bundle" in told.stdout

@@ -31,7 +31,8 @@ from benchmarks.speed.contenders import sessions
 from benchmarks.speed.watch import MESSAGE, Watch, processes
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, free_port, is_alive
-from bouquet.hub.runs import BIN, OURS, QUIET, connect, flwr, follow, nodes_online, start_run
+from bouquet.hub.following import OURS, follow
+from bouquet.hub.runs import BIN, QUIET, connect, flwr, nodes_online, start_run
 from tests.kit import families, tiny
 from tests.kit.wait import PATIENT, until
 

@@ -31,8 +31,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from app import model
 from bouquet import ROOT
 from bouquet.hub.deployment import Processes, end_group, free_port
+from bouquet.hub.following import follow
 from bouquet.hub.roster import registered
-from bouquet.hub.runs import connect, follow
+from bouquet.hub.runs import connect
 from tests.kit.wait import PATIENT, until
 
 SMALL = "rounds=1 local-steps=1 batch-size=4 lora-rank=4 validation-timesteps=1 sample-prompts='' min-sites=1"

@@ -14,7 +14,7 @@ import pytest
 from app import quiet
 from bouquet import ROOT
 from bouquet.flower import superexec
-from bouquet.hub.runs import OURS
+from bouquet.hub.following import OURS
 from tests.kit.wait import PATIENT
 
 LOUD = re.compile(r"(\x1b\[\d+m)?(WARNING|ERROR|CRITICAL)\b")  # a record of Flower's log, as its console shows it

@@ -250,8 +250,7 @@ def test_a_key_that_the_hub_does_not_know_and_one_that_somebody_else_uses_are_re
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(FleetHttpClient, "ActivateNode", FleetHttpClient.ActivateNode)
-    monkeypatch.setattr(supernode, "TRIES", 2)
-    monkeypatch.setattr(supernode, "AGAIN", 0.0)
+    monkeypatch.setattr(supernode, "OVER", -1.0)
     supernode.outlast_the_last_session()
 
     def refused(client: FleetHttpClient, request: ActivateNodeRequest) -> int:
@@ -266,7 +265,8 @@ def test_a_key_that_the_hub_does_not_know_and_one_that_somebody_else_uses_are_re
     with hub.admitted() as (client, request):
         client.ActivateNode(request)
         assert refused(client, request) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
-        assert capfd.readouterr().out.count("waiting until") == 1
+        said = capfd.readouterr().out
+        assert said.count("waiting until") == 1 and said.endswith("its key is in use elsewhere\n")
 
 
 def test_a_hub_that_cannot_write_says_so_and_a_supernode_waits_and_goes_on(hub: Hub) -> None:

@@ -13,13 +13,17 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from bouquet import ROOT
@@ -146,6 +150,56 @@ def test_a_site_whose_checks_fail_never_goes_online_and_leaves_no_process(tmp_pa
     assert node.returncode == 1 and "not ready: " in said and "SuperNode ID" not in said
     assert (lines["name"], lines["model"], lines["data"], lines["memory"]) == ("pass", "warn", "pass", "pass"), said
     assert (lines["hub"], lines["key"]) == ("fail", "skip")
+
+
+class Answers:
+    """What a hub answers to an activation, one after the other: a code of Flower's, an HTTP status, or a node."""
+
+    def __init__(self, monkeypatch, *given: int) -> None:
+        hub, self.given, self.asked, self.now = self, [*given], [], 0.0
+        monkeypatch.setattr(FleetHttpClient, "ActivateNode", lambda self, request: hub.to(request))
+        monkeypatch.setattr(supernode.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(supernode.time, "sleep", self.later)
+        supernode.outlast_the_last_session()
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+
+    def to(self, request: ActivateNodeRequest) -> str:
+        self.asked.append(request.heartbeat_interval)
+        if (answer := self.given.pop(0)) == ADMITTED:
+            return "a node"
+        status, body = (answer, {}) if answer < 1000 else (400, {"code": answer, "detail": "no"})
+        response = httpx.Response(status, json=body, request=httpx.Request("POST", "http://hub"))
+        raise httpx.HTTPStatusError("", request=response.request, response=response)
+
+    def come(self) -> str:
+        return FleetHttpClient.ActivateNode(None, ActivateNodeRequest(public_key=b"k", heartbeat_interval=30))
+
+
+ADMITTED, BUSY = 0, 503
+AWAY, KNOWN = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+
+
+def test_a_hub_that_is_busy_while_a_site_waits_for_its_last_session_is_asked_again_as_flower_does(monkeypatch, capsys):
+    """Flower itself comes again after 503, with a new call."""
+    hub = Answers(monkeypatch, AWAY, BUSY, AWAY, KNOWN, BUSY, AWAY, KNOWN, ADMITTED)
+    for _ in range(2):
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            hub.come()
+        assert error.value.response.status_code == BUSY
+    assert hub.come() == "a node" and hub.asked == [30, 0, 30, 0, 30, 30, 0, 30]
+    assert capsys.readouterr().out.count("waiting until") == 1
+
+
+def test_it_waits_no_longer_for_a_link_that_breaks_now_and_then(monkeypatch, capsys):
+    """Two seconds a time: 46 times are more than 90 s."""
+    hub = Answers(monkeypatch, *[AWAY, KNOWN] * 30, BUSY, *[AWAY, KNOWN] * 17)
+    for status in (BUSY, 400):
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            hub.come()
+        assert error.value.response.status_code == status
+    assert hub.given == [] and capsys.readouterr().out.endswith("its key is in use elsewhere\n")
 
 
 @pytest.mark.parametrize("checks", [0, 1, -9])

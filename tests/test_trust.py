@@ -37,7 +37,8 @@ from bouquet.flower import superlink
 from bouquet.flower.superlink import signatures
 from bouquet.flower.trust import DAY, DAYS
 from bouquet.hub.deployment import Processes, free_port
-from bouquet.hub.runs import CONNECTION, connect, flwr, follow
+from bouquet.hub.following import follow
+from bouquet.hub.runs import CONNECTION, connect, flwr
 from bouquet.hub.sign import publisher_id, publisher_key, sign, trust
 from tests.kit.wait import PATIENT
 

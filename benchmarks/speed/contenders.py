@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks.speed.watch import Watch, idle_cpu
 from bouquet import ROOT
 from bouquet.hub.deployment import BIN, Processes, free_port
-from bouquet.hub.runs import CONNECTION, connect, flwr, follow, start_run
+from bouquet.hub.following import follow
+from bouquet.hub.runs import CONNECTION, connect, flwr, start_run
 
 PHASES = ("start", "imports", "load", "encode", "train", "evaluate", "transfer", "wait")
 HUB = "hub"

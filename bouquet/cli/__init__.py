@@ -79,12 +79,12 @@ def run(
     """Start a run and follow it to its real end: exit code 0 when it ended well, where `flwr run --stream` has 0 in any
     case.
     """
-    from bouquet.hub import runs
+    from bouquet.hub import following, runs
 
     number = runs.start_run(run_config)
     print(f"run {number} has started; bouquet hub status {number}", flush=True)
     if not detach:
-        state, details = runs.watch(number)
+        state, details = following.watch(number)
         print(f"run {number}  {state}  {details}".rstrip())
         raise typer.Exit(int(state != "finished:completed"))
 

@@ -152,6 +152,7 @@ class Within:
     """ASGI: a layer for the requests of one API, past which go all others, which it would only hand on.
 
     `path` is what the router takes a request by, too: nothing of that API can be reached past the layer.
+    Flower's layers read a path without its tabs and newlines; one that is spelled with them has no handler anyway.
     """
 
     def __init__(self, app: ASGIApp, layer: Middleware, path: str) -> None:

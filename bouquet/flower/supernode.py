@@ -48,9 +48,10 @@ SHARE = 0.05  # of the time since it last worked: the longer it has been idle, t
 # most.
 SOON = {"initial_backoff": LEAST, "backoff_cap": 1.0, "max_tries_per_object": None}
 IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
-# A last session lives on for up to 66 s after the hub has heard of it last: so often, so many seconds apart, the site
+# A last session lives on for up to 66 s after the hub has heard of it last: for so many seconds, so many apart, a site
 # asks whether it has ended, and is refused as by Flower after that: then somebody else has its key.
-TRIES, AGAIN = 45, 2.0
+OVER, AGAIN = 90.0, 2.0
+TURNED_AWAY = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED  # a key that the hub does not know, or has a session of
 GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
 
 
@@ -71,29 +72,43 @@ def note_answers(file: Path) -> None:
 
 def outlast_the_last_session() -> None:
     """While the hub has the site's last session still, ask again until that is over: Flower's SuperNode would end."""
+    since: float | None = None
 
     def patiently(activate: Callable[..., Any]) -> Callable[..., Any]:
         def is_admitted(client: Any, key: bytes) -> bool:
-            """As reach.py asks: without a heartbeat a key that the hub knows is refused for that, and nothing else."""
+            """As reach.py asks: without a heartbeat a key that the hub knows is refused for that, and nothing else.
+            Errors: an answer of another kind, which Flower may ask again after.
+            """
             try:
                 activate(client, ActivateNodeRequest(public_key=key, heartbeat_interval=0))
             except httpx.HTTPStatusError as error:
-                return code(error) == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+                if code(error) in (ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL, TURNED_AWAY):
+                    return code(error) != TURNED_AWAY
+                raise
             raise AssertionError("the hub took a heartbeat of 0 s")
 
         @wraps(activate)
         def activated(self: Any, request: ActivateNodeRequest) -> Any:
-            for again in range(TRIES):
+            nonlocal since
+            while True:
                 try:
-                    return activate(self, request)
+                    answer = activate(self, request)
+                    since = None
+                    return answer
                 except httpx.HTTPStatusError as error:
-                    turned_away = code(error) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
-                    if not turned_away or not is_admitted(self, request.public_key):
+                    if code(error) != TURNED_AWAY or not is_admitted(self, request.public_key):
                         raise
-                if not again:
-                    print("bouquet: waiting until the hub has ended this site's last session, up to 66 s", flush=True)
+                    if since is None:
+                        since = time.monotonic()
+                        print(
+                            "bouquet: waiting until the hub has ended this site's last session, up to 66 s", flush=True
+                        )
+                    if time.monotonic() - since > OVER:
+                        print(
+                            "bouquet: the hub still has a session of this site: its key is in use elsewhere", flush=True
+                        )
+                        raise
                 time.sleep(AGAIN)
-            return activate(self, request)
 
         return activated
 

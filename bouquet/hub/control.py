@@ -1,7 +1,8 @@
 """One question to the hub's Control API: a call over TLS, where a `flwr` command would be a process of seconds.
 
 Enters: the address and the CA of `flwr run . remote-deployment`, from Flower's config.toml. Leaves: the answer, or what
-the hub says of a run. Errors: HOST-08, no answer or a refusal, with the hub's own words.
+the hub says of a run. Errors: HOST-08, no answer or a refusal, with the hub's own words; `Unanswered` is one of which
+to ask again may help.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import ssl
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -29,11 +31,18 @@ from app.errors import BouquetError
 from bouquet.hub.runs import CONNECTION
 
 PATH, MEDIA = "/v1/control/", "application/protobuf"
-LONGEST = 20.0  # seconds without a word
+LONGEST = 30.0  # seconds without a word; the hub's database may be locked for 25 (superlink.py)
+LARGEST = 64 << 20  # bytes of an answer, or of a message of a stream
+MOST = 2**64 - 1  # a run's number
 FRAME = 4  # bytes before each message of a stream: its size (flwr.supercore.protobuf.framing)
+NOT_NOW = (502, 503, 504)  # HTTP: a gateway whose hub is away, a hub whose database is busy
 LOOK = "docker compose logs superlink, or .bouquet/logs/superlink.log, says why"
 IN_USE = "[code: 23]"  # flwr.supercore.error.ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE
 Answer = TypeVar("Answer", bound=Message)
+
+
+class Unanswered(BouquetError):
+    """HOST-08 of a hub that is away, or busy, for now."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +81,44 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     """The answer to `request`. Errors: HOST-08."""
     try:
         status, body = post(call, request.SerializeToString())
-    except (OSError, http.client.HTTPException, KeyError, ValueError) as error:  # no connection, certificate or answer
-        why = text.line(str(error) or type(error).__name__)
-        fix = "is the deployment up? docker compose ps, or scripts/demo"
-        raise BouquetError("HOST-08", did="does not answer", found=why, fix=fix) from None
-    try:
-        if status == 200:
+    except (ssl.SSLCertVerificationError, KeyError, ValueError) as error:  # another hub, or none that is configured
+        raise silent(BouquetError, error) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise silent(Unanswered, error) from None
+    if status == 200:
+        try:
             found: Answer = answer.FromString(body)
             return found
+        except DecodeError:
+            pass
+    raise refusal(call, status, body)
+
+
+def silent(kind: type[BouquetError], error: Exception) -> BouquetError:
+    why = text.line(str(error) or type(error).__name__)
+    fix = "is the deployment up? docker compose ps, or scripts/demo"
+    return kind("HOST-08", did="does not answer", found=why, fix=fix)
+
+
+def refusal(call: str, status: int, body: bytes) -> BouquetError:
+    """Of an answer that is none, in the hub's own words."""
+    try:
         answered = json.loads(body)
         said = f"[code: {answered['code']}] {answered['detail']}" if "code" in answered else answered["detail"]
-    except (DecodeError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         said = "without a word that we know"
-    raise BouquetError("HOST-08", did=f"refused {call}", found=f"{status} {text.line(said)}", fix=LOOK)
+    kind = Unanswered if status in NOT_NOW else BouquetError
+    return kind("HOST-08", did=f"refused {call}", found=f"{status} {text.line(said)}", fix=LOOK)
 
 
 def post(call: str, body: bytes) -> tuple[int, bytes]:
-    """(HTTP status, body). Errors: OSError, HTTPException, KeyError and ValueError for what config.toml lacks."""
+    """(HTTP status, body). Errors: OSError and HTTPException; KeyError and ValueError for what config.toml lacks, and
+    ValueError for more than LARGEST.
+    """
     with answered(call, body) as answer:
-        return answer.status, answer.read()
+        if len(found := answer.read(LARGEST + 1)) > LARGEST:
+            raise ValueError(f"more than {LARGEST >> 20} MiB in one answer")
+        return answer.status, found
 
 
 @contextmanager
@@ -105,7 +133,8 @@ def answered(call: str, body: bytes) -> Iterator[http.client.HTTPResponse]:
         link = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=LONGEST, context=tls)
     with closing(link):
         link.request("POST", PATH + call, body, {"Content-Type": MEDIA})
-        yield link.getresponse()
+        with link.getresponse() as answer:
+            yield answer
 
 
 def connection() -> dict[str, Any]:
@@ -155,7 +184,7 @@ def start_run(bundle: bytes, changes: Mapping[str, Any]) -> str:
 
 def run(number: str = "") -> Told | None:
     """What the hub says of a run, or of the newest one; None where it knows none."""
-    if number and not number.isdecimal():
+    if number and not (number.isdecimal() and len(number) <= len(str(MOST)) and int(number) <= MOST):
         return None
     request = control.ListRunsRequest(run_id=int(number)) if number else control.ListRunsRequest(limit=1)
     try:
@@ -168,20 +197,41 @@ def run(number: str = "") -> Told | None:
 
 
 def log(number: str, after: float) -> Iterator[tuple[str, float]]:
-    """What a run says after a moment, as it comes: (text, its moment). Over when the run is, when nothing is said for
-    LONGEST or when the hub is gone: who asks again with the last moment misses nothing.
+    """What a run says after a moment, as it comes: (text, its moment). Over when the run is, and when nothing is said
+    for LONGEST; who asks again with the last moment misses nothing. Errors: HOST-08, Unanswered where it is cut.
     """
-    request = control.StreamLogsRequest(run_id=int(number), after_timestamp=after)
-    gone = suppress(OSError, http.client.HTTPException, DecodeError, KeyError, ValueError)
-    with gone, answered("stream-logs", request.SerializeToString()) as answer:
-        while answer.status == 200 and len(size := answer.read(FRAME)) == FRAME:
-            if len(body := answer.read(int.from_bytes(size, "big"))) < int.from_bytes(size, "big"):
-                return  # it was cut
-            said = control.StreamLogsResponse.FromString(body)
-            yield said.log_output, said.latest_timestamp
+    call, request = "stream-logs", control.StreamLogsRequest(run_id=int(number), after_timestamp=after)
+    try:
+        with answered(call, request.SerializeToString()) as answer:
+            if answer.status != 200:
+                raise refusal(call, answer.status, answer.read(text.LONGEST))
+            while size := answer.read(FRAME):
+                said = control.StreamLogsResponse.FromString(whole(answer, size))
+                yield said.log_output, said.latest_timestamp
+    except TimeoutError:
+        return
+    except (DecodeError, ValueError) as error:
+        raise silent(BouquetError, error) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise silent(Unanswered, error) from None
+
+
+def whole(answer: http.client.HTTPResponse, size: bytes) -> bytes:
+    """The message that follows on its size. Errors: OSError where it was cut, ValueError for more than LARGEST."""
+    if (length := int.from_bytes(size, "big")) > LARGEST:
+        raise ValueError(f"more than {LARGEST >> 20} MiB in one message")
+    if len(size) < FRAME or len(body := answer.read(length)) < length:
+        raise ConnectionError("it was cut")
+    return body
 
 
 def told(run: Any) -> Told:
-    state = f"{run.status.status}:{run.status.sub_status}".rstrip(":")
+    """Errors: HOST-08 for a run that began at no time."""
     since = run.finished_at or run.running_at or run.starting_at or run.pending_at
+    try:
+        datetime.fromisoformat(since)
+    except ValueError:
+        said = f"run {run.run_id} since {text.line(since) or 'never'}"
+        raise BouquetError("HOST-08", did="says what cannot be", found=said, fix=LOOK) from None
+    state = text.line(f"{run.status.status}:{run.status.sub_status}".rstrip(":"))
     return Told(str(run.run_id), state, text.printable(run.status.details[: text.LONGEST]), since)

@@ -1,6 +1,4 @@
-"""What the hub's operator does with `flwr`: connect, start a run, follow it to its real end.
-
-A run is judged by `flwr ls --format json`, because `flwr run --stream` ends with 0 whatever happened.
+"""What the hub's operator does with `flwr`: connect, start a run, ask how it is.
 
   python -m bouquet.hub.runs connect 127.0.0.1:8443     write the connection that `flwr run . remote-deployment` uses
 
@@ -14,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,14 +19,11 @@ from typing import Any
 
 from app import files, text
 from app.errors import BouquetError
-from bouquet import ROOT, progress
+from bouquet import ROOT
 
 BIN = Path(sys.executable).parent
 CONNECTION = "remote-deployment"
-ROUND = re.compile(r"bouquet: round (\d+)/(\d+)  ")
-OURS = re.compile(r"bouquet: |[A-Z]+-\d\d  |  (found|fix|help) ")  # the server's progress lines and its named errors
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-AGAIN = 0.2  # seconds until a log that has ended is looked at again
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -98,35 +92,6 @@ def nodes_online() -> int:
     from bouquet.hub import control
 
     return sum(node.status == "online" for node in control.nodes())
-
-
-def follow(run_id: str, show: Callable[[str], None], timeout: float = 3600) -> tuple[str, str]:
-    """Pass on the server's own lines as they come, until the run has really ended; its (state, details)."""
-    from bouquet.hub import control
-
-    heard, begun, end = 0.0, "", time.monotonic() + timeout
-    while True:
-        state, details = status(run_id)  # before its log, of which nothing is missed then
-        for said, moment in control.log(run_id, heard):
-            heard = moment
-            *lines, begun = (begun + said).split("\n")
-            for line in filter(OURS.match, lines):
-                show(text.printable(line.rstrip()))
-        if state.startswith("finished") or time.monotonic() > end:
-            return state, details
-        time.sleep(AGAIN)
-
-
-def watch(run_id: str) -> tuple[str, str]:
-    """The same for a person: the lines on standard output, and at a terminal how many rounds are done."""
-    with progress.Bar("rounds", lines=False) as bar:
-
-        def show(line: str) -> None:
-            print(line, flush=True)
-            if found := ROUND.match(line):
-                bar.to(int(found[1]), int(found[2]))
-
-        return follow(run_id, show, timeout=float("inf"))
 
 
 def connect(address: str, ca: Path, say: Callable[[str], None] = print) -> None:
