@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.control_pb2 import RegisterNodeRequest, StopRunRequest, UnregisterNodeRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -37,6 +37,8 @@ from benchmarks.hostile import CONTROL, MEDIA, Door, Key, new_key, parse, public
 from bouquet import ROOT
 from bouquet.flower import superlink, supernode
 from bouquet.hub.deployment import Processes, free_port
+from bouquet.hub.following import follow
+from bouquet.hub.runs import connect
 from tests.kit.wait import until
 
 BUSY = 2000  # milliseconds that the SuperLink waits for its database here; else 25000, and Flower's own 5000
@@ -309,3 +311,22 @@ def test_a_supernode_whose_heartbeat_has_died_ends(hub: Hub) -> None:
     wait(lambda: hub.running["site-2"].poll() is not None, lambda: hub.log("site-2"))
     assert hub.running["site-2"].returncode == 1 and "ZeroDivisionError" in hub.log("site-2")
     assert "bouquet: a thread of the SuperNode has died, and the SuperNode with it\n" in hub.log("site-2")
+
+
+def test_a_run_is_followed_through_a_hub_that_is_killed_and_comes_back(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(hub.home / "flwr"))
+    connect(hub.address, hub.certs / "ca.crt", lambda line: None)
+    run, shown, ends = hub.start_run({}), [], []
+    following = threading.Thread(target=lambda: ends.append(follow(run, shown.append)), daemon=True)
+    following.start()
+    wait(lambda: "StreamLogs" in hub.log("superlink"), lambda: hub.log("superlink"))
+    hub.running["superlink"].kill()
+    wait(lambda: shown, lambda: "it says nothing of a hub that is away")
+    hub.running.pop("superlink").wait()
+    hub.start_hub()
+    assert hub.door.call(CONTROL + "stop-run", StopRunRequest(run_id=int(run))).status == 200
+    wait(lambda: not following.is_alive(), lambda: f"{shown} {hub.log('superlink')}")
+    assert ends[0][0] == "finished:stopped"
+    assert [line.partition(" (")[0] for line in shown] == ["bouquet: the hub does not answer now"]
