@@ -23,7 +23,6 @@ Errors: WORTH-01 (runs that cannot be compared), WORTH-02 (columns that do not f
 from __future__ import annotations
 
 import base64
-import json
 import os
 import statistics
 import tempfile
@@ -40,6 +39,7 @@ from app.hub.history import History
 from app.site import budget
 from app.site.limits import Limits
 from bouquet import progress
+from bouquet.data import listing
 from bouquet.report import comparison, pictures, worth
 from bouquet.report.comparison import Column, Measured, Worth
 
@@ -211,15 +211,15 @@ def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> 
     from app.site.photos import data
 
     target.mkdir()
-    lines = []
+    captions = []
     for number, folder in enumerate(folders):
         for photo in data.scan(folder).photos:
             if photo.key in aside:
                 continue
             file = f"{number}-{photo.key}{Path(photo.name).suffix or '.png'}"
             (target / file).write_bytes(photo.load())
-            lines.append(json.dumps({"file_name": file, "text": photo.captions}))
-    (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+            captions.append((file, photo.captions))
+    listing.write(target, captions)
     privacy.declare_public(target, data.scan(target).photos)
     return target
 

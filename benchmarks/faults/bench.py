@@ -7,7 +7,6 @@ that is being held is not.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from app.site.photos import data
 from benchmarks.faults.hub import BACK, Hub
 from benchmarks.hostile import Door
 from bouquet import ROOT
+from bouquet.data import listing
 from bouquet.hub.deployment import Processes, free_port
 from bouquet.hub.roster import Key
 
@@ -163,11 +163,7 @@ def pictures(folder: Path, count: int, seed: int) -> Path:
     draw = np.random.default_rng(seed)
     for number in range(count):
         Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    lines = [
-        json.dumps({"file_name": f"{number}.png", "text": f"a flower, background {number % 3}"})
-        for number in range(count)
-    ]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    listing.write(folder, ((f"{number}.png", f"a flower, background {number % 3}") for number in range(count)))
     return everybodys(folder) if count > 1 else folder
 
 

@@ -9,7 +9,6 @@ the first checks.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -26,6 +25,7 @@ from app.site import gpu
 from benchmarks.gpu.accept_desk import Child, Desk, kill
 from benchmarks.gpu.accept_hub import Deployment
 from bouquet import ROOT
+from bouquet.data import listing
 from bouquet.hub.deployment import pin
 
 ONE, BOTH = ("site-1",), ("site-1", "site-2")
@@ -121,11 +121,11 @@ class World:
         side = (self.sizes.side, self.sizes.side)
         for number, (folder, count) in enumerate(zip(self.sites.values(), self.sizes.photos, strict=True), start=1):
             folder.mkdir(parents=True)
-            lines = []
+            captions = []
             for index, (picture, caption) in enumerate(draw.site_photos(number, count, 0)):
                 picture.resize(side, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
-                lines.append(json.dumps({"file_name": f"{index}.jpg", "text": caption}))
-            (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+                captions.append((f"{index}.jpg", caption))
+            listing.write(folder, captions)
             privacy.declare_public(folder, data.scan(folder).photos)
 
     def _base(self) -> str:

@@ -7,7 +7,6 @@ Errors: SITE-09 where something is there, MODEL-01 to -03, MODEL-05, CONFIG-02 f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from app.config import RunConfig
 from app.errors import SiteError
 from app.site.photos import data
 from bouquet import progress
+from bouquet.data import listing
 
 AT_ONCE = 8  # pictures between two words about how far it is
 
@@ -37,8 +37,7 @@ def draw(config: RunConfig, models: Path, prompts: Sequence[str], count: int, ou
             part = captions[first : first + AT_ONCE]
             for number, image in enumerate(sample.render(pipe, None, part, config, config.seed + first), start=first):
                 image.save(folder / name(number))
-        lines = [json.dumps({"file_name": name(number), "text": text}) for number, text in enumerate(captions)]
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        listing.write(folder, ((name(number), text) for number, text in enumerate(captions)))
 
     files.write_folder(out, fill, lambda folder: None)
     print(f"drawn    by {config.base_model}: {data.look(out).report(3)}")

@@ -28,6 +28,7 @@ from app.site.photos.data import scan
 from app.site.photos.images import FORMATS, BadImage, check, kind
 from app.site.privacy import PUBLIC_LIST, declare_public
 from bouquet import progress
+from bouquet.data import listing
 from bouquet.data.sources import Division, Sample, dataset_samples
 
 MINI_IMAGES = 200  # mini draws as many as it is asked for
@@ -76,9 +77,9 @@ def already(folder: Path, made_from: dict[str, Any]) -> bool:
     fix = f"choose another --out, or remove it first: rm -r {folder}"
     try:
         there = json.loads((folder / "partition.json").read_text())
-        files = {path.name for path in folder.iterdir()} - {"metadata.jsonl", "partition.json", PUBLIC_LIST}
+        files = {path.name for path in folder.iterdir()} - {listing.LIST, "partition.json", PUBLIC_LIST}
         counts = there.pop("counts")
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = (folder / listing.LIST).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         listed = {json.loads(line)["file_name"] for line in lines}
     except (OSError, ValueError, KeyError):
         found = f"{folder} was not made by this command"
@@ -104,7 +105,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
     partial.mkdir(parents=True)
     counts: Counter[str] = Counter(images=0)
     keys: set[str] = set()
-    with (partial / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+    with (partial / listing.LIST).open("w", encoding="utf-8") as lines:
         for load, caption in progress.steps(folder.name, samples, made_from["images_per_site"]):
             try:
                 data = load()
@@ -120,7 +121,7 @@ def write(folder: Path, made_from: dict[str, Any], samples: Iterable[Sample], pu
             counts["images"] += 1
             name = f"{counts['images']:04}.{FORMATS[kind(data[:16])]}"
             (partial / name).write_bytes(data)
-            lines.write(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n")
+            lines.write(listing.line(name, caption))
     if counts["images"] < 2:
         shutil.rmtree(partial)
         found = f"{counts['images']} images for {folder.name}: {dict(counts)}"

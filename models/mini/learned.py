@@ -7,7 +7,6 @@ how many drawn pictures the judge sees the right species in.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from app.site.photos import data
 from app.site.photos.folders import CLASS
 from app.site.photos.views import Plan
 from bouquet import worth
+from bouquet.data import listing
 from models.mini import draw
 from models.mini.judge import judge
 
@@ -98,11 +98,11 @@ def with_classes(folder: Path, target: Path, classes: Path) -> Path:
 
 def _fill(folder: Path, pictures: Pictures) -> tuple[data.Photo, ...]:
     folder.mkdir(parents=True)
-    lines = []
+    captions = []
     for number, (image, caption) in enumerate(pictures):
         image.save(folder / f"{number:05}.png")
-        lines.append(json.dumps({"file_name": f"{number:05}.png", "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        captions.append((f"{number:05}.png", caption))
+    listing.write(folder, captions)
     return data.look(folder).photos
 
 
