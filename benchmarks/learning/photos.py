@@ -79,19 +79,20 @@ def real(home: Path, seed: int, count: int, held_out: int, source: Path) -> Sett
     datasets.disable_progress_bars()
     splits = datasets.load_dataset(str(source), cache_dir=str(home / "datasets"))
     names = splits["train"].features["label"].names
+    kinds = [f"photo of a {name}" for name in names]  # a rose that is drawn is another kind
     most = [label for label, _ in Counter(splits["train"]["label"]).most_common(2 * CLASSES)]
     own, aside = [most[site::2] for site in range(2)], drawn(home / "drawn", held_out, draw.KNOWN)
 
     def pictures(split: str, labels: list[int], number: int) -> Pictures:
         some = splits[split].shuffle(seed=seed if split == "train" else SEED)
         rows = [row for row, label in enumerate(some["label"]) if label in labels][:number]
-        return ((some[row]["image"], f"a photo of a {names[some[row]['label']]}") for row in rows)
+        return ((some[row]["image"], f"a {kinds[some[row]['label']]}") for row in rows)
 
     folders = [
         write(home / f"real-{seed}-{count}" / f"site-{site}", pictures("train", labels, count))
         for site, labels in enumerate(own, 1)
     ]
     for label in most:
-        aside[names[label]] = write(home / f"photographs/{label}-{held_out}", pictures("test", [label], held_out))
-    shares = [{names[label]: 1 / CLASSES for label in labels} for labels in own]
+        aside[kinds[label]] = write(home / f"photographs/{label}-{held_out}", pictures("test", [label], held_out))
+    shares = [{kinds[label]: 1 / CLASSES for label in labels} for labels in own]
     return Setting(folders, shares, aside)
