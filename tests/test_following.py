@@ -91,7 +91,7 @@ def test_a_hub_that_knows_the_run_no_more_ends_it_at_once(hub: Hub) -> None:
 
 
 def test_the_last_words_of_a_run_are_asked_for_again_where_they_were_cut(hub: Hub) -> None:
-    hub.logs = [[AWAY], ["bouquet: why\n", AWAY], ["CONFIG-01  why it failed\n"]]
+    hub.logs = [["bouquet: why\n", AWAY], ["CONFIG-01  why it failed\n"]]
     assert hub.followed() == OVER and hub.shown == ["bouquet: why", "CONFIG-01  why it failed"]
 
 
@@ -99,6 +99,14 @@ def test_that_a_log_cannot_be_had_is_said_once_and_the_runs_end_comes_without_it
     hub.logs = [[AWAY]] * 99
     assert hub.followed() == OVER
     assert hub.shown == ["bouquet: the run's log cannot be had now: refused"] and len(hub.asked) == following.LAST
+
+
+def test_a_finished_runs_log_that_always_breaks_is_left(hub: Hub) -> None:
+    hub.logs = [[f"bouquet: {number}\n", AWAY] for number in range(99)]
+    assert hub.followed() == OVER
+    assert [line for line in hub.shown if line[9:].isdigit()] == [
+        f"bouquet: {number}" for number in range(following.LAST)
+    ]
 
 
 def test_a_moment_that_goes_back_is_not_asked_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

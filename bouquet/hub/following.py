@@ -31,9 +31,10 @@ def follow(run: str, show: Show, timeout: float = 3600) -> tuple[str, str]:
     heard, begun, failed, end = 0.0, "", 0, time.monotonic() + timeout
     while True:
         state, details = status(run, show)  # before its log, of which nothing is missed then
+        over = state.startswith("finished")
         try:
             for said, moment in control.log(run, heard):
-                heard, failed = max(heard, moment), 0
+                heard, failed = max(heard, moment), failed if over else 0
                 lines, begun = ours(begun + said)
                 for line in lines:
                     show(line)
@@ -43,7 +44,7 @@ def follow(run: str, show: Show, timeout: float = 3600) -> tuple[str, str]:
         except BouquetError as error:
             if (failed := failed + 1) == 2:  # once is a link that broke
                 show(f"bouquet: the run's log cannot be had now: {error.found}")
-        if time.monotonic() > end or (state.startswith("finished") and failed in (0, LAST)):
+        if time.monotonic() > end or (over and (not failed or failed >= LAST)):
             for line in ours(begun + "\n")[0]:
                 show(line)
             return state, details
