@@ -51,6 +51,8 @@ IDLE = 3.0  # seconds: what Flower's SuperNode sleeps when there is no message
 # A last session lives on for up to 66 s after the hub has heard of it last: for so many seconds, so many apart, a site
 # asks whether it has ended, and is refused as by Flower after that: then somebody else has its key.
 OVER, AGAIN = 90.0, 2.0
+WAITS = "bouquet: waiting until the hub has ended this site's last session, up to 66 s"
+TAKEN = "bouquet: the hub still has a session of this site: its key is in use elsewhere"
 TURNED_AWAY = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED  # a key that the hub does not know, or has a session of
 GOODBYE = 5.0  # seconds that a SuperNode which is being ended itself has for taking leave of the hub
 
@@ -100,13 +102,9 @@ def outlast_the_last_session() -> None:
                         raise
                     if since is None:
                         since = time.monotonic()
-                        print(
-                            "bouquet: waiting until the hub has ended this site's last session, up to 66 s", flush=True
-                        )
+                        print(WAITS, flush=True)
                     if time.monotonic() - since > OVER:
-                        print(
-                            "bouquet: the hub still has a session of this site: its key is in use elsewhere", flush=True
-                        )
+                        print(TAKEN, flush=True)
                         raise
                 time.sleep(AGAIN)
 

@@ -17,7 +17,7 @@ import ssl
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,12 +79,8 @@ control = messages()
 
 def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     """The answer to `request`. Errors: HOST-08."""
-    try:
+    with named():
         status, body = post(call, request.SerializeToString())
-    except (ssl.SSLCertVerificationError, KeyError, ValueError) as error:  # another hub, or none that is configured
-        raise silent(BouquetError, error) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise silent(Unanswered, error) from None
     if status == 200:
         try:
             found: Answer = answer.FromString(body)
@@ -94,10 +90,19 @@ def ask(call: str, request: Message, answer: type[Answer]) -> Answer:
     raise refusal(call, status, body)
 
 
-def silent(kind: type[BouquetError], error: Exception) -> BouquetError:
-    why = text.line(str(error) or type(error).__name__)
-    fix = "is the deployment up? docker compose ps, or scripts/demo"
-    return kind("HOST-08", did="does not answer", found=why, fix=fix)
+@contextmanager
+def named() -> Iterator[None]:
+    """HOST-08 of whatever is no answer."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException, DecodeError, KeyError, ValueError) as error:
+        # a ValueError: another hub's certificate, no hub that is configured, or what no hub says
+        again = not isinstance(error, DecodeError | KeyError | ValueError)
+        why, fix = (
+            text.line(str(error) or type(error).__name__),
+            "is the deployment up? docker compose ps, or scripts/demo",
+        )
+        raise (Unanswered if again else BouquetError)("HOST-08", did="does not answer", found=why, fix=fix) from None
 
 
 def refusal(call: str, status: int, body: bytes) -> BouquetError:
@@ -201,19 +206,12 @@ def log(number: str, after: float) -> Iterator[tuple[str, float]]:
     for LONGEST; who asks again with the last moment misses nothing. Errors: HOST-08, Unanswered where it is cut.
     """
     call, request = "stream-logs", control.StreamLogsRequest(run_id=int(number), after_timestamp=after)
-    try:
-        with answered(call, request.SerializeToString()) as answer:
-            if answer.status != 200:
-                raise refusal(call, answer.status, answer.read(text.LONGEST))
-            while size := answer.read(FRAME):
-                said = control.StreamLogsResponse.FromString(whole(answer, size))
-                yield said.log_output, said.latest_timestamp
-    except TimeoutError:
-        return
-    except (DecodeError, ValueError) as error:
-        raise silent(BouquetError, error) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise silent(Unanswered, error) from None
+    with named(), suppress(TimeoutError), answered(call, request.SerializeToString()) as answer:
+        if answer.status != 200:
+            raise refusal(call, answer.status, answer.read(text.LONGEST))
+        while size := answer.read(FRAME):
+            said = control.StreamLogsResponse.FromString(whole(answer, size))
+            yield said.log_output, said.latest_timestamp
 
 
 def whole(answer: http.client.HTTPResponse, size: bytes) -> bytes:
