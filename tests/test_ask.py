@@ -150,14 +150,16 @@ def test_of_a_runs_log_that_is_no_good_it_is_said_whether_to_ask_again(hub):
         framing.frame_message(control_pb2.StreamLogsResponse(log_output=text, latest_timestamp=1.0)) for text in "ab"
     )
 
-    def ends(body: bytes, status: int = 200) -> BouquetError:
+    def ends(body: bytes, status: int = 200, said: str = "") -> BouquetError:
         hub.body, hub.status, came = body, status, []
         with pytest.raises(BouquetError, match="HOST-08") as caught:
-            came += control.log("7", 0.0)
+            for piece in control.log("7", 0.0):
+                came.append(piece)
+        assert came == [(text, 1.0) for text in said]
         return caught.value
 
     for cut in (first + second[:-3], first + second[:2]):  # in a message, and in its size
-        assert (said := ends(cut)).found == "it was cut" and isinstance(said, control.Unanswered)
+        assert (why := ends(cut, said="a")).found == "it was cut" and isinstance(why, control.Unanswered)
     assert isinstance(ends(b"{}", 503), control.Unanswered)
     for wrong in (ends(b"\xff\xff\xff\xff" + bytes(99)), ends(b"\0\0\0\2\xff\xff")):
         assert not isinstance(wrong, control.Unanswered)

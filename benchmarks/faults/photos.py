@@ -25,6 +25,7 @@ from benchmarks.faults.bench import RUN, everybodys, pictures
 from benchmarks.faults.case import Case
 from benchmarks.faults.outcome import Outcome
 from bouquet import ROOT
+from bouquet.data import listing
 
 GOOD = 6  # good photos beside the bad one
 SECRET = "patient-0815.png"  # the bad file's name, which must not leave the site
@@ -107,8 +108,8 @@ def _trains(site: train.Site, usable: int, counts: dict[str, int]) -> list[str]:
 def _add(folder: Path, put: Callable[[Path], object]) -> None:
     data = pictures(folder / "data", GOOD, seed=5)
     put(data / SECRET)
-    with (data / "metadata.jsonl").open("a") as lines:
-        lines.write(f'{{"file_name": "{SECRET}", "text": "a flower"}}\n')
+    with (data / listing.LIST).open("a", encoding="utf-8") as lines:
+        lines.write(listing.line(SECRET, "a flower"))
     everybodys(data)
 
 

@@ -219,8 +219,9 @@ def federated(sites: Sequence[Any], config: Any, method: Method) -> tuple[Any, f
             averaging.into_base(net, averaging.stacked(replies, scales))
             return averaging.fresh(adapter, 1000 * config.seed + number)
         adapter = hub.aggregate(number, replies, adapter)
-        constant = number <= config.rounds - config.rounds / rate.LAST
-        return averaging.shrunk(adapter, DECAY) if method.averages == "shrunk" and constant else adapter
+        if method.averages == "shrunk" and number <= config.rounds - config.rounds / rate.LAST:
+            return averaging.shrunk(adapter, DECAY)
+        return adapter
 
     learned.federated(sites, config, average, lambda _, number: averaging.train_only(net, method.halves(number)))
     sent = [averaging.sent(start, method.halves(number)) for number in range(1, config.rounds + 1)]
