@@ -125,7 +125,7 @@ HEADLINES = {
     "WORTH-01": "These runs cannot be compared.",
     "WORTH-02": "The sites' columns do not fit each other.",
     "WORTH-03": "This adapter does not belong to these runs.",
-    "WORTH-04": "What this site trained alone may not leave it.",
+    "WORTH-04": "This may not leave the site.",
     "MEASURE-01": "This measure cannot be taken here.",
     "MEASURE-02": "The sites' figures cannot be read, or do not fit each other.",
     "AUDIT-01": "The audit log is not as it was written.",

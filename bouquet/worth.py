@@ -28,7 +28,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,17 @@ if TYPE_CHECKING:
 
 
 FORMER = {"learning_rate_schedule": "constant"}  # what runs did before they could say it
+# what may differ between runs that are alike: it leaves the adapter as it is
+APART = (
+    "seed",
+    "resume",
+    "keep_rounds",
+    "wait_for_sites",
+    "round_timeout",
+    "round_patience",
+    "round_retries",
+    "tracker",
+)
 
 
 @dataclass(frozen=True)
@@ -78,22 +89,28 @@ def measure_to_file(
 
 
 def alike(runs: list[Path]) -> list[RunConfig]:
-    """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and in
-    that alone.
+    """Each run's configuration, in the order of the runs. Errors: WORTH-01 unless they differ in their seed, and beside
+    that in nothing that makes another adapter; and where they began with a LoRA file, as nobody who trains alone does.
     """
     histories = [history.read(run / history.FILE) for run in runs]
     configs = [config_of(told, run) for told, run in zip(histories, runs, strict=True)]
-    same = {replace(config, seed=0) for config in configs}
-    bases = {told.base and told.base.fingerprint for told in histories}
-    whole = all(told.state == "finished" for told in histories)
-    if len(same) > 1 or len(bases) > 1 or len({config.seed for config in configs}) < len(configs) or not whole:
-        raise BouquetError(
-            "WORTH-01",
-            found=", ".join(
-                f"{run.name}: {h.state}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True)
-            ),
-            fix="give finished runs that are alike but for their seed: --run-config 'seed=43'",
-        )
+    tables = [asdict(config) for config in configs]
+    other = [key for key in tables[0] if key not in APART and len({table[key] for table in tables}) > 1]
+    if len({told.base and told.base.fingerprint for told in histories}) > 1:
+        other.append("base model's fingerprint")
+    found, fix = "", "give finished runs that are alike but for their seed: --run-config 'seed=43'"
+    if other:
+        found = f"; they have another {', '.join(name.replace('_', '-') for name in other)}"
+    elif begun := [run.name for run, told in zip(runs, histories, strict=True) if told.started_from]:
+        found = f"; {begun[0]} began with a LoRA file, from which nobody trains alone here"
+        fix = "compare runs without start-from"
+    if (
+        found
+        or len({config.seed for config in configs}) < len(configs)
+        or any(h.state != "finished" for h in histories)
+    ):
+        named = (f"{run.name}: {h.state}, seed {c.seed}" for run, h, c in zip(runs, histories, configs, strict=True))
+        raise BouquetError("WORTH-01", found=", ".join(named) + found, fix=fix)
     return configs
 
 
@@ -112,7 +129,7 @@ def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path,
     """
     from app import bases, families, model
     from app.adapter import sample, store
-    from app.site import train
+    from app.site import privacy, train
     from bouquet.adapter import alone as kept
     from bouquet.adapter import personal
 
@@ -135,6 +152,7 @@ def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path,
         # of whom nothing is sent here; who is held out is as in the run
         site = train.Site(config, models, data, cached, "", limits=limits, promise=promise)
         held_out.append(len(site.held_out.keys))
+        check_told(site, limits)
         fresh = model.new_adapter(base, config)
         if config.seed not in own:
             own[config.seed] = alone(site, fresh, name)
@@ -160,7 +178,23 @@ def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path,
         kept.write(more.alone, name, told, own, configs[0], families.of(base))
     numbers = [{who: tuple(values) for who, values in kind.items()} or None for kind in (loss, judged, theirs)]
     steps = configs[0].rounds * configs[0].local_steps
-    return Column(name, seeds, min(held_out), numbers[0] or {}, numbers[1], steps, numbers[2])
+    return Column(
+        name, seeds, min(held_out), numbers[0] or {}, numbers[1], steps, numbers[2],
+        digits=privacy.DIGITS if site.privacy.private else None, runs={str(seed): sha for seed, sha in told.items()},
+    )  # fmt: skip
+
+
+def check_told(site: Site, limits: Limits) -> None:
+    """Errors: WORTH-04 where the loss is one of fewer private photos than may be told. A run with a promise of privacy
+    holds out fewer, as it tells no loss.
+    """
+    held_out, least = len(site.held_out.keys), limits.private().floor("min-held-out")
+    if site.privacy.private and held_out < least:
+        raise BouquetError(
+            "WORTH-04",
+            found=f"this site held out {held_out} private photos in these runs, and a loss of fewer than {least} stays",
+            fix="compare at sites with more photos, or runs with a larger validation-fraction",
+        )
 
 
 def loss_of(site: Site, adapter: Adapter) -> float:
@@ -176,15 +210,16 @@ def pooled(site: Site, start: Adapter, folders: list[Path], models: Path) -> Ada
     from app.site import train
 
     with tempfile.TemporaryDirectory() as scratch:
-        aside = site.held_out.keys if site.privacy.private else ()
-        photos = together(folders, Path(scratch) / "photos", aside)
+        photos = together(folders, Path(scratch) / "photos", site.held_out.keys)
+        if site.config.prior_loss_weight:
+            with_classes(folders, photos)
         longer = replace(site.config, rounds=site.config.rounds * len(folders))
         return alone(train.Site(longer, models, photos, Path(scratch) / "cache", ""), start, "pooled")
 
 
 def measured_of(column: Column, picture: str = "") -> Measured:
     """A site's column as worth.json has it."""
-    return Measured(column.held_out, column.loss, column.judge, picture, column.others)
+    return Measured(column.held_out, column.loss, column.judge, picture, column.others, column.digits)
 
 
 def alone(site: Site, start: Adapter, name: str) -> Adapter:
@@ -201,11 +236,9 @@ def alone(site: Site, start: Adapter, name: str) -> Adapter:
 
 
 def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> Path:
-    """All photos and captions in one folder, but for those set aside by their keys.
-
-    Where photos are public one is held out by its bytes, so that the same ones are held out here; those that a site
-    with private photos has held out by its secret are set aside. Whoever may read this folder has all of it: no hub
-    asks about it.
+    """All photos and captions in one folder, but for those set aside by their keys. Where photos are public one is held
+    out by its bytes, so that what another site holds out is held out here. Whoever may read this folder has all of it:
+    no hub asks about it.
     """
     from app.site import privacy
     from app.site.photos import data
@@ -224,6 +257,16 @@ def together(folders: list[Path], target: Path, aside: Collection[str] = ()) -> 
     return target
 
 
+def with_classes(folders: list[Path], photos: Path) -> None:
+    """The class images of all that have some, in the folder of the pooled photos."""
+    from app.site import privacy
+    from app.site.photos import data
+    from app.site.photos.folders import CLASS
+
+    together([folder / CLASS for folder in folders if (folder / CLASS).is_dir()], photos / CLASS)
+    privacy.declare_public(photos, (*data.scan(photos).photos, *data.look(photos / CLASS).photos))
+
+
 def right(base: Path, adapter: Adapter | None, config: RunConfig, count: int) -> float:
     """The mean share, over all species, of pictures in which the demo's judge sees what was asked for."""
     from app.adapter import sample
@@ -234,15 +277,20 @@ def right(base: Path, adapter: Adapter | None, config: RunConfig, count: int) ->
 
 
 def collect(run: Path, files: list[Path]) -> Path:
-    """worth.json in the run's folder. Errors: WORTH-02 unless the columns have the same seeds and steps, REPORT-04."""
+    """worth.json in the run's folder. Errors: WORTH-02 unless the columns have the same seeds, steps and runs, of which
+    RUN is one; REPORT-04.
+    """
     columns = [comparison.read_column(file) for file in files]
     alike = {(column.seeds, column.steps) for column in columns}
     if len(alike) > 1 or len({column.site for column in columns}) < len(columns):
-        raise BouquetError(
-            "WORTH-02",
-            found=", ".join(f"{c.site}: seeds {list(c.seeds)}, {c.steps} steps" for c in columns),
-            fix="let every site measure the same runs once: bouquet worth measure",
-        )
+        raise unfit(", ".join(f"{c.site}: seeds {list(c.seeds)}, {c.steps} steps" for c in columns))
+    measured = [column for column in columns if column.runs]
+    final = history.read_provenance(run / "final" / history.PROVENANCE).adapter_sha256 if measured else ""
+    for column in measured:
+        if column.runs != measured[0].runs:
+            raise unfit(f"{column.site} has measured other runs than {measured[0].site}, of the same seeds")
+        if final and final not in (column.runs or {}).values():
+            raise unfit(f"{column.site} has measured runs of which {run.name} is none")
     sites = {}
     for file, column in zip(files, columns, strict=True):
         shown = file.with_suffix(".png")
@@ -250,8 +298,11 @@ def collect(run: Path, files: list[Path]) -> Path:
         pictures.unpacked(picture)
         sites[column.site] = measured_of(column, picture)
     told = comparison.check(Worth(columns[0].seeds, sites, run.resolve().name, columns[0].steps))
-    target = run / comparison.FILE
-    comparison.write(target, told)
-    for found in worth.verdicts(told):
-        print(f"{found.site}  {found.sentence}")
+    sentences = [f"{found.site}  {found.sentence}" for found in worth.verdicts(told)]
+    comparison.write(target := run / comparison.FILE, told)
+    print(*sentences, sep="\n")
     return target
+
+
+def unfit(found: str) -> BouquetError:
+    return BouquetError("WORTH-02", found=found, fix="let every site measure the same runs once: bouquet worth measure")

@@ -62,6 +62,12 @@ def test_a_site_alone_takes_the_runs_steps_and_pooled_all_steps_both_sites_on_th
     assert {*pooled.held_out.keys} == {key for site in sites for key in site.held_out.keys}
 
 
+@pytest.mark.parametrize("strategy", ["alternate", "fedadam"])
+def test_who_trains_by_itself_leaves_no_half_to_others_and_asks_no_servers_optimiser(comparison, strategy):
+    run = replace(comparison.config, strategy=strategy)
+    assert tiny.equal(replace(comparison, config=run).train("site 1 alone", 42), comparison.train("site 1 alone", 42))
+
+
 def test_a_contender_with_class_images_has_those_that_the_base_model_draws_once_beside_the_same_photos(
     comparison, monkeypatch
 ):

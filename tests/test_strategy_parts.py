@@ -245,6 +245,25 @@ def test_updates_of_a_half_are_measured_by_those_of_the_same_half(tmp_path, monk
     assert [entry.reason[:10] for entry in one.attempt(5, {}, 0)[1]] == ["ADAPTER-04"] * 2
 
 
+def test_while_the_rate_rises_from_0_no_round_is_measured_by_the_shorter_updates_before(tmp_path, monkeypatch):
+    """Of one step a round and five of warm-up the first is none at all, and the second endlessly longer; round 6 is
+    measured by nothing, and 7 by that.
+    """
+    federation = Federation(tmp_path)
+    config = federation.config(local_steps=1, warmup_steps=5)
+    one, lengths = Exchange(federation.grid, config, "", tmp_path), [0.0, 0.01, 0.1, 0.2, 0.4, 1.0]
+
+    def send(kind, number, adapter, attempt):
+        return [guard.Reply(site, {}, 1, {}, lengths[number - 1]) for site in "ab"], []
+
+    monkeypatch.setattr(one, "send", send)
+    for number in range(1, 7):
+        kept, refused = one.round(number, {})
+        assert len(kept) == 2 and not refused
+    lengths.append(6.0)
+    assert [entry.reason[:10] for entry in one.attempt(7, {}, 0)[1]] == ["ADAPTER-04"] * 2
+
+
 # --- a site of a lower rank -------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ worth.json.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from app.adapter import formats, sample
 from app.errors import BouquetError
 from app.families import sd
 from app.hub import history
-from app.site import train
+from app.site import budget, privacy, train
+from app.site.photos import data
 from bouquet import ROOT, worth
 from bouquet.report import pictures
 from bouquet.report.page import page
@@ -29,7 +31,9 @@ def run_of(root: Path, seed: int, **changes) -> Path:
     """A finished run of the tiny base, with an adapter of random numbers."""
     config = tiny.config(seed=seed, **changes)
     folder = root / f"run-{seed}"
-    formats.write_final(folder, tiny.adapter(seed, tiny.CONFIG), config, sd.FAMILY)
+    adapter = tiny.adapter(seed, tiny.CONFIG)
+    provenance = history.Provenance(str(seed), adapter_sha256=model.adapter_hash(adapter))
+    formats.write_final(folder, adapter, config, sd.FAMILY, provenance)
     told = {
         "run": str(seed),
         "state": "finished",
@@ -105,7 +109,7 @@ def test_who_trains_alone_trains_both_halves_where_the_run_took_turns(column, si
 
 
 def test_a_column_holds_numbers_and_the_sites_name_alone(column):
-    assert set(column) == {"site", "seeds", "steps", "held_out", "loss", "version"} and column["site"] == "rose"
+    assert set(column) == {"site", "seeds", "steps", "held_out", "loss", "runs", "version"} and column["site"] == "rose"
     assert all(type(value) is float for values in column["loss"].values() for value in values)
 
 
@@ -116,6 +120,54 @@ def test_pooled_photos_hold_out_what_the_site_holds_out(site, tmp_path):
     pooled = train.Site(tiny.CONFIG, tiny.models(), folder, tmp_path / "two", "")
     assert len(pooled.train.keys) + len(pooled.held_out.keys) == 24
     assert set(alone.held_out.keys) <= set(pooled.held_out.keys)
+
+
+def test_a_photo_that_the_site_holds_out_as_the_nearest_is_not_learned_in_the_pool(tmp_path, monkeypatch):
+    """Of this folder's two photos neither is held out by its bytes alone, so it holds out the nearest; a pool with many
+    more would train on it.
+    """
+    small, other = tiny.site(tmp_path / "small", 2, seed=3), tiny.site(tmp_path / "other", 30, seed=5)
+    config = replace(tiny.CONFIG, validation_fraction=0.1, batch_size=1)
+    site = train.Site(config, tiny.models(), small, tmp_path / "one", "")
+    assert not set(site.held_out.keys) <= set(
+        train.Site(
+            config, tiny.models(), worth.together([small, other], tmp_path / "p"), tmp_path / "two", ""
+        ).held_out.keys
+    )
+    learned = []
+    monkeypatch.setattr(worth, "alone", lambda pool, *_: learned.extend(pool.train.keys))
+    worth.pooled(site, {}, [small, other], tiny.models())
+    assert len(learned) > 25 and not set(site.held_out.keys) & set(learned)
+
+
+def test_who_pools_photos_pools_the_class_images_that_the_run_asks_for(tmp_path, monkeypatch):
+    """Seven pictures of one site's and five of the other's; the third has none."""
+    folders = [tiny.site(tmp_path / name, 8, seed=number) for number, name in enumerate("abc")]
+    for folder, count in zip(folders, (7, 5), strict=False):
+        tiny.site(folder / "class-images", count, seed=50 + count)
+        everybodys = (*data.look(folder).photos, *data.look(folder / "class-images").photos)
+        privacy.declare_public(folder, everybodys)
+    seen = []
+    monkeypatch.setattr(worth, "alone", lambda pool, *_: seen.extend(pool.prior.keys))
+    site = train.Site(tiny.config(prior_loss_weight=1.0), tiny.models(), folders[0], tmp_path / "one", "")
+    worth.pooled(site, {}, folders, tiny.models())
+    assert len(seen) == 12 and set(site.prior.keys) < set(seen)
+
+
+def test_a_run_that_went_on_is_compared_with_one_that_was_never_cut_off(tmp_path):
+    """As is one that was waited for longer: neither changes the adapter."""
+    runs = [run_of(tmp_path, 1), run_of(tmp_path, 2, resume="1"), run_of(tmp_path, 3, round_timeout=99)]
+    assert [config.seed for config in worth.alike(runs)] == [1, 2, 3]
+
+
+def test_a_run_that_began_with_a_file_is_compared_with_nobody(tmp_path):
+    run = run_of(tmp_path, 1, start_from="began.safetensors")
+    told = json.loads((run / "history.json").read_text())
+    told["started_from"] = {"file": "began.safetensors", "sha256": "ab", "adapter": "cd"}
+    (run / "history.json").write_text(json.dumps(told))
+    with pytest.raises(BouquetError, match="WORTH-01") as refused:
+        worth.alike([run])
+    assert "run-1 began with a LoRA file" in refused.value.found and "start-from" in refused.value.fix
 
 
 @pytest.mark.parametrize("spoil", ["the same seed", "other steps", "not finished"])
@@ -130,6 +182,62 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, spoil):
     with pytest.raises(BouquetError, match="WORTH-01") as refused:
         worth.alike([one, other])
     assert "run-1: finished, seed 1" in refused.value.found
+    assert ("another local-steps" in refused.value.found) == (spoil == "other steps")
+
+
+@pytest.mark.parametrize("whose", ["the other site's", "the hub's"])
+def test_columns_of_other_runs_with_the_same_seeds_are_refused(tmp_path, column, runs, whose):
+    other = column["runs"] | {"2": "0" * 64} if whose == "the other site's" else {"1": "0" * 64, "2": "1" * 64}
+    mine = column["runs"] if whose == "the other site's" else other
+    for name, measured in (("rose", mine), ("lily", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(column | {"site": name, "runs": measured}))
+    with pytest.raises(BouquetError, match="WORTH-02") as refused:
+        worth.collect(runs[0], [tmp_path / "rose.json", tmp_path / "lily.json"])
+    assert refused.value.found == (
+        "lily has measured other runs than rose, of the same seeds"
+        if whose == "the other site's"
+        else "rose has measured runs of which run-1 is none"
+    )
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"loss": {"alone": [1e-310] * 2, "federated": [1.0, 1.0]}},
+        {"loss": {"alone": [1e11] * 2, "federated": [1.0, 1.0]}},
+        {"judge": {"alone": [-0.1, 0.5], "federated": [0.5, 0.5]}},
+        {"judge": {"alone": [0.5, 0.5], "federated": [1.1, 0.5]}},
+    ],
+)
+def test_a_column_of_numbers_that_nothing_measures_is_refused_and_leaves_no_file(tmp_path, column, numbers):
+    run = run_of(tmp_path, 1)
+    (tmp_path / "rose.json").write_text(json.dumps({**column, "runs": None, **numbers}))
+    with pytest.raises(BouquetError, match="REPORT-04"):
+        worth.collect(run, [tmp_path / "rose.json"])
+    assert not (run / "worth.json").exists()
+
+
+def test_a_site_with_private_photos_says_that_its_losses_are_rounded(tmp_path):
+    folder, cached = tiny.site(tmp_path / "data", 40, public=False), tmp_path / "cache"
+    train.Site(tiny.config(local_steps=4), tiny.models(), folder, cached, "", secret=privacy.Secret.MADE)
+    run = run_of(tmp_path, 1, local_steps=4)
+    found = worth.measure("rose", folder, [run], tiny.models(), cached, worth.More())
+    assert found.digits == 3 and all(len(f"{v:.9g}") <= 5 for values in found.loss.values() for v in values)
+
+
+def test_a_loss_of_fewer_private_photos_than_the_floor_stays_where_a_promise_lets_a_run_hold_out_one(
+    tmp_path, monkeypatch
+):
+    folder, cached = tiny.site(tmp_path / "data", 14, public=False), tmp_path / "cache"
+    monkeypatch.setenv("SITE_PRIVACY", "epsilon=8")
+    promise = budget.of(os.environ, cached)
+    how = {"validation_fraction": 0.1, "local_steps": 4}
+    train.Site(tiny.config(**how), tiny.models(), folder, cached, "", secret=privacy.Secret.MADE, promise=promise)
+    runs = [run_of(tmp_path, 1, **how)]
+    monkeypatch.setattr(worth, "alone", None)  # before anything is trained
+    with pytest.raises(BouquetError, match="WORTH-04") as refused:
+        worth.measure("rose", folder, runs[:1], tiny.models(), cached, worth.More())
+    assert "a loss of fewer than 8 stays" in refused.value.found
 
 
 def test_columns_of_other_seeds_are_refused(tmp_path, column, runs):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,29 @@ def test_one_seed_cannot_tell_a_tie_from_a_gain_on_either_half():
 )
 def test_a_tie_is_an_interval_around_none_that_ends_below_one_per_cent(mean, half, answer):
     assert worth.answer(mean, half) == answer
+
+
+def test_what_rounding_may_hide_is_in_the_interval():
+    """0.100 may be 0.0995 or 0.1005, and 0.101 may be 0.1005 or 0.1015: 1 % higher, and off by
+    (0.0005 + 0.0005 · 1.01) / 0.1 = 1.005 %. Of three seeds that are alike the seeds alone would say that it is sure.
+    """
+    loss = {"alone": (0.1,) * 3, "federated": (0.101,) * 3}
+    as_it_is, rounded = (
+        worth.verdict("rose", {"rose": comparison.Measured(20, loss, digits=digits)}) for digits in (None, 3)
+    )
+    assert as_it_is.answer == "no" and as_it_is.halves[0].band == pytest.approx(0, abs=1e-9)
+    assert rounded.answer == "not shown" and rounded.halves[0].band == pytest.approx(0.01005)
+
+
+def test_in_the_pile_of_others_each_sites_rounding_counts_by_its_photos():
+    """Lily's 60 are rounded: alone by 0.0005 of 0.3, federated as much, and fern's 20 are not: of the pile three
+    quarters of that. 0.35 alone, and 0.2975, 0.3025, 0.3075: (0.000375 + 0.000375 · f / 0.35) / 0.35 is 0.1997 % on
+    average.
+    """
+    told = sites()
+    plain = worth.verdict("rose", told).halves[1].band
+    told["lily"] = replace(told["lily"], digits=3)
+    assert worth.verdict("rose", told).halves[1].band - plain == pytest.approx(0.0019974, abs=1e-6)
 
 
 def test_halves_become_one_answer():

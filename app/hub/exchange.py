@@ -56,9 +56,7 @@ class Exchange(Sites):
             all_refused += refused
             if len(kept) >= self.config.min_sites:
                 self.took.append(time.monotonic() - start)
-                # of the last three rounds
-                half = lora.half(self.config, number)
-                self.norms[half] = (self.norms.get(half, []) + [reply.pace for reply in kept])[-3 * len(kept) :]
+                self.remember(number, kept)
                 return kept, all_refused
             if refused and all(entry.reason.startswith("TRUST-01") for entry in refused):
                 break  # an unsigned bundle stays unsigned
@@ -67,6 +65,14 @@ class Exchange(Sites):
             if attempt < self.config.round_retries:
                 print(f"bouquet: round {number} again  {len(kept)} of {self.config.min_sites} needed", flush=True)
         raise self._too_few(number, len(kept), refused)
+
+    def remember(self, number: int, kept: list[guard.Reply]) -> None:
+        """How long a round's updates were, of the last three: what the next ones are measured by. Not while the rate
+        still rises from 0, where each round's are longer than those of the one before.
+        """
+        if number * self.config.local_steps > self.config.warmup_steps:
+            half = lora.half(self.config, number)
+            self.norms[half] = (self.norms.get(half, []) + [reply.pace for reply in kept])[-3 * len(kept) :]
 
     def attempt(self, number: int, adapter: model.Adapter, attempt: int) -> tuple[list[guard.Reply], list[Refused]]:
         """One try of a round: the replies that hold."""

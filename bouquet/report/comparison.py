@@ -20,6 +20,7 @@ from app.records import entry
 VERSION = 2
 FILE = "worth.json"
 LARGE = 2**26  # characters of a text that may be a picture
+LEAST, MOST = 1e-6, 1e6  # of a loss
 CONTENDERS = ("base", "alone", "federated", "personal", "pooled")
 Numbers = dict[str, tuple[float, ...]]  # a number a seed: by contender, or by site
 Kind = TypeVar("Kind", "Worth", "Column")
@@ -36,6 +37,7 @@ class Measured:
     others: Numbers | None = entry(
         "loss on the same photos of what another site trained alone, by its name", default=None
     )
+    digits: int | None = entry("significant digits that the losses were rounded to, if they were", default=None)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Column:
     judge: Numbers | None = entry("as in worth.json", default=None)
     steps: int | None = entry("of each training at one site", "steps", default=None)
     others: Numbers | None = entry("as in worth.json", default=None)
+    digits: int | None = entry("as in worth.json", default=None)
+    runs: dict[str, str] | None = entry("SHA-256 of each run's final adapter, by seed", default=None)
     version: int = entry("of this format", default=VERSION)
 
 
@@ -81,8 +85,8 @@ def write(path: Path, record: Worth | Column) -> None:
 
 
 def check(worth: Worth) -> Worth:
-    """The same. Errors: REPORT-04 unless every site has as many finite numbers as there are seeds, alone and federated
-    at least.
+    """The same. Errors: REPORT-04 unless every site has as many numbers as there are seeds, alone and federated at
+    least, and each is what a loss or a share may be.
     """
     fits = (_fits(each, len(worth.seeds)) for each in worth.sites.values())
     if worth.seeds and all(fits):
@@ -96,13 +100,13 @@ def _fits(measured: Measured, count: int) -> bool:
     if not all({"alone", "federated"} <= numbers.keys() <= set(CONTENDERS) for numbers in kinds):
         return False
     for numbers in (*kinds, others):
+        least, most = (0.0, 1.0) if numbers is measured.judge else (LEAST, MOST)
         for name, values in numbers.items():
             if len(values) != count and not (name == "base" and len(values) == 1 and numbers is not others):
                 return False
-            if not all(abs(value) < text.LARGEST for value in values):  # as what is no number is read (text.tidy)
+            if not all(least <= value <= most for value in values):
                 return False
-    losses = (*measured.loss.values(), *others.values())
-    return measured.held_out > 0 and all(value > 0 for values in losses for value in values)
+    return measured.held_out > 0 and (measured.digits is None or 0 < measured.digits < 20)
 
 
 def _read(kind: type[Kind], path: Path) -> Kind:

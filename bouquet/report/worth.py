@@ -44,7 +44,7 @@ class Half:
     photos: int
     seeds: int
     gain: float
-    band: float | None  # half the width of its 95 % interval: what seeds alone do; None with one seed
+    band: float | None  # half the width of its 95 % interval: what seeds, and rounding, do; None with one seed
     answer: str
 
     @property
@@ -104,40 +104,67 @@ def best_without(values: Mapping[str, Sequence[float]], less_is_better: bool) ->
     return (min if less_is_better else max)(means, key=lambda name: means[name])
 
 
-def elsewhere(site: str, sites: Mapping[str, Measured]) -> tuple[int, Numbers] | None:
-    """(photos, loss by contender) of a site on what the others held out, those of them that have evaluated what it
-    trained alone; a photo counts as much as any other. None where nobody has.
+@dataclass(frozen=True)
+class Pile:
+    """Photos, each contender's loss on them by seed, and by how much that may be off, as it was rounded."""
+
+    photos: int
+    loss: Numbers
+    off: Numbers
+
+    @classmethod
+    def of(cls, measured: Measured, loss: Numbers) -> Pile:
+        off = {who: tuple(_rounding(value, measured.digits) for value in values) for who, values in loss.items()}
+        return cls(measured.held_out, loss, off)
+
+
+def elsewhere(site: str, sites: Mapping[str, Measured]) -> Pile | None:
+    """What the others held out, those of them that have evaluated what this site trained alone, as one pile: a photo
+    counts as much as any other. None where nobody has.
     """
     there = [found for name, found in sites.items() if name != site and found.others and site in found.others]
     if not there:
         return None
-    tables = [_whole(found) | {"alone": (found.others or {})[site]} for found in there]
-    total = sum(found.held_out for found in there)
+    piles = [Pile.of(found, _whole(found) | {"alone": (found.others or {})[site]}) for found in there]
+    total = sum(pile.photos for pile in piles)
+    everywhere = [who for who in CONTENDERS if who != "personal" and all(who in pile.loss for pile in piles)]
 
-    def mean(who: str) -> tuple[float, ...]:
-        by_seed = zip(*(table[who] for table in tables), strict=True)
-        return tuple(sum(f.held_out * v for f, v in zip(there, row, strict=True)) / total for row in by_seed)
+    def mean(tables: Sequence[Numbers]) -> Numbers:
+        by_seed = {who: zip(*(table[who] for table in tables), strict=True) for who in everywhere}
+        return {
+            who: tuple(sum(p.photos * v for p, v in zip(piles, row, strict=True)) / total for row in rows)
+            for who, rows in by_seed.items()
+        }
 
-    return total, {who: mean(who) for who in CONTENDERS if who != "personal" and all(who in table for table in tables)}
+    return Pile(total, mean([pile.loss for pile in piles]), mean([pile.off for pile in piles]))
 
 
 def halves(site: str, sites: Mapping[str, Measured]) -> tuple[Half, ...]:
     """What was measured of a site: the federated adapter and pooling on both halves, the personal one on its own."""
     own, far = sites[site], elsewhere(site, sites)
-    found = [(OWN, own.held_out, _whole(own))] + ([(OTHERS, *far)] if far else [])
+    found = [(OWN, Pile.of(own, _whole(own)))] + ([(OTHERS, far)] if far else [])
     return tuple(
-        _half(who, where, photos, loss)
+        _half(who, where, pile)
         for who in ("federated", "personal", "pooled")
-        for where, photos, loss in found
-        if who in loss
+        for where, pile in found
+        if who in pile.loss
     )
 
 
-def _half(who: str, where: str, photos: int, loss: Numbers) -> Half:
-    rival = best_without(loss, less_is_better=True)
-    gains = [(old - new) / old for old, new in zip(loss[rival], loss[who], strict=True)]
-    gain, band = interval(gains)
-    return Half(who, where, rival, photos, len(gains), gain, band, answer(gain, band))
+def _half(who: str, where: str, pile: Pile) -> Half:
+    """Its interval is that of the seeds, and by as much wider as the rounding of both losses may hide."""
+    rival = best_without(pile.loss, less_is_better=True)
+    pairs = list(zip(pile.loss[rival], pile.loss[who], strict=True))
+    gain, band = interval([(old - new) / old for old, new in pairs])
+    if band is not None:
+        off = zip(pairs, pile.off[rival], pile.off[who], strict=True)
+        band += statistics.fmean((of_new + of_old * new / old) / old for (old, new), of_old, of_new in off)
+    return Half(who, where, rival, pile.photos, len(pairs), gain, band, answer(gain, band))
+
+
+def _rounding(value: float, digits: int | None) -> float:
+    """By how much a number may have been changed that was rounded to so many significant digits."""
+    return 0.5 * 10.0 ** (math.floor(math.log10(value)) - digits + 1) if digits else 0.0
 
 
 def verdict(site: str, sites: Mapping[str, Measured]) -> Verdict:

@@ -128,6 +128,8 @@ class Comparison:
 
     def train(self, contender: str, seed: int) -> model.Adapter:
         config, folders = self.told(contender, seed), self.folders
+        if not contender.startswith(FEDERATED):  # a reply is the next adapter, and has no half to leave to others
+            config = replace(config, strategy="fedavg")
         if contender.startswith("site"):
             folders = [folders[int(contender.split()[1]) - 1]]
         if contender in PERSONAL:
@@ -282,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configs = worth.alike(asked.run)
     seeds = list(dict.fromkeys([config.seed for config in configs] + asked.seeds))
     config = replace(configs[0], seed=0)
-    same = json.dumps([asdict(config), asked.count, [str(run.resolve()) for run in asked.run]])
+    used = [str(path.resolve()) for path in (*asked.run, asked.data, asked.models)]
+    same = json.dumps([asdict(config), asked.count, used])
     work = asked.work / hashlib.sha256(same.encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     runs = {config.seed: run for config, run in zip(configs, asked.run, strict=True)}
