@@ -44,7 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu-peak-mib": (0, 1e8),
     "gpu-utilisation": (0, 100),
     "gpu-joules": (0, 1e12),
-    "dp-epsilon": (0, 1e9),  # spent by the site on all that it has sent, in all runs; of one photo
+    "dp-epsilon": (0, 1e9),  # of one photo, spent on all that the site has sent under its promise, in all runs
     "dp-delta": (0, 1),
     "dp-noise": (0, 1e6),  # of this round, in units of the clip
     "captions-cut": (0, 10**9),  # captions of which the base model reads only the beginning

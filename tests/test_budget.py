@@ -156,6 +156,17 @@ def test_a_promise_that_is_taken_away_has_to_be_taken_away_in_words(tmp_path):
     assert budget.of({"SITE_PRIVACY": "epsilon=8"}, tmp_path) == EIGHT
 
 
+def test_a_promise_is_not_forgotten_where_the_journal_alone_knows_of_its_payments(tmp_path):
+    journal.deed(tmp_path, "approved", run="7")
+    assert budget.of({}, tmp_path) is None
+    budget.spend(tmp_path, EIGHT, TERMS, RUN, "7", 1)
+    (tmp_path / budget.FILE).unlink()
+    with pytest.raises(SiteError, match="TRUST-16") as caught:
+        budget.of({}, tmp_path)
+    assert str(tmp_path / journal.FILE) in caught.value.found
+    assert budget.of({"SITE_PRIVACY": "off"}, tmp_path) is None
+
+
 def test_a_run_may_ask_for_more_noise_and_never_for_less():
     def terms(noise: float) -> Terms:
         return EIGHT.terms(replace(RUN, dp_noise=noise), 200)
@@ -494,6 +505,33 @@ def test_a_person_asks_by_one_command_and_the_check_before_joining_fails_where_a
     assert refused.state == "fail" and refused.text.startswith("TRUST-15")
     monkeypatch.setenv("SITE_PRIVACY", "epsilon=9 noise")
     assert cli.main(["site", "privacy"]) == 1 and "TRUST-16" in capsys.readouterr().err
+
+
+def test_rounds_that_left_without_noise_are_counted_beside_what_is_spent(tmp_path):
+    """Two before the promise; of the one under it, asked for twice, one answer; one while it was off; none measured."""
+    folder, cached = tiny.site(tmp_path / "data", 60), tmp_path / "cache"
+    config = tiny.config(rounds=1, local_steps=10, batch_size=8)
+
+    def said() -> list[str]:
+        return [line for line in cost.told(budget.Promise(20.0), config, folder, cached, Limits(), tiny.models())
+                if line.startswith("before")]  # fmt: skip
+
+    assert said() == []
+    cached.mkdir(exist_ok=True)
+    for number in (1, 2):
+        journal.note(cached, run="6", round=number, images=54, applied="a", sent="b")
+    assert "beside that 2 rounds left without noise" in budget.outlook(cached, EIGHT, RUN)
+    for _ in range(2):
+        budget.spend(cached, budget.Promise(20.0), TERMS, RUN, "7", 1)
+    journal.note(cached, run="7", round=1, images=54, applied="a", sent="b")
+    assert budget.without_noise(cached) == 2
+    journal.note(cached, run="8", round=1, images=54, applied="a", sent="b")
+    journal.note(cached, run="8", round=2, images=54, applied="a", sent="")  # measured alone
+    assert said() == [
+        "before    3 rounds left without noise, before this promise or while it was off: neither the promise nor what"
+        " is spent is about them"
+    ]
+    assert budget.outlook(cached, EIGHT, RUN).endswith(" by the run's end; beside that 3 rounds left without noise")
 
 
 def test_who_decides_on_a_run_reads_what_it_would_cost(tmp_path):

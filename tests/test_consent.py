@@ -74,6 +74,41 @@ def test_same_approves_what_equals_an_approved_run_but_for_seed_and_resume(tmp_p
         assert answer(tmp_path, "same", asked(tmp_path, str(9 + number), **other)) == "TRUST-11"
 
 
+ODD = ("une fleur\u00a0: rouge", "赤い花\u3000背景", "foto\u00ad", "\U0001f468\u200d\U0001f469", "e\ue000")
+
+
+@pytest.mark.parametrize("prompts", ODD)
+@pytest.mark.parametrize("how", ["ask", "same"])
+def test_a_decision_holds_for_a_run_whose_texts_have_characters_that_are_not_printed(prompts, how, tmp_path):
+    config = RunConfig.read({"sample-prompts": prompts, "trigger-word": "a\u00a0b"})
+    for run, state, code in (("7", consent.APPROVED, ""), ("8", consent.DECLINED, "TRUST-12")):
+        what = {"run": run, "config": replace(config, rounds=int(run))}
+        assert answer(tmp_path, how, asked(tmp_path, **what)) == "TRUST-11"
+        consent.decide(tmp_path, consent.find(tmp_path, run), state)
+        assert [answer(tmp_path, how, asked(tmp_path, **what)) for _ in range(3)] == [code] * 3
+    assert deeds(tmp_path) == ["asked", "approved", "asked", "declined"]
+    assert answer(tmp_path, "same", asked(tmp_path, "9", replace(config, rounds=7, seed=43))) == ""
+
+
+def test_texts_that_look_alike_once_they_are_read_back_are_not_the_same_run(tmp_path):
+    """A soft hyphen and a joiner both come back as �."""
+    one, other = (RunConfig.read({"trigger-word": f"foto{character}"}) for character in "\u00ad\u200d")
+    answer(tmp_path, "ask", asked(tmp_path, config=one))
+    consent.decide(tmp_path, consent.find(tmp_path, "7"), consent.APPROVED)
+    assert answer(tmp_path, "same", asked(tmp_path, "8", other)) == "TRUST-11"
+    assert answer(tmp_path, "ask", asked(tmp_path, config=other)) == "TRUST-11"
+
+
+def test_a_decision_of_before_hashes_were_kept_goes_on_to_hold(tmp_path):
+    file = tmp_path / consent.FOLDER / "7.json"
+    consent.write(tmp_path, replace(asked(tmp_path), state=consent.APPROVED, decided=1.0))
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in told.items() if not key.endswith("_sha256")}))
+    assert answer(tmp_path, "ask", asked(tmp_path)) == ""
+    assert answer(tmp_path, "same", asked(tmp_path, "8", replace(RUN, seed=43))) == ""
+    assert consent.find(tmp_path, "8").like == "7"
+
+
 def test_same_follows_the_newest_decision_on_such_a_run(tmp_path):
     for number, state in enumerate((consent.APPROVED, consent.DECLINED)):
         consent.write(tmp_path, replace(asked(tmp_path, str(number)), state=state, decided=float(number)))
@@ -101,17 +136,52 @@ def test_the_operator_reads_in_plain_words_what_a_run_asks_for(tmp_path):
     told = consent.words(replace(asked(tmp_path), since=1_795_000_000.0))
     assert told == [
         "run 7  waits for your decision since 2026-11-18 11:06 UTC",
-        "  base model  mini, fingerprint cdcdcdcdcdcd",
+        '  base model  "mini", fingerprint cdcdcdcdcdcd',
         "  code        bundle abababababab, signed by fpk_1",
-        "  training    2 rounds of 60 steps, 16 images a step, at 64 pixels, an adapter of rank 16",
+        "  training    2 rounds of 30 steps, 16 images a step, at 64 pixels, an adapter of rank 16",
         "  also        learning-rate=0.01",
         "  limits      SITE_LIMITS: max-rounds=8; where photos are private also min-held-out 8, min-photos 8,"
         " min-step-images 4, min-local-steps 4, max-runs-a-week 50, max-messages-a-week 2000, unless that says"
         " otherwise",
-        "  leaves      after each round the adapter (fp32) and rounded numbers: losses, counts, seconds, GPU figures;"
-        " your site's and GPU's name, error codes",
+        "  leaves      after each round the adapter (fp32): the hub sees this site's own; rounded numbers: losses,"
+        " counts, seconds, GPU figures; your site's and GPU's name, error codes",
         "  stays       photos, captions, file names, your site's secret, this decision's file and the journal",
     ]
+
+
+def also(tmp_path: Path, **values) -> str:
+    return consent.words(asked(tmp_path, config=RunConfig.read({k.replace("_", "-"): v for k, v in values.items()})))[4]
+
+
+def test_a_text_of_a_run_is_quoted_so_that_it_passes_for_no_other_setting(tmp_path):
+    evil = 'petals, secrecy=masks, dp-noise=4", dp-noise="4'
+    assert also(tmp_path, trigger_word=evil) == (
+        r'  also        trigger-word="petals, secrecy=masks, dp-noise=4\", dp-noise=\"4"'
+    )
+    assert also(tmp_path, trigger_word="un\u202epetal", sites="été,b") == (
+        '  also        trigger-word="un�petal", sites="été,b"'
+    )
+    config = RunConfig.read({"base-model": "mini, fingerprint 00"})
+    assert consent.words(asked(tmp_path, config=config))[1] == (
+        '  base model  "mini, fingerprint 00", fingerprint cdcdcdcdcdcd'
+    )
+
+
+def test_no_text_of_a_run_is_so_long_that_a_number_is_cut_off(tmp_path):
+    assert also(tmp_path, sample_prompts="|" * 9000, sites="a,b" + " " * 3997, sample_steps=7, dp_noise=2.0).startswith(
+        "  also        dp-noise=2.0, sample-steps=7, sites="
+    )
+
+
+def test_whether_the_hub_sees_a_sites_own_adapter_is_said_of_every_run(tmp_path):
+    masks = RunConfig.read({"secrecy": "masks", "min-sites": 3, "norm-bound": 0.0})
+    for config, seen in (
+        (RUN, "the hub sees this site's own"),
+        (masks, "the hub sees only its sum with other sites' (secrecy=masks)"),
+    ):
+        assert consent.words(asked(tmp_path, config=config))[6].startswith(
+            f"  leaves      after each round the adapter (fp32): {seen}; rounded numbers: losses"
+        )
 
 
 def test_nothing_that_a_hub_writes_into_a_run_moves_the_cursor(tmp_path):

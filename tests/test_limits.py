@@ -8,10 +8,10 @@ import pytest
 
 from app.config import RunConfig
 from app.errors import ConfigError, SiteError
-from app.site.limits import MODELS, NUMBERS, OWN, PRIVATE, WEEK, Limits
+from app.site.limits import MODELS, NUMBERS, OWN, PRIVATE, WEEK, Limits, check_turn
 from bouquet import ROOT
 
-RUN = RunConfig(rounds=8, batch_size=16)  # base-model mini, local-steps 60, learning-rate 0.003, lora-rank 16
+RUN = RunConfig(rounds=8, local_steps=60, batch_size=16)  # base-model mini, learning-rate 0.003, lora-rank 16
 RULES = Limits().private()
 
 
@@ -53,6 +53,24 @@ def test_a_run_outside_is_refused_by_the_keys_name_and_the_limit_stays_at_the_si
     refused = refusal("TRUST-03", Limits.read(limits), "check", RUN)
     assert str(refused) == f"TRUST-03  The run's '{name}' is not within what this site allows."
     assert any(limit in refused.report() for limit in limits.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "attempt", "training", "taken"),
+    [
+        (1, 0, True, True), (2, 1, True, True), (3, 0, True, False), (3, 0, False, True), (4, 0, False, False),
+        (0, 0, True, False), (9999, 0, True, False), (1, 2, True, False), (1, -1, True, False),
+    ],
+)  # fmt: skip
+def test_a_message_is_of_a_round_and_a_try_that_the_run_has_and_of_one_more_for_the_last_evaluation(
+    number, attempt, training, taken
+):
+    run = RunConfig(rounds=2, round_retries=1)
+    if taken:
+        return check_turn(run, number, attempt, training=training)
+    with pytest.raises(SiteError, match="TRUST-03") as refused:
+        check_turn(run, number, attempt, training=training)
+    assert refused.value.found == f"round {number}, try {attempt + 1}; the run has 2 rounds of 2 tries"
 
 
 @pytest.mark.parametrize(

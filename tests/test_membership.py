@@ -19,7 +19,7 @@ from app.config import RunConfig
 from app.errors import BouquetError, SiteError
 from app.families.noise import Betas, Flow
 from app.hub.history import Provenance
-from app.site import cache, diffusion, train
+from app.site import cache, diffusion, journal, train
 from app.site.limits import Limits
 from bouquet import cli
 from bouquet.adapter import card, membership, release
@@ -179,6 +179,31 @@ def test_with_fewer_than_fifty_held_out_photos_it_cannot_be_told(tmp_path):
     assert membership.sentence(found).startswith("cannot tell: ")
     with pytest.raises(BouquetError, match="MEASURE-01"):  # a file of weights alone: which photos were held out?
         membership.look("rose", data, run / "final" / "fp16", tiny.models(), tmp_path / "cache", 1000)
+
+
+def noted(cached, run: str, images: int, number: int = 1) -> None:
+    cached.mkdir(exist_ok=True)
+    journal.note(cached, run=run, round=number, images=images, applied="a", sent="b")
+
+
+def test_a_folder_with_other_photos_than_the_runs_last_round_is_not_measured(tmp_path, capsys):
+    """Of 12 photos here all but those held out are trained on; the last round counts, of this run alone."""
+    data, run, cached = tiny.site(tmp_path / "data", 12), run_of(tmp_path, 5), tmp_path / "cache"
+    trained = len(train.Site(tiny.config(seed=5), tiny.models(), data, cached, "").photos)
+    renamed = run.rename(tmp_path / "copy")  # the id is the provenance's
+    membership.look("rose", data, renamed, tiny.models(), cached, 1000)
+    assert "has no round of run 5: the figures are right only if the folder has the photos" in capsys.readouterr().out
+    noted(cached, "5", trained - 2)
+    noted(cached, "5", trained, number=2)
+    noted(cached, "6", trained - 2)
+    membership.look("rose", data, renamed, tiny.models(), cached, 1000)
+    assert "has no round" not in capsys.readouterr().out
+    noted(cached, "5", trained - 1, number=3)
+    with pytest.raises(BouquetError, match="MEASURE-01") as refused:
+        membership.look("rose", data, renamed, tiny.models(), cached, 1000)
+    assert refused.value.found.startswith(
+        f"round 3 of run 5 was trained on {trained - 1} photos here, and with this folder it would be {trained}:"
+    )
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

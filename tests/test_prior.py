@@ -210,6 +210,18 @@ def test_a_class_image_that_nobody_has_declared_public_makes_the_site_private(fo
         site(folder)
 
 
+def test_a_private_site_has_no_fewer_class_images_than_the_photos_that_a_round_is_about(tmp_path):
+    """One would be all that a loss of weight 100 tells of; eight are the floor of photos."""
+    folder = tiny.site(tmp_path / "data", count=40, public=False)
+    run, inside = replace(ASKED, local_steps=4), tiny.site(folder / "class-images", count=8, seed=7, public=False)
+    how = {"secret": privacy.Secret.MADE}
+    assert len(train.Site(run, tiny.models(), folder, tmp_path / "cache", "", **how).prior.keys) == 8
+    (inside / "0001.png").unlink()
+    with pytest.raises(SiteError, match="SITE-02") as refused:
+        train.Site(run, tiny.models(), folder, tmp_path / "cache", "", **how)
+    assert "7 class images; this site's floor is 8" in refused.value.found
+
+
 @pytest.mark.parametrize("how", ["none", "empty", "damaged", "a link out"])
 def test_a_run_that_asks_for_class_images_where_there_are_none_is_refused_by_name(tmp_path, how):
     folder = tiny.site(tmp_path / "data", count=8)

@@ -305,6 +305,20 @@ def test_a_run_over_private_photos_goes_well_and_hears_rounded_numbers_alone(pri
     assert (sites["site-1"]["num-examples"], sites["site-2"]["num-examples"]) == (16, 130)
 
 
+@pytest.mark.parametrize("public", [True, False])
+def test_what_a_run_could_word_as_a_question_about_one_photo_is_told_of_public_photos_alone(
+    tmp_path, monkeypatch, public
+):
+    """How many captions are too long follows from the trigger word, how many are enlarged from the resolution."""
+    run = {"trigger_word": "q " * 49 + "q", "resolution": 24, "local_steps": 4, "sample_prompts": ""}
+    federation = Federation(tmp_path, public, {"site-1": 24, "site-2": 24}, **run)
+    federation.go(monkeypatch)
+    told = [reply.content["metrics"] for _, _, reply in federation.grid.came]
+    assert [("captions-cut" in numbers, "enlarged" in numbers) for numbers in told] == [(public, public)] * len(told)
+    noted = journal.read(federation.root / "cache/site-1")
+    assert all(entry["enlarged"] == 24 for entry in noted if "images" in entry)  # the site knows
+
+
 @pytest.mark.slow
 def test_what_leaves_and_what_is_logged_has_nothing_of_the_secret(private_run, capfd):
     federation, folder = private_run

@@ -15,7 +15,7 @@ from PIL import Image
 from app import metrics, model
 from app.config import RunConfig
 from app.errors import SiteError
-from app.site import cache, diffusion, journal, train
+from app.site import budget, cache, diffusion, journal, privacy, train
 from app.site.limits import Limits
 from app.site.photos import data, images, views
 from app.site.photos.views import Plan, View
@@ -289,3 +289,31 @@ def test_how_many_photos_were_enlarged_is_a_number_of_the_reply_and_a_word_of_th
     assert metrics.sane({"enlarged": 3}) == ({"enlarged": 3}, 0)
     entry = {"round": 1, "time": 0, "applied": "a" * 8, "sent": "b" * 8, "images": 9, "enlarged": 3}
     assert journal.words(entry).endswith("trained on 9 photos and sent adapter bbbbbbbb, 3 of its photos enlarged")
+
+
+# --- what one photo changes -------------------------------------------------------------------------------------------
+
+
+def test_one_photo_more_changes_no_other_photos_shape_or_crop(tmp_path):
+    """A fourth wide photo is what a shape needs where photos are private (min-step-images). With a promise that three
+    others were trained on in another shape would be seven clips of change, of which one is paid.
+    """
+    wide, square = (64, 32), (32, 32)
+    sizes, rows = [square] * 20 + [wide] * 4, []
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / privacy.FILE).write_text("07" * 32 + "\n")
+    for name, count in (("without", 23), ("with", 24)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, size in enumerate(sizes[:count]):
+            noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text("a rose")
+        run = tiny.config(resolution=32, aspect_buckets=True, local_steps=30, validation_fraction=0.02)
+        how = {"secret": privacy.Secret.KEPT, "promise": budget.Promise.read("epsilon=8 photos=24")}
+        encoded = train.Site(run, tiny.models(), folder, tmp_path / "cache", "", **how).train
+        rows.append({key: encoded.batch(torch.tensor([n]))[0][0] for n, key in enumerate(encoded.keys)})
+    without, more = rows
+    assert len(more.keys() - without.keys()) <= 1 and len(without) > 15
+    assert {tuple(row.shape) for row in without.values()} == {(4, 16, 16), (4, 12, 24)}
+    assert all(torch.allclose(row, more[key], atol=1e-4) for key, row in without.items() if key in more)

@@ -11,7 +11,8 @@ The site's operator sets SITE_PRIVACY in its environment, where no run can reach
 or `off`. Each round is written down in `privacy.jsonl` of the site's cache before a photo is looked at: a round that is
 killed has been paid, and one that is asked for again is paid again. The file is a chain like the journal
 (app/audit.py), and the journal has a line for each payment as well: where the file is gone, cut or changed, nothing is
-trained.
+trained. What left without noise, before there was a promise or while it was off, nobody can pay for: epsilon is of what
+was sent under the promise, and how much else was sent is said beside it.
 Enters: SITE_PRIVACY, the cache, a run's config. Leaves: the terms of a round, once they are paid.
 Errors: TRUST-15 (it is spent), TRUST-16 (SITE_PRIVACY cannot be read, or was taken away), TRUST-17 (the file), TRUST-18
 (a run that cannot be trained so).
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -85,8 +87,8 @@ class Promise:
 def of(env: Mapping[str, str], cached: Path) -> Promise | None:
     """The site's. Errors: TRUST-16, also where it has paid before and no longer says a word."""
     text = env.get("SITE_PRIVACY", "")
-    if not text.strip() and (cached / FILE).exists():
-        raise _unreadable(f"SITE_PRIVACY is empty, and {cached / FILE} says that this site has trained with it")
+    if not text.strip() and (file := _paid_in(cached)):
+        raise _unreadable(f"SITE_PRIVACY is empty, and {file} says that this site has trained with it")
     return Promise.read(text)
 
 
@@ -105,7 +107,7 @@ def check(config: RunConfig, promise: Promise | None) -> None:
 
 def spent(cached: Path) -> list[dict[str, Any]]:
     """Every payment, oldest first. Errors: TRUST-17."""
-    told = sum(entry.get("did") == SPENT for entry in _entries(cached / journal.FILE, strict=False))
+    told = len(_in_journal(cached))
     held = [entry for entry in _entries(cached / FILE, strict=True) if entry.get("did") == SPENT]
     try:
         steps = [_steps(entry) for entry in held]
@@ -121,6 +123,13 @@ def spent(cached: Path) -> list[dict[str, Any]]:
 def epsilon(cached: Path, delta: float, *more: Steps) -> float:
     """What has been given away of one photo, and would be with `more`. Errors: TRUST-17."""
     return accountant.epsilon([*map(_steps, spent(cached)), *more], delta)
+
+
+def without_noise(cached: Path) -> int:
+    """Rounds whose adapter left and was not paid for, by the journal: epsilon is not of them. Errors: TRUST-17."""
+    sent = Counter((entry.get("run"), entry.get("round")) for entry in journal.read(cached) if entry.get("sent"))
+    paid = Counter((entry.get("run"), entry.get("round")) for entry in spent(cached))
+    return (sent - paid).total()
 
 
 def check_room(cached: Path, promise: Promise, terms: Terms, config: RunConfig, run: str, number: int) -> None:
@@ -176,18 +185,20 @@ def outlook(cached: Path, promise: Promise, config: RunConfig) -> str:
     """What a run would cost, in words, with as many photos as were told the last time. Errors: TRUST-17."""
     paid = spent(cached)
     photos = promise.photos or (int(paid[-1]["photos"]) if paid else 0)
+    before = f"; beside that {count} rounds left without noise" if (count := without_noise(cached)) else ""
     if not photos:
-        return f"at most epsilon {promise.epsilon:g} of each photo; bouquet site privacy says what this run costs"
+        most = f"at most epsilon {promise.epsilon:g} of each photo{before}"
+        return f"{most}; bouquet site privacy says what this run costs"
     steps = promise.terms(config, photos).steps(config.rounds * config.local_steps)
     now, then = epsilon(cached, promise.delta), epsilon(cached, promise.delta, steps)
     return (
         f"epsilon {now:.2f} of {promise.epsilon:g} is spent of each photo (delta {promise.delta:g}), and"
-        f" {then:.2f} by the run's end"
+        f" {then:.2f} by the run's end{before}"
     )
 
 
 def told(cached: Path, promise: Promise, terms: Terms) -> dict[str, int | float]:
-    """All numbers that leave with a round. Errors: TRUST-17."""
+    """All numbers that leave with a round; epsilon is of what was sent under the promise. Errors: TRUST-17."""
     spent_by_now = epsilon(cached, promise.delta)
     return {
         "num-examples": terms.photos,
@@ -209,11 +220,23 @@ def _alone(cached: Path) -> Iterator[None]:
         os.close(target)
 
 
+def _in_journal(cached: Path) -> list[audit.Entry]:
+    """Every payment that the journal knows of. Errors: TRUST-17."""
+    return [entry for entry in _entries(cached / journal.FILE, strict=False) if entry.get("did") == SPENT]
+
+
+def _paid_in(cached: Path) -> Path | None:
+    """The file that says that this site has paid before, if any does: the one may be lost without the other."""
+    if (cached / FILE).exists():
+        return cached / FILE
+    return cached / journal.FILE if _in_journal(cached) else None
+
+
 def _entries(file: Path, strict: bool) -> tuple[audit.Entry, ...]:
     """A log's lines; none where there is no file. strict: it has to be as it was written. Errors: TRUST-17."""
     try:
         content = file.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:
         raise _lost(f"{file}: {type(error).__name__}") from None

@@ -136,7 +136,7 @@ class Asked(NamedTuple):
     made_from: MadeFrom
 
 
-def read(message: Message, context: Context) -> Asked:
+def read(message: Message, context: Context, *, training: bool = True) -> Asked:
     """What the hub asks for, as far as the site allows it. Errors: TRUST-03, TRUST-04, SITE-12, CONFIG-..."""
     quiet.libraries()
     config, order = RunConfig.read(context.run_config), message.content.config_records["config"]
@@ -147,6 +147,7 @@ def read(message: Message, context: Context) -> Asked:
     promise = budget.of(os.environ, cached)
     made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret, promise)
     number, attempt = int(str(order["round"])), int(str(order.get("attempt", 0)))
+    limits.check_turn(config, number, attempt, training=training)
     return Asked(name, number, attempt, str(order["base-fingerprint"]), made_from)
 
 
@@ -156,7 +157,7 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     from app import lora, model, wire  # torch is imported only once there is work
     from app.site import gpu, secrecy
 
-    name, number, attempt, base, made_from = read(message, context)
+    name, number, attempt, base, made_from = read(message, context, training=training)
     config, cached, promise = made_from.config, made_from.cached, made_from.promise
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
@@ -191,8 +192,9 @@ def take_part(message: Message, context: Context, *, training: bool) -> RecordDi
     metrics |= meter.numbers()
     metrics |= {f"seconds-{phase}": seconds for phase, seconds in site.clock.seconds.items()}
     metrics |= {f"photos-{reason}": count for reason, count in site.partition.counts.items() if reason != "images"}
-    metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
-    metrics |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
+    if not site.privacy.private:  # the run's trigger word and resolution would be questions about single photos
+        metrics |= {"captions-cut": site.partition.cut} if site.partition.cut else {}
+        metrics |= {"enlarged": site.partition.enlarged} if site.partition.enlarged else {}
     terms = site.terms  # with such, nothing else leaves that follows from a photo, were it the seconds that it took
     leaves = budget.told(cached, promise, terms) if promise and terms else site.privacy.told(metrics)
     reply["metrics"] = MetricRecord({**leaves})

@@ -5,7 +5,8 @@ for a run that equals one on which the operator has decided: the same bundle, th
 but for `seed` and `resume`, with the newest such decision counting. A run asks by its first message. The site
 answers at once, without a thought of the photos, and remembers what was asked in `consent/RUN.json` of its cache; the
 hub asks again. What is approved is what was asked then: a run whose bundle, base model or config is another by its next
-message has to ask anew.
+message has to ask anew. A text comes back from the file with another character for each that cannot be printed, so that
+what is compared are hashes, made before it was written.
 Enters: a run's config, what the message says of the base model, the bundle, the operator's decision. Leaves: that file
 (0600, replaced in one step), a line of the journal for each decision.
 Errors: TRUST-11 (not decided yet), TRUST-12 (declined), TRUST-13 (no such run has asked), CHECK-09 (the setting).
@@ -52,17 +53,19 @@ class Asked:
     decided: float | None = entry("when", "s since 1970", default=None)
     by: str = entry("who decided", default="")
     like: str = entry("the run that it equals, where that decided", default="")
+    asks_sha256: str = entry("hash of all that is approved or declined, as it was asked", default="")
+    kind_sha256: str = entry("the same without what runs that are the same may differ in", default="")
     version: int = entry("of this format", default=1)
 
     @property
     def asks(self) -> str:
-        """A hash of all that is approved or declined."""
-        return self._hash(self.config)
+        """A hash of all that is approved or declined; a file from before it was kept has the config alone."""
+        return self.asks_sha256 or self._hash(self.config)
 
     @property
     def kind(self) -> str:
         """The same for every run that equals this one."""
-        return self._hash({key: value for key, value in self.config.items() if key not in OF_ONE_RUN})
+        return self.kind_sha256 or self._hash({k: v for k, v in self.config.items() if k not in OF_ONE_RUN})
 
     def _hash(self, config: dict[str, Any]) -> str:
         what = [self.bundle, self.base, {key: str(value) for key, value in config.items()}]
@@ -80,7 +83,8 @@ def mode(env: Mapping[str, str]) -> str:
 def asked(cached: Path, run: str, config: RunConfig, bundle: str, base: str, limits: str, privacy: str = "") -> Asked:
     """What a run asks, as the site sees it now."""
     publishers = tuple(sorted(name for name, one in _ran(cached).items() if one == bundle))
-    return Asked(run, bundle, publishers, asdict(config), round(time.time(), 3), base, limits, privacy)
+    now = Asked(run, bundle, publishers, asdict(config), round(time.time(), 3), base, limits, privacy)
+    return replace(now, asks_sha256=now.asks, kind_sha256=now.kind)
 
 
 def obtain(cached: Path, how: str, now: Asked) -> None:
@@ -171,34 +175,47 @@ def state_of(one: Asked) -> str:
 
 def words(one: Asked) -> list[str]:
     """What a person has to know before the decision."""
-    config, usual = one.config, asdict(RunConfig())
-    said = {"base_model", "rounds", "local_steps", "batch_size", "gradient_accumulation", "resolution", "lora_rank"}
-    others = [
-        f"{key.replace('_', '-')}={value}"
-        for key, value in config.items()
-        if key not in said and value != usual.get(key)
-    ]
+    config, others = one.config, _unusual(one.config)
     images = config["batch_size"] * config["gradient_accumulation"]
     publishers = ", ".join(one.publishers) or "nobody that this site pins"
     floors = ", ".join(f"{name} {value}" for name, (value, _) in PRIVATE.items())
+    seen = "the hub sees this site's own"
+    if config.get("secrecy") == "masks":
+        seen = "the hub sees only its sum with other sites' (secrecy=masks)"
     numbers = "losses, counts, seconds, GPU figures"
     if one.privacy:
         numbers = "how many photos, as you let it be told, and epsilon"
     lines = [
         state_of(one),
-        f"  base model  {config['base_model']}, fingerprint {one.base[:12] or 'not said'}",
+        f"  base model  {_quoted(config['base_model'])}, fingerprint {one.base[:12] or 'not said'}",
         f"  code        bundle {one.bundle[:12]}, signed by {publishers}",
         f"  training    {config['rounds']} rounds of {config['local_steps']} steps, {images} images a step, at"
         f" {config['resolution']} pixels, an adapter of rank {config['lora_rank']}",
         f"  also        {', '.join(others) or 'everything else as usual'}",
         f"  limits      SITE_LIMITS: {one.limits or 'none of your own'}; where photos are private also {floors}, unless"
         " that says otherwise",
-        f"  leaves      after each round the adapter ({config['wire_precision']}) and rounded numbers: {numbers};"
+        f"  leaves      after each round the adapter ({config['wire_precision']}): {seen}; rounded numbers: {numbers};"
         " your site's and GPU's name, error codes",
         *([f"  privacy     {one.privacy}"] if one.privacy else []),
         "  stays       photos, captions, file names, your site's secret, this decision's file and the journal",
     ]
     return [text.printable(line[: text.LONGEST]) for line in lines]
+
+
+def _unusual(config: dict[str, Any]) -> list[str]:
+    """What a config has in other ways than usual and no line of its own: numbers first, that no text pushes them out
+    of sight.
+    """
+    said = {"base_model", "rounds", "local_steps", "batch_size", "gradient_accumulation", "resolution", "lora_rank"}
+    usual = asdict(RunConfig())
+    found = [key for key, value in config.items() if key not in said and value != usual.get(key)]
+    found.sort(key=lambda key: isinstance(config[key], str))
+    return [f"{key.replace('_', '-')}={_quoted(config[key])}" for key in found]
+
+
+def _quoted(value: Any) -> str:
+    """A value of a config; a text in quotation marks, so that none can pass for another setting."""
+    return json.dumps(text.line(value, text.LONGEST), ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
 def _when(seconds: float) -> str:

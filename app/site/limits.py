@@ -143,6 +143,15 @@ class Limits:
                 f"min-photos={self.floor('min-photos')}",
             )
 
+    def check_classes(self, count: int) -> None:
+        """So many private class images: a pass is about as few of them as there are. Errors: SITE-02."""
+        if count < (least := self.floor("min-photos")):
+            raise SiteError(
+                "SITE-02",
+                found=f"{count} class images; this site's floor is {least}, as for photos",
+                fix="add class images: bouquet data class-images lets the base model draw them",
+            )
+
     def check_budget(
         self, config: RunConfig, run: str, journal: Iterable[Mapping[str, Any]], now: float | None = None
     ) -> None:
@@ -166,6 +175,21 @@ class Limits:
 
 
 NO_LIMITS = Limits()
+
+
+def check_turn(config: RunConfig, number: int, attempt: int, *, training: bool) -> None:
+    """That a message is of the run that the site was asked about: a round that it has, one more for the last
+    evaluation, and a try that it has. Errors: TRUST-03.
+    """
+    last = config.rounds if training else config.rounds + 1
+    if not (1 <= number <= last and 0 <= attempt <= config.round_retries):
+        raise SiteError(
+            "TRUST-03",
+            key="round",
+            found=f"round {number}, try {attempt + 1}; the run has {config.rounds} rounds of {config.round_retries + 1}"
+            " tries",
+            fix="the hub asks for more than the run that it has started: ask its operator",
+        )
 
 
 def _check(config: RunConfig, bounds: Mapping[str, float]) -> None:

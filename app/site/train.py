@@ -131,6 +131,8 @@ class Site:
         self.privacy = privacy.of(self.folder, everything, self.cached, self.secret)
         if self.privacy.private:
             self.limits = self.limits.private()
+            if classes:
+                self.limits.check_classes(len(classes.photos))
         if self.promise:
             self.limits = self.limits.silent()
         left, multiple = len(partition.photos) + 1, families.of(base).multiple
@@ -138,7 +140,9 @@ class Site:
             left = len(partition.photos)
             how = {"each": self.promise is not None}
             self.photos, held_out = privacy.divide(partition, self.privacy, self.limits, self.config, **how)
-            trained, least = frozenset(p.key for p in self.photos), self.limits.floor("min-step-images")
+            trained = frozenset(p.key for p in self.photos)
+            # with a promise a pass has one image, and where a photo is cropped may not hang on there being another one
+            least = 1 if self.promise else self.limits.floor("min-step-images")
             plan, wording = Plan.of(self.config, multiple, trained, least), Wording.of(self.config)
             partition, rows = cache.encode(partition, base, sums, plan, self.cached, self.accelerator.device, wording)
         self.partition = partition

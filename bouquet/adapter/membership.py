@@ -13,7 +13,9 @@ somebody who has every round's adapters, may tell more.
 PIA is published for nets that learn from noise by betas (Stable Diffusion, SDXL; epsilon, or v, which the noise is
 worked out from). For flow matching the same is done along its straight lines, x = (1 - sigma) z + sigma n: a form of
 our own, which nobody has published figures of.
-With fewer than LEAST photos on either side no number is told: it cannot be told.
+With fewer than LEAST photos on either side no number is told: it cannot be told. Nor is any where the folder has
+another number of training photos than the site's journal noted in the run's last round: whoever came since would be
+taken for trained on, and make the figures look better than they are.
 Enters: a site's folder and cache, a run. Leaves: `Membership`, the site's file. Errors: MEASURE-01, MEASURE-02,
 REPORT-05 and those of getting a site ready.
 """
@@ -36,7 +38,7 @@ from app.families.noise import Betas, Flow, Schedule
 from app.hub import history
 from app.model import Adapter, Net
 from app.records import entry
-from app.site import diffusion
+from app.site import diffusion, journal
 from app.site.cache import Encoded
 from app.site.diffusion import Digest, Objective
 
@@ -200,6 +202,7 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
         raise BouquetError("MEASURE-01", found=found, fix="name the folder of a run that has finished")
     own, promise = Limits.read(os.environ.get("SITE_LIMITS", "")), budget.of(os.environ, cached)
     site = train.Site(config, models, folder, cached, "", limits=own, promise=promise)  # who is held out as in the run
+    check_photos(run, cached, len(site.photos))
     drawn = {
         kind: sorted(random.Random(config.seed).sample(range(len(of.keys)), min(count, len(of.keys))))
         for kind, of in (("members", site.train), ("held_out", site.held_out))
@@ -216,6 +219,34 @@ def look(name: str, folder: Path, run: Path, models: Path, cached: Path, count: 
             attacks[kind] = Attack(number(made.auc), number(made.low), number(made.high), rare)
     counts = {kind: int(number(len(chosen))) for kind, chosen in drawn.items()}
     return Membership(name, run.resolve().name, model.adapter_hash(adapter), **counts, attacks=attacks)
+
+
+def check_photos(run: Path, cached: Path, photos: int) -> None:
+    """Whether the site trains on as many photos now as in the run's last round here. Errors: MEASURE-01.
+
+    Where the journal has nothing of it (another host, a lost cache) that is said, and the folder is taken as it is.
+    """
+    trained = [one for one in journal.read(cached) if one.get("run") == run_id(run) and one.get("sent")]
+    if not trained:
+        print(
+            f"bouquet: {cached / journal.FILE} has no round of run {run_id(run)}: the figures are right only if the"
+            " folder has the photos that it had then",
+            flush=True,
+        )
+    elif trained[-1].get("images") != photos:
+        found = (
+            f"round {trained[-1].get('round')} of run {run_id(run)} was trained on {trained[-1].get('images')} photos"
+            f" here, and with this folder it would be {photos}: who came since would be taken for trained on"
+        )
+        fix = "measure with the photos, and the SITE_LIMITS and SITE_PRIVACY, of the run: take out what came since"
+        raise BouquetError("MEASURE-01", found=found, fix=fix)
+
+
+def run_id(run: Path) -> str:
+    """The run's id, as its provenance has it, were the folder renamed; else the folder's name."""
+    files_at = [place / history.PROVENANCE for place in (run / "final", run)]
+    known = (history.read_provenance(file).run for file in files_at if file.is_file())
+    return next(filter(None, known), run.resolve().name)
 
 
 # --- as a file --------------------------------------------------------------------------------------------------------

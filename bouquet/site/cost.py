@@ -40,6 +40,7 @@ def told(
         f"photos    {photos} to train on; the hub is told of {terms.photos}",
         f"promise   epsilon {promise.epsilon:g} at delta {promise.delta:g}, of each photo, in all runs together",
         f"spent     epsilon {now:.2f}, in {len(paid)} rounds of {len({entry.get('run') for entry in paid})} runs",
+        *not_covered(cached),
         f"a run     of {config.rounds} rounds of {config.local_steps} steps of {terms.images} photos, noise"
         f" {terms.noise:g}, clip {terms.clip:g}: epsilon {needed:.2f} by its end",
     ]
@@ -51,6 +52,16 @@ def told(
             f"too much  it is refused (TRUST-15); {most} such rounds fit" if most else "too much  not one round fits"
         )
     return lines + worth(config, terms, steps, models)
+
+
+def not_covered(cached: Path) -> list[str]:
+    """What left before there was a promise, or while it was off. Errors: TRUST-17."""
+    if not (count := budget.without_noise(cached)):
+        return []
+    return [
+        f"before    {count} rounds left without noise, before this promise or while it was off: neither the promise nor"
+        " what is spent is about them"
+    ]
 
 
 def trained_on(folder: Path, cached: Path, limits: Limits, config: RunConfig) -> int:
