@@ -287,6 +287,167 @@ def test_a_text_in_another_encoding_that_may_have_been_a_list_is_counted_as_that
     assert scan(tmp_path).quarantined == (("list.csv", "caption-unreadable"),)
 
 
+# --- lists without known columns, and what is none ------------------------------------------------------------------
+
+BESIDE = {
+    "sizes.csv": "name,width,height\n0.jpg,640,480\n1.jpg,640,480\n",
+    "positions.csv": "id,lat,lon\n0,52.3,13.4\n1,52.4,13.5\n",
+    "README.txt": "Photos of the garden, taken in May.\n\n0.jpg  the only one with a flash; retouch before use\n",
+    "classes.txt": "0 poppy\n1 lily\n",
+    "table.txt": "name width height\n0.jpg 640 480\n1.jpg 640 480\n",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("files", [True, False])
+def test_a_file_that_says_other_things_of_photos_is_no_list(tmp_path, name, files):
+    """With caption files a text is one without a photo, and without them not a picture; a .csv always is the latter."""
+    beside = {"0.txt": ROSE, "1.txt": LILY} if files else {"caption.txt": "a flower"}
+    put(two(tmp_path), {name: BESIDE[name], **beside})
+    assert captions(tmp_path) == (BOTH if files else dict.fromkeys(BOTH, "a flower"))
+    reason = "unused-caption" if files and name.endswith(".txt") else "not-a-picture"
+    assert scan(tmp_path).quarantined == ((name, reason),)
+
+
+def test_caption_files_come_before_a_list_without_known_columns(tmp_path):
+    """Its two lines name 0.jpg and 2.jpg: the first has a file of its own, the second has none; 1.jpg isn't named."""
+    put(two(tmp_path), {"2.jpg": picture(2), "checksums.txt": "0.jpg d41d8\n2.jpg aaaa\n"})
+    put(tmp_path, {"0.txt": ROSE, "1.txt": LILY})
+    assert captions(tmp_path) == {**BOTH, "2.jpg": "aaaa"}
+    assert scan(tmp_path).quarantined == (("0.jpg", "unused-caption"),)
+
+
+def test_a_list_with_known_columns_comes_before_a_nearer_one_without(tmp_path):
+    two(tmp_path, "a")
+    put(tmp_path, {"a/list.csv": "0.jpg,near\n1.jpg,near\n", "b.csv": "file_name,text\na/0.jpg,far\n"})
+    assert captions(tmp_path) == {"a/0.jpg": "far", "a/1.jpg": "near"}
+    assert scan(tmp_path).quarantined == (("a/0.jpg", "unused-caption"),)
+
+
+def test_a_folder_may_be_a_part_of_the_data_set_whose_list_it_has(tmp_path):
+    """Of two hundred names, Flickr's captions numbered, the last two are there."""
+    put(two(tmp_path), {"list.tsv": "".join(f"{number}.jpg#0\tpicture {number}\n" for number in range(199, -1, -1))})
+    assert captions(tmp_path) == {"0.jpg": "picture 0", "1.jpg": "picture 1"}
+
+
+@pytest.mark.parametrize(("named", "counts"), [(2, False), (3, True)])
+def test_most_of_the_first_lines_of_a_list_without_columns_name_photos(tmp_path, named, counts):
+    """Of four lines that say something two are half of them, and three are most."""
+    put(two(tmp_path), {"2.jpg": picture(2), "caption.txt": "a flower"})
+    text = "".join(f"{number}.jpg\t{ROSE}\n\n" for number in range(named)) + "the rest\tof it\n" * (4 - named)
+    put(tmp_path, {"list.tsv": text})
+    assert captions(tmp_path) == dict.fromkeys(["0.jpg", "1.jpg", "2.jpg"], ROSE if counts else "a flower")
+    assert scan(tmp_path).quarantined == ((("the rest", "absent"),) if counts else (("list.tsv", "not-a-picture"),))
+
+
+QUOTED = {
+    "captions.csv": '"0.jpg","a red poppy, meadow"\n"1.jpg","a ""white"" lily"\n',
+    "captions.csv with half a head": 'image_name,caption\n0.jpg,"a red poppy, meadow"\n1.jpg,"a ""white"" lily"\n',
+    "captions.tsv": '"0.jpg"\t"a red poppy, meadow"\n1.jpg\t"a ""white"" lily"\n',
+    "lines.csv": '0.jpg,"a red poppy,\nmeadow"\n1.jpg,"a ""white"" lily"\n2.jpg,absent\n3.jpg,here\n4.jpg,here\n',
+    "token.tsv": '0.jpg#0\ta red poppy, meadow\n1.jpg#0\ta "white" lily\n',
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_the_quotes_of_a_list_without_known_columns_go(tmp_path, name):
+    extra = {"3.jpg": picture(3), "4.jpg": picture(4)} if name == "lines.csv" else {}
+    put(two(tmp_path), {name.split(" ")[0]: QUOTED[name], **extra})
+    assert captions(tmp_path) == {
+        "0.jpg": "a red poppy, meadow",
+        "1.jpg": 'a "white" lily',
+        **dict.fromkeys(extra, "here"),
+    }
+
+
+def test_a_quote_that_nobody_closed_is_a_letter_where_tabs_part_names_from_captions(tmp_path):
+    """As Flickr's own lists have them, which nobody quoted."""
+    put(two(tmp_path), {"captions.token.txt": '0.jpg#0\t" A man\n0.jpg#1\t"Rosa" in a garden\n1.jpg#0\ta lily\n'})
+    assert every(tmp_path) == {"0.jpg": ('" A man', '"Rosa" in a garden'), "1.jpg": ("a lily",)}
+
+
+@pytest.mark.parametrize("separator", ["|", ","])
+def test_flickr30ks_table_gives_each_photo_its_comments_without_their_numbers(tmp_path, separator):
+    rows = ["image_name| comment_number| comment", "0.jpg| 0| Two young guys .", "0.jpg| 1| Two men .",
+            "1.jpg| 0| A dog, running ."]  # fmt: skip
+    put(two(tmp_path), {"results.csv": "\n".join(rows).replace("|", separator)})
+    assert every(tmp_path) == {"0.jpg": ("Two young guys .", "Two men ."), "1.jpg": ("A dog, running .",)}
+    assert scan(tmp_path).counts == {"images": 2}
+
+
+# --- damaged rows -----------------------------------------------------------------------------------------------------
+
+OPEN = {
+    "to the end": ('0.jpg,"a red poppy\n1.jpg,a lily\n2.jpg,a lotus\n', "row 2: its quotes hold the row of 1.jpg too"),
+    "to the next quote": (
+        '0.jpg,"a red poppy\n1.jpg,a lily\n2.jpg,a lotus\n3.jpg,"a thistle, sand"\n4.jpg,a rose\n',
+        "row 2: its quotes hold the row of 1.jpg too",
+    ),
+    "to a quote that ends a line": ('0.jpg,a rose\n1.jpg,"a lily\n0.jpg,a "lotus""\n', "row 3: "),
+    "over a photo that is there": ('1.jpg,"a lily\n0.jpg,a rose"\n', "row 2: its quotes hold the row of 0.jpg too"),
+    "over one that is not": ('1.jpg,a lily\n0.jpg,"a rose\n7.jpg,gone"\n', "row 3: its quotes hold the row of 7.jpg"),
+}
+
+
+@pytest.mark.parametrize("how", OPEN)
+@pytest.mark.parametrize(("name", "separator"), [("metadata.csv", ","), ("list.tsv", "\t")])
+def test_a_quote_that_takes_in_the_rows_after_it_is_refused_by_its_row(tmp_path, how, name, separator):
+    """The head is line 1; a list by its columns is refused as metadata.csv is, even where no row before is good."""
+    rows, said = OPEN[how]
+    put(two(tmp_path), {"caption.txt": "a flower", name: f"file_name,text\n{rows}".replace(",", separator)})
+    assert f"{name}: {said}".replace(",", separator) in refused(tmp_path, "SITE-06").found.replace(",", separator)
+
+
+def test_a_quote_takes_in_rows_wherever_the_column_of_names_is_and_without_their_endings(tmp_path):
+    put(two(tmp_path), {"metadata.csv": 'text,file_name\na rose,0.jpg\n"a lily,1.jpg\na lotus,0.jpg"\n'})
+    assert "row 3: its quotes hold the row of 0.jpg" in refused(tmp_path, "SITE-06").found
+    put(tmp_path, {"metadata.csv": 'file_name,text\n0,"a rose\n1,a lily"\n'})
+    assert "row 2: its quotes hold the row of 1 too" in refused(tmp_path, "SITE-06").found
+
+
+def test_a_quoted_caption_may_go_on_over_lines_that_name_no_other_photo(tmp_path):
+    said = '0.jpg,"a rose,\n\nred, wet\n0.jpg, again\nsee also 1.jpg, below"\n1.jpg,"a lily\nrose, white"\n'
+    put(two(tmp_path), {"rose.jpg": picture(2), "rose.txt": "x", "metadata.csv": f"file_name,text\n{said}"})
+    want = "a rose, red, wet 0.jpg, again see also 1.jpg, below"
+    assert captions(tmp_path) == {"0.jpg": want, "1.jpg": "a lily rose, white", "rose.jpg": "x"}
+
+
+# --- names that may be of other files ---------------------------------------------------------------------------------
+
+CLOSER = {
+    "another ending": ("IMG_1.jpg", "IMG_1.png"),
+    "no ending": ("IMG_1", "IMG_1.png"),
+    "another case": ("img_1.png", "IMG_1.png"),
+    "another ending, and another case": ("IMG_1.jpg", "img_1.PNG"),
+}
+
+
+@pytest.mark.parametrize("how", CLOSER)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_photo_takes_no_caption_of_another_that_the_same_list_names_too(tmp_path, how, turned, table):
+    """IMG_1.png alone is there: the closer of two names is its own, and the other's photo is absent."""
+    loose, close = CLOSER[how]
+    rows = [{"file_name": loose, "text": "a lily in a vase"}, {"file_name": close, "text": "a screenshot of a chart"}]
+    rows = rows[::-1] if turned else rows
+    put(two(tmp_path), {"IMG_1.png": picture(5), "caption.txt": "a flower"})
+    if table:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    else:
+        put(tmp_path, {"metadata.jsonl": lines(*rows)})
+    assert every(tmp_path)["IMG_1.png"] == ("a screenshot of a chart",)
+    assert scan(tmp_path).quarantined == ((loose, "absent"),)
+
+
+def test_another_lists_closer_name_leaves_this_lists_loose_one(tmp_path):
+    """Both name 0.jpg; the nearer list counts, as ever, and the one further off is counted."""
+    two(tmp_path, "a")
+    put(tmp_path, {"metadata.jsonl": lines({"file_name": "a/0.jpg", "text": "far"})})
+    put(tmp_path, {"a/metadata.jsonl": lines({"file_name": "0.png", "text": ROSE}, ROWS[1])})
+    assert captions(tmp_path) == {"a/0.jpg": ROSE, "a/1.jpg": LILY}
+    assert scan(tmp_path).quarantined == (("a/0.jpg", "unused-caption"),)
+
+
 # --- caption files
 # ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Enters: text files of a data folder. Leaves: captions of one line and `Mention`s, what a list says of one picture: it
 may have several captions, in one row (a list of texts) or in several.
   - A list is a .jsonl, .csv, .tsv or .txt with a picture's name and its caption a line; `metadata.jsonl` and
-    `metadata.csv` must be one, another file is one where its first rows name pictures that are there.
+    `metadata.csv` must be one, another file is one by its columns. One without known columns is one where most of its
+    first lines begin with a picture's name; it is a guess, and caption files come before it.
   - A caption file is `0001.txt` or `0001.caption` beside `0001.jpg`; its first line that says something counts.
     Trainers differ: some draw one of its lines, kohya's reads the first, others join them; and a text that an editor
     has wrapped has half a sentence in each.
@@ -22,23 +23,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from app.errors import SiteError
 from app.metrics import REASONS
-from app.site.photos.images import MAX_BYTES, BadImage, open_inside, read_inside
+from app.site.photos.images import MAX_BYTES, PICTURES, BadImage, open_inside, read_inside
 
 MAX_ROWS = 1_000_000  # of any file or list
 MAX_LINE = 1_000_000  # bytes of a list's line
 MAX_TEMPLATE, MAX_FILE = 4_000, 100_000  # bytes of caption.txt, and of a caption file
 MAX_CAPTION, MAX_LABEL = 10_000, 200  # characters; the rest is cut off
 MOST = 16  # captions of one picture; each is encoded
-FIRST = 100  # lines in which a list without a head must name a picture that is there
+FIRST = 100  # lines that are not empty, of which most name a picture in a list without known columns
 NAMES = ("file_name", "filename", "file", "image", "image_path", "path")  # columns that name a picture, and
 TEXTS = ("text", "caption", "prompt")  # its caption; of several the first that is there
+WORDS = {*TEXTS, "label"}
+FLICKR30K = ["image_name", "comment_number", "comment"]  # the head of its results.csv
 MUST = ("metadata.jsonl", "metadata.csv")  # lists by their names alone, as `datasets` has them
 TEMPLATE = "caption.txt"
 LABEL_TEMPLATE = "a photo of a {label}"  # for a table or list that names its classes
@@ -58,6 +61,11 @@ class Mention:
     file: str
     captions: tuple[str, ...] = ()
     label: str | None = None
+    guessed: bool = False  # the list has no known columns
+
+
+Lines = Iterable[tuple[int, str]]  # numbered, without their ends
+There = Callable[[str], str | None]  # the picture's file that a list means by a name, if any
 
 
 class NoList(Exception):
@@ -70,6 +78,10 @@ class NoList(Exception):
 
 class _Unreadable(Exception):
     """What a list holds cannot be read; `str()` is private."""
+
+
+class _Damaged(_Unreadable):
+    """A file that is surely a list has a row that cannot be read."""
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -181,8 +193,8 @@ def read_file(root: Path, name: str) -> tuple[str | None, bool]:
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 
-def read_list(root: Path, name: str, there: Callable[[str], bool]) -> Iterator[Mention]:
-    """What a list says, a picture at a time; `there`: whether a name is a picture's. Errors: NoList, SITE-06."""
+def read_list(root: Path, name: str, there: There) -> Iterator[Mention]:
+    """What a list says, a picture at a time. Errors: NoList, SITE-06."""
     must, known = os.path.basename(name).lower() in MUST, False
     try:
         with open_inside(root, name) as file:
@@ -191,10 +203,8 @@ def read_list(root: Path, name: str, there: Callable[[str], bool]) -> Iterator[M
             for mention in (_objects if name.lower().endswith(".jsonl") else _columns)(_lines(file), there, must):
                 known = True
                 yield mention
-    except NoList:
-        raise
-    except (BadImage, OSError, _Unreadable, csv.Error) as error:
-        if not must and not known:
+    except (BadImage, OSError, _Unreadable) as error:
+        if not must and not known and not isinstance(error, _Damaged):
             raise NoList(str(error), error.reason if isinstance(error, BadImage) else "caption-unreadable") from None
         raise _list_error(f"{root / name}: {_why(error)}") from None
 
@@ -220,7 +230,7 @@ def _lines(file: io.BufferedReader) -> Iterator[tuple[int, str]]:
             lines.detach()  # who opened the file closes it
 
 
-def _objects(lines: Iterable[tuple[int, str]], there: Callable[[str], bool], must: bool) -> Iterator[Mention]:
+def _objects(lines: Lines, there: There, must: bool) -> Iterator[Mention]:
     """One JSON object a line."""
     known = must
     for number, line in lines:
@@ -240,65 +250,148 @@ def _objects(lines: Iterable[tuple[int, str]], there: Callable[[str], bool], mus
         yield Mention(name, next(filter(None, texts), ()), label(row.get("label")))
 
 
-def _columns(lines: Iterator[tuple[int, str]], there: Callable[[str], bool], must: bool) -> Iterator[Mention]:
+def _columns(lines: Iterator[tuple[int, str]], there: There, must: bool) -> Iterator[Mention]:
     """Columns with a head, or a name and a caption a line."""
-    first = [(number, line) for number, line in islice(lines, FIRST) if line.strip()]
+    first = list(islice(((number, line) for number, line in lines if line.strip()), FIRST))
     head = first[0][1] if first else ""
     for separator in ",;\t|":
-        titles = [title.strip().lower() for title in _fields(head, separator)]
+        titles = _titles(head, separator)
         at = next((titles.index(key) for key in NAMES if key in titles), None)
-        words = [titles.index(key) for key in (*TEXTS, "label") if key in titles]
-        if at is not None and words:
-            yield from _cells(chain(first[1:], lines), separator, titles, at)
+        if at is not None and WORDS & set(titles):
+            yield from _cells(chain(first[1:], lines), separator, titles, at, there)
             return
         if at is not None and not must:
             raise NoList(f"no caption among {', '.join(titles)}"[:300])
     if must:
         raise _Unreadable(f"no columns file_name and text in its first line: {head[:200]}")
-    for separator in "\t|;, ":
-        if any(_pair(line, separator, there) for _, line in first):
-            for _, line in chain(first, lines):
-                name, caption = _pair(line, separator, there) or line.partition(separator)[::2]
-                if line.strip():
-                    yield Mention(name.strip(), several(caption))
-            return
-    raise NoList("it names no picture of this folder together with a caption")
+    yield from (replace(mention, guessed=True) for mention in _guessed(first, lines, there))
 
 
-def _fields(line: str, separator: str) -> list[str]:
+def _titles(head: str, separator: str) -> list[str]:
+    titles = [title.strip().lower() for title in _fields(head, separator)]
+    return ["file_name", "", "text"] if titles == FLICKR30K else titles
+
+
+def _fields(line: str, separator: str, strict: bool = False) -> list[str]:
     try:
-        return next(csv.reader([line], delimiter=separator), [])
+        return next(csv.reader([line], delimiter=separator, strict=strict), [])
     except csv.Error:
         return []
 
 
-def _cells(lines: Iterable[tuple[int, str]], separator: str, titles: list[str], at: int) -> Iterator[Mention]:
+def _cells(lines: Lines, separator: str, titles: list[str], at: int, there: There) -> Iterator[Mention]:
     """Rows under a head. A caption with the separator in it that nobody quoted goes on to the end of its line."""
     column = next((titles.index(key) for key in TEXTS if key in titles), None)
     classes = titles.index("label") if "label" in titles else None
-    reader = csv.reader((line + "\n" for _, line in lines), delimiter=separator)
-    for row in reader:
+    for number, row in _rows(lines, separator, at, there):
         if len(row) > len(titles):
             if column != len(titles) - 1:
                 what = f"{len(row)} fields, and its head has {len(titles)}; quote what holds a separator"
-                raise _Unreadable(f"row {reader.line_num + 1}: {what}")
+                raise _Unreadable(f"row {number}: {what}")
             row[column:] = [separator.join(row[column:])]
         if any(part.strip() for part in row):
-            name, caption, kind = (_cell(row, number) for number in (at, column, classes))
-            yield Mention((name or "").strip(), several(caption), label(kind))
+            name, caption, kind = (_cell(row, place) for place in (at, column, classes))
+            yield Mention(name.strip(), several(caption), label(kind))
 
 
-def _cell(row: list[str], number: int | None) -> str | None:
-    return row[number] if number is not None and number < len(row) else None
+def _rows(lines: Lines, separator: str, at: int, there: There) -> Iterator[tuple[int, list[str]]]:
+    """Rows by the line that each begins on; the column `at` names pictures. Errors: _Damaged."""
+    read: list[int] = []  # lines of this row
+    reader = csv.reader(_noted(lines, read), delimiter=separator)
+    try:
+        for row in reader:
+            if len(read) > 1 and (taken := _taken(row, separator, at, there)):
+                raise _Damaged(f"row {read[0]}: its quotes hold the row of {taken[:100]} too; close them before it")
+            yield read[0], row
+            read.clear()
+    except csv.Error as error:
+        what = f"{error} in line {read[-1]}; close what is quoted, and write a quote in it twice"
+        raise _Damaged(f"row {read[0]}: {what}") from None
 
 
-def _pair(line: str, separator: str, there: Callable[[str], bool]) -> tuple[str, str] | None:
-    """(name, caption) of a line that begins with a picture's name, maybe with Flickr's number of the caption."""
-    name, _, caption = line.partition(separator)
-    for spelled in (name.strip(), re.sub(r"#\d$", "", name.strip())):
-        if caption.strip() and spelled and there(spelled):
-            return spelled, caption
+def _noted(lines: Lines, read: list[int]) -> Iterator[str]:
+    for number, line in lines:
+        read.append(number)
+        yield line + "\n"
+
+
+def _taken(row: list[str], separator: str, at: int, there: There) -> str | None:
+    """Another picture whose row lies within this one's quotes, by the lines in these."""
+    own = _cell(row, at).strip()
+    for parts in (line.split(separator) for cell in row for line in cell.split("\n")[1:]):
+        if len(parts) > max(at, 1) and (name := parts[at].strip()) != own and _is_named(name, own, there):
+            return name
     return None
+
+
+def _is_named(name: str, own: str, there: There) -> bool:
+    """Whether `name` is a picture's: one that is there, or a word that ends as the picture does that the row names."""
+    word = " " not in name if _ending(name) else there(name) is not None
+    return _in_full(name, there) or (word and _ending(name) == _ending(own))
+
+
+def _cell(row: list[str], number: int | None) -> str:
+    return row[number] if number is not None and number < len(row) else ""
+
+
+def _guessed(first: list[tuple[int, str]], lines: Lines, there: There) -> Iterator[Mention]:
+    """A name and a caption a line, maybe under a head that calls the captions so. Errors: NoList, _Damaged."""
+    separator, endings = _separator([line for _, line in first], there)
+    titles, name = _titles(first[0][1], separator), _pair(first[0][1], separator)[0]
+    text = separator == " " and len(titles) != len(first[-1][1].split())
+    absent = _ending(_called(name, there)) in endings
+    if len(titles) > 1 and not (text or absent or _in_full(name, there)):
+        if not WORDS & set(titles):
+            raise NoList(f"no caption among {', '.join(titles)}"[:300])
+        first = first[1:]
+        if separator != " ":
+            yield from _cells(chain(first, lines), separator, titles, 0, there)
+            return
+    for name, caption in _pairs(chain(first, lines), separator, there):
+        yield Mention(_called(name, there), several(caption))
+
+
+def _separator(lines: list[str], there: There) -> tuple[str, set[str]]:
+    """What stands after a picture's name in most lines, and how these names end. A picture is one of this folder or, by
+    its ending, of the data set that this folder is a part of. Errors: NoList.
+    """
+    for separator in "\t|;, ":
+        pairs = [(_called(name, there), caption) for name, caption in (_pair(line, separator) for line in lines)]
+        named = [name for name, said in pairs if said.strip() and (there(name) or _ending(name) in PICTURES)]
+        if 2 * len(named) > len(lines):
+            return separator, set(map(_ending, named)) - {""}
+    raise NoList("most of its first lines name no picture together with a caption")
+
+
+def _pairs(lines: Lines, separator: str, there: There) -> Iterator[tuple[str, str]]:
+    """(name, caption) a line; a quoted caption goes on over lines where commas or semicolons part it from its name."""
+    if separator in ",;":
+        rows = (row for _, row in _rows(lines, separator, 0, there))
+        yield from ((row[0].strip(), separator.join(row[1:])) for row in rows if any(part.strip() for part in row))
+    else:
+        yield from (_pair(line, separator) for _, line in lines if line.strip())
+
+
+def _pair(line: str, separator: str) -> tuple[str, str]:
+    """(name, caption) of a line, without the quotes around them where all of it is quoted as a table is."""
+    fields = _fields(line, separator, strict=True) if separator != " " else []
+    name, caption = (fields[0], separator.join(fields[1:])) if fields else line.partition(separator)[::2]
+    return name.strip(), caption
+
+
+def _called(name: str, there: There) -> str:
+    """The name, without Flickr's number of the caption where no picture has that in its own."""
+    return name if there(name) is not None else re.sub(r"#\d$", "", name)
+
+
+def _in_full(name: str, there: There) -> bool:
+    """Whether it is the name of a picture with its ending, maybe with Flickr's number of the caption."""
+    name = _called(name, there)
+    return (file := there(name)) is not None and _ending(file) == _ending(name)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _list_error(found: str) -> SiteError:

@@ -5,9 +5,10 @@ folder may hold any mix of
   - parquet or arrow files as Hugging Face stores them: an image column (bytes, or paths) and text or label;
   - lists, caption files and templates (captions.py);
   - pictures: what a file is, its first bytes say, where its name does not end like a picture's or a text's.
-A picture's captions are its list's or table's; else its caption file's; else its template's, by its label. What is
-nearer to the picture counts; one list may name it several times. One that a list names, or that has a caption file,
-never has the template's. What lies in CLASS is none of the site's pictures (prior.py).
+A picture's captions are its list's or table's; else its caption file's; else those of a list without known columns;
+else its template's, by its label. What is nearer to the picture counts; one list may name it several times, and of
+names that mean it the closest ones count. One that a list names, or that has a caption file, never has the template's.
+What lies in CLASS is none of the site's pictures (prior.py).
 Nothing is read through a link that leads out of the folder. What computers put into folders for themselves is counted.
 """
 
@@ -24,13 +25,11 @@ from pathlib import Path
 from app.errors import SiteError
 from app.site.photos import captions
 from app.site.photos.captions import LABEL_TEMPLATE, MOST, TEMPLATE, Mention, distinct, fill
-from app.site.photos.images import FORMATS, BadImage, kind, open_inside, read_inside
+from app.site.photos.images import FORMATS, OTHER_PICTURES, PICTURES, BadImage, kind, open_inside, read_inside
 from app.site.photos.seen import Seen
 from app.site.photos.tables import NoPictures, TableError, rows
 from app.text import printable
 
-PICTURES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".mpo"}
-OTHER_PICTURES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"}  # set aside as "format"
 TABLES = {".parquet", ".arrow"}
 LISTS = {".jsonl", ".csv", ".tsv", ".txt"}
 BESIDE = (".txt", ".caption")  # caption files; of two the first counts
@@ -106,17 +105,24 @@ class _Folder:
         self.beside = self._beside()
         self.captioned = {os.path.dirname(name) for name in self.beside}  # folders with caption files
         self.lists = self._take(lambda name: _suffix(name) in LISTS and name not in self.beside)
-        self.said: dict[str, tuple[int, str, Mention]] = {}  # by file: how near the list lies, its name, what it says
+        # by file: how much the list counts, its name, what it says
+        self.said: dict[str, tuple[tuple[bool, int], str, Mention]] = {}
+        self.closest: dict[str, int] = {}  # by file: how far off the closest name is that this list has for it
+        self.later: list[tuple[str, int, Mention]] = []  # what this list says by names that may be of other files
 
     def entries(self) -> Iterator[Entry]:
         for name in self.tables:
             yield from self._table(name)
+            yield from self._less_close(name)
         for name in self.lists:
             yield from self._list(name)
+            yield from self._less_close(name)
         for name, (_, _, mention) in self.said.items():
             self.left.pop(name, None)
             made = fill(self._template(name) or LABEL_TEMPLATE, mention.label) if mention.label else None
-            yield from self._picture(name, mention.captions or _one(made), named=True)
+            if mention.guessed and mention.captions and self.beside.get(name):
+                yield Entry(name, reason="unused-caption")
+            yield from self._picture(name, mention.captions or _one(made), named=not mention.guessed)
         for name in [name for name in self.pictures if name not in self.said]:
             self.left.pop(name, None)
             yield from self._picture(name, _one(fill(self._template(name), captions.folder_label(name))))
@@ -209,29 +215,48 @@ class _Folder:
         return beside
 
     def _list(self, name: str) -> Iterator[Entry]:
-        folder = os.path.dirname(name)
         try:
-            for mention in captions.read_list(self.root, name, lambda file: self.names.find(folder, file) is not None):
+            for mention in captions.read_list(self.root, name, partial(self._pictured, os.path.dirname(name))):
                 yield from self._mention(name, mention)
         except captions.NoList as no:
             yield Entry(name, reason=self._why_not(name) if no.reason == "not-a-picture" else no.reason)
 
+    def _pictured(self, folder: str, name: str) -> str | None:
+        file, _ = self.names.find(folder, name[:LONGEST])
+        return file if file in self.pictures else None
+
     def _mention(self, name: str, mention: Mention) -> Iterator[Entry]:
         """Take down what a list or table says of a picture; what it says in vain is counted."""
         folder, called = os.path.dirname(name), mention.file[:LONGEST]
-        file = self.names.find(folder, called)
+        file, off = self.names.find(folder, called)
         if file is None:
             yield self._absent(folder, called)
             return
-        near = 1 + len(Path(folder).parts) if _is_below(file, folder) else 0
-        known = self.said.get(file)
+        self.closest[file] = min(off, self.closest.get(file, off))
+        if off:
+            self.later.append((file, off, mention))
+        else:
+            yield from self._said(name, file, mention)
+
+    def _less_close(self, name: str) -> Iterator[Entry]:
+        """At a list's end, what it said by loose names: of files that none of its names is closer to."""
+        for file, off, mention in self.later:
+            if off == self.closest[file]:
+                yield from self._said(name, file, mention)
+            else:
+                yield self._absent(os.path.dirname(name), mention.file[:LONGEST])
+        self.closest, self.later = {}, []
+
+    def _said(self, name: str, file: str, mention: Mention) -> Iterator[Entry]:
+        folder, known = os.path.dirname(name), self.said.get(file)
+        counts = not mention.guessed, 1 + len(Path(folder).parts) if _is_below(file, folder) else 0
         if known is not None and known[1] == name:
             before = known[2]
             mention = replace(before, captions=distinct((*before.captions, *mention.captions)))
         elif known is not None:
             yield Entry(file, reason="unused-caption")
-        if known is None or known[1] == name or near > known[0]:
-            self.said[file] = near, name, mention
+        if known is None or known[1] == name or counts > known[0]:
+            self.said[file] = counts, name, mention
 
     def _absent(self, folder: str, name: str) -> Entry:
         """A name in a list that is no file's: absent, or something that is not read."""
@@ -298,19 +323,23 @@ class _Names:
             if _suffix(name) in PICTURES:
                 _file(self.stems, _stem(name), name)
 
-    def find(self, folder: str, name: str) -> str | None:
-        """The file that a list in `folder` calls so, from there or from the root."""
+    def find(self, folder: str, name: str) -> tuple[str | None, int]:
+        """(the file that a list in `folder` calls so, from there or from the root; how far off the name is: 0 is exact,
+        1 in other letters, 2 without its ending or with another).
+        """
         if not name or "\0" in name:
-            return None
+            return None, 0
         name = name.removeprefix(self.root)
         spelled = [os.path.join(above, one) for one in (name, name.replace("\\", "/")) for above in (folder, "")]
         spelled = list(map(os.path.normpath, spelled))
         if exact := next((place for place in spelled if place in self.exact), None):
-            return exact
+            return exact, 0
         for place in spelled[2:]:
-            if found := self.loose.get(_loose(place)) or self.stems.get(_stem(place)):
-                return found
-        return None
+            if found := self.loose.get(_loose(place)):
+                return found, 1
+            if found := self.stems.get(_stem(place)):
+                return found, 2
+        return None, 0
 
 
 def _file(names: dict[str, str | None], key: str, name: str) -> None:

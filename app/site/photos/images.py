@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 READING = 3  # the version of what this module makes of bytes: what was kept of another one's pixels is made anew
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # what is read, and how such a file's name ends
+PICTURES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".mpo"}
+OTHER_PICTURES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"}  # set aside as "format"
 MAX_PIXELS = 50_000_000  # 200 MB as RGB; a full-frame camera's 45 Mpixel photo still fits
 MAX_JPEG = 4 * MAX_PIXELS  # of a JPEG in one scan, decoded at half its width; of several, all would lie in memory
 MAX_BYTES = 200_000_000
