@@ -35,6 +35,7 @@ HEADLINES = {
     "EXPORT-08": "The result cannot be written there.",
     "EXPORT-09": "Nobody has measured whether the adapter tells who it was trained on.",
     "EXPORT-10": "The adapter tells more of who it was trained on than its group lets out.",
+    "EXPORT-11": "There are no prompts to draw.",
     # a site: its photos and settings, what it allows, its GPU, its way to the hub
     "SITE-01": "No training images.",
     "SITE-02": "Too few training images.",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,7 +277,8 @@ def add_adapter(net: Net, family: Family, config: RunConfig) -> None:
 
 
 def add_layers(net: Net, adapter: Adapter) -> None:
-    """Room for that very adapter (alpha = rank) on a frozen net, whatever its layers.
+    """Room for that very adapter (alpha = rank) on a frozen net, whatever its layers: PEFT takes a name in a list for
+    the end of one too, and a pattern for the whole.
 
     Errors: ADAPTER-01 (no such layer).
     """
@@ -286,7 +288,8 @@ def add_layers(net: Net, adapter: Adapter) -> None:
     if lost := [name for name in layers if not isinstance(known.get(name), (torch.nn.Linear, torch.nn.Conv2d))]:
         raise _misfit(f"{len(lost)} of its {len(layers)} layers are not in this base model; first: {lost[0]}")
     ranks = lora.ranks_of(adapter)
-    net.add_adapter(LoraConfig(**lora.settings(ranks, layers, RunConfig(lora_rank=max(ranks.values())))))
+    settings = lora.settings(ranks, layers, RunConfig(lora_rank=max(ranks.values())))
+    net.add_adapter(LoraConfig(**settings | {"target_modules": "|".join(map(re.escape, layers))}))
 
 
 def adapter_of(net: Net) -> Adapter:

@@ -132,9 +132,12 @@ def measure(name: str, data: Path, runs: list[Path], models: Path, cached: Path,
     from app.site import privacy, train
     from bouquet.adapter import alone as kept
     from bouquet.adapter import personal
+    from bouquet.adapter import sample as drawing
 
     configs, limits = alike(runs), Limits.read(os.environ.get("SITE_LIMITS", ""))
     promise = budget.of(os.environ, cached)
+    if more.shown:
+        drawing.chosen((), configs[0])
     if more.alone:
         kept.check_leaves(limits, promise)
     base = bases.locate(configs[0].base_model, models)

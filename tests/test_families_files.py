@@ -228,6 +228,14 @@ def test_our_picture_of_a_file_is_that_of_the_familys_own_load_lora_weights(tmp_
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_a_layer_whose_name_is_the_end_of_anothers_is_alone_meant():
+    """Flux.1 has `proj_out` and `single_transformer_blocks.0.proj_out`."""
+    adapter = layers_of("flux", "proj_out", "transformer_blocks.0.attn.to_q")
+    net = sample.dressed(kit.base("flux"), lora_files.LoraFile(adapter, {}), torch.device("cpu")).transformer
+    assert "single_transformer_blocks.0.proj_out" in dict(net.named_modules())
+    assert tiny.equal(model.adapter_of(net), adapter)
+
+
 def test_one_matrix_for_query_key_and_value_becomes_three_by_its_rows(tmp_path):
     draw = torch.Generator().manual_seed(1)
     a, b = torch.randn(4, 32, generator=draw), torch.randn(96, 4, generator=draw)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from app import model
@@ -272,6 +273,33 @@ def test_what_is_no_plain_lora_is_refused_by_its_kind(tmp_path, what):
 def test_settings_of_no_plain_lora_are_refused(tmp_path, setting):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2} | setting))
     refusal(tmp_path, renamed("base_model.model."))
+
+
+def by_peft(start: str | bool) -> tuple[bool, dict]:
+    """(whether PEFT changes a layer's own weight when an adapter begins so, the settings that it saves)."""
+    net = torch.nn.ModuleDict({"layer": torch.nn.Linear(8, 8)})
+    before = net["layer"].weight.clone()
+    settings = LoraConfig(r=2, lora_alpha=2, target_modules=["layer"], init_lora_weights=start)
+    begun = get_peft_model(net, settings).base_model.model["layer"]
+    told = settings.to_dict() | {"target_modules": ["layer"]}
+    return not torch.equal(begun.base_layer.weight, before), json.loads(json.dumps(told, default=str))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_2", "olora"])
+def test_a_lora_is_refused_by_its_beginning_exactly_where_peft_changed_the_base_model_with_it(tmp_path, start):
+    changed, settings = by_peft(start)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    if not changed:
+        assert tiny.equal(read(tmp_path, renamed("base_model.model.")).net, ADAPTER)
+    else:
+        assert f"init_lora_weights is {start}" in refusal(tmp_path, renamed("base_model.model."))
+    assert changed == (start in ("pissa", "pissa_niter_2", "olora"))
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "OLoRA"])
+def test_a_beginning_with_other_weights_is_refused_in_diffusers_metadata_too(tmp_path, start):
+    told = {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": start}
+    assert start in refusal(tmp_path, renamed("unet."), {"lora_adapter_metadata": json.dumps(told)})
 
 
 def test_an_alpha_of_nothing_is_refused_since_tools_disagree(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import sh
 from PIL import Image
 
+from app import bases
 from app.adapter import sample
 from app.errors import BouquetError
 from app.site import cache
@@ -82,7 +84,6 @@ def test_a_copy_of_a_training_photo_is_far_below_every_held_out_photo_also_with_
 
 
 def test_pictures_are_compared_as_the_cache_encodes_photos(pipe, site, tmp_path):
-    from app import bases
     from app.site import train
 
     here = train.Site(tiny.CONFIG, tiny.models(), site, tmp_path / "cache", "")
@@ -212,6 +213,83 @@ def test_the_numbers_go_into_the_runs_folder_with_prompts_count_and_seeds(run):
     assert told["prompts"] == list(tiny.CONFIG.prompts) and (told["count"], told["seeds"]) == (2, [5, 6])
     assert set(told["diversity"]) == {"base", "adapter"} and min(told["diversity"].values()) > 0
     assert "diversity" in shown and "seeds 5 to 6" in shown and "kid" not in told
+
+
+def test_a_run_without_prompts_is_named_before_a_model_is_looked_for_and_a_prompt_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    run = run_of(tmp_path, 5, sample_prompts="")
+    with monkeypatch.context() as patch:
+        patch.setattr(bases, "locate", lambda *_: pytest.fail("the base model was looked for"))
+        for asked in (["adapter", "sample", "--adapter"], ["measure", "pictures"]):
+            assert cli.main([*asked, str(run), "--models", str(tiny.models())]) == 1
+            told = capsys.readouterr().err
+            assert told.startswith("EXPORT-11") and "no sample prompts" in told and "--prompt " in told
+    assert not (run / "measures.json").exists()
+    asked = ["--prompt", "a rose", "--prompt", "a lily | or two", "--count", "2", "--models", str(tiny.models())]
+    assert cli.main(["measure", "pictures", str(run), *asked]) == 0
+    told = json.loads((run / "measures.json").read_text())
+    assert told["prompts"] == ["a rose", "a lily | or two"] and (told["count"], told["seeds"]) == (2, [5, 6])
+    assert "2 pictures for each of 2 prompts" in capsys.readouterr().out
+    sheet = ["adapter", "sample", "--adapter", str(run), "--prompt", "a rose", "--models", str(tiny.models())]
+    assert cli.main([*sheet, "--out", str(tmp_path / "rose.png")]) == 0 and (tmp_path / "rose.png").is_file()
+
+
+def plain_photos(folder: Path, *greys: int) -> Path:
+    """PNG photos of 24×16 pixels without captions, each of one grey."""
+    folder.mkdir()
+    for grey in greys:
+        Image.new("RGB", (24, 16), (grey, grey, grey)).save(folder / f"{grey}.png")
+    return folder
+
+
+def test_photos_need_no_captions_and_those_that_cannot_be_read_are_skipped_and_counted(tmp_path):
+    folder = plain_photos(tmp_path / "photos", 10, 20, 200)
+    for name in ("20.png", "200.png"):  # of the second the pixels are cut off, of the third the header
+        (folder / name).write_bytes((folder / name).read_bytes()[: 50 if name == "20.png" else 12])
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(folder / "90.jpg")
+    (folder / "copy.png").write_bytes((folder / "10.png").read_bytes())
+    (folder / "90.txt").write_text("")
+    (folder / "notes.md").write_text("no photo")
+    found, skipped = pictures.photos(folder, 16)
+    assert [(photo.size, photo.getpixel((8, 8))) for photo in found] == [((16, 16), (g, g, g)) for g in (10, 90)]
+    assert skipped == 2
+
+
+def test_a_damaged_photo_is_known_before_anything_is_drawn_and_told_with_the_numbers(
+    run, tmp_path, monkeypatch, capsys
+):
+    folder = plain_photos(tmp_path / "photos", 10, 20, 200)
+    (folder / "200.png").write_bytes((folder / "200.png").read_bytes()[:50])
+    order, photos, pairs = [], pictures.photos, measure.pairs
+    monkeypatch.setattr(pictures, "need_kid", lambda _: None)
+    monkeypatch.setattr(pictures, "kid", lambda drawn, real, *_: {"mean": len(drawn) + 0.5, "std": 0.0})
+    monkeypatch.setattr(pictures, "photos", lambda *asked: order.append("read") or photos(*asked))
+    monkeypatch.setattr(measure, "pairs", lambda *asked: order.append("drawn") or pairs(*asked))
+    asked = ["--photos", str(folder), "--count", "2", "--models", str(tiny.models())]
+    assert cli.main(["measure", "pictures", str(run), *asked]) == 0 and order == ["read", "drawn"]
+    told = json.loads((run / "measures.json").read_text())["kid"]
+    assert (told["base"]["mean"], told["photos"], told["skipped"]) == (4.5, 2, 1)  # of 2 prompts 2 pictures
+    assert f"skipped    1 photos of {folder} that cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_folder_without_two_photos_that_can_be_read_is_refused_before_anything_is_drawn(
+    run, tmp_path, monkeypatch, left
+):
+    folder = plain_photos(tmp_path / "photos", *(10, 20)[:left])
+    (folder / "x.jpg").write_bytes(b"\xff\xd8\xff")
+    monkeypatch.setattr(pictures, "need_kid", lambda _: None)
+    monkeypatch.setattr(sample, "pipeline", lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(BouquetError, match="MEASURE-01") as refused:
+        measure.measure(run, tiny.models(), measure.Asked(photos=folder))
+    assert f"{left} photos that can be read, and 1 that cannot" in refused.value.found
+
+
+def test_prompts_that_the_judge_does_not_know_are_refused_before_anything_is_drawn(run, monkeypatch):
+    monkeypatch.setattr(sample, "pipeline", lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(BouquetError, match="MEASURE-01"):
+        measure.measure(run, tiny.models(), measure.Asked(["a bicycle"], judge=True))
 
 
 @pytest.mark.parametrize(

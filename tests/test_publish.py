@@ -306,6 +306,12 @@ def test_the_card_tells_provenance_and_limits_and_names_no_site(publish):
     assert "base_model" not in data  # nobody said where the hub has `tiny`
 
 
+def test_the_cards_batch_is_the_images_of_a_step_over_all_its_passes():
+    config = tiny.config(batch_size=2, gradient_accumulation=3)  # 2 × 3
+    told = card.table(config, Provenance(rounds=5), sd.FAMILY)
+    assert "| rounds × local steps × images a step | 5 × 3 × 6 |" in told
+
+
 # --- what goes out, and what does not
 # --------------------------------------------------------------------------------------------
 

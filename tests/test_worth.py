@@ -272,6 +272,13 @@ def test_what_each_contender_draws_goes_into_the_report_for_the_site_that_sent_i
     (runs[0] / "worth.json").unlink()
 
 
+def test_pictures_of_runs_without_prompts_are_refused_before_anything_is_trained(tmp_path, site, monkeypatch):
+    run = run_of(tmp_path, 1, sample_prompts="")
+    monkeypatch.setattr(worth, "alone", None)
+    with pytest.raises(BouquetError, match="EXPORT-11"):
+        worth.measure("rose", site, [run], tiny.models(), tmp_path / "c", worth.More(shown=tmp_path / "rose.png"))
+
+
 def cells(size: tuple[int, int], rows: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
     """The boxes of the first prompt's pictures in these rows of a sheet."""
     cell, left, top, _ = pictures.layout(size, list(tiny.CONFIG.prompts), 16)

@@ -38,6 +38,8 @@ MOST_BYTES, MOST_NUMBERS, MOST_TENSORS = 2**31, 2**29, 10_000  # of a file; as f
 MOST_NOTES = 2**26  # bytes of a JSON file beside it; the longest is a run's history
 # settings of PEFT's with which it is no plain LoRA
 UNLIKE = ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save")
+# beginnings of init_lora_weights with which PEFT changes the base model's weights before it trains
+SUBTRACTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraFile(NamedTuple):
@@ -231,6 +233,8 @@ def _by_peft(path: Path, settings: dict[str, Any], module: str, rank: int, ranks
     """alpha/rank as PEFT has it; a pattern is taken as a module's name or the end of one. Errors: EXPORT-03."""
     if unknown := [key for key in UNLIKE if settings.get(key)]:
         raise refused(path, f"{unknown[0]} is set")
+    if str(begun := settings.get("init_lora_weights")).lower().startswith(SUBTRACTED):
+        raise refused(path, f"init_lora_weights is {str(begun)[:40]}: it is for a base model that PEFT had changed")
     if (kind := settings.get("peft_type", "LORA")) != "LORA":
         raise refused(path, f"{SETTINGS} is a {str(kind)[:40]}'s")
     patterns = [settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]

@@ -112,10 +112,11 @@ def call(prompt: str, config: RunConfig, family: Family) -> str:
 def table(config: RunConfig, provenance: Provenance, family: Family) -> str:
     part, unknown = formats.net_of(family), "not recorded"
     rounds = config.rounds if provenance.rounds is None else provenance.rounds
+    batch = config.batch_size * config.gradient_accumulation
     rows = {
         "sites": len(provenance.sites) or unknown,
         "training images": images(provenance),
-        "rounds × local steps × batch": f"{rounds} × {config.local_steps} × {config.batch_size}",
+        "rounds × local steps × images a step": f"{rounds} × {config.local_steps} × {batch}",
         "LoRA": f"{lora.told(config)}, {config.lora_targets} of the {part}",
         **({"differential privacy": privacy(provenance.privacy)} if provenance.privacy else {}),
         **({"trained on by one site": f"{provenance.personal.steps} steps"} if provenance.personal else {}),

@@ -1,28 +1,32 @@
 """Numbers about pictures, with seeds and counts. Nothing is ever downloaded.
 
-  bouquet measure pictures RUN [--count N] [--judge] [--photos DIR [--kid inception|judge]] [--clip DIR] [--models DIR]
+  bouquet measure pictures RUN [--prompt TEXT]... [--count N] [--judge] [--photos DIR [--kid inception|judge]]
+                               [--clip DIR] [--models DIR]
   bouquet measure memory NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
   bouquet measure membership NAME --data DIR RUN [--count N] [--models DIR] [--cache DIR] [--out FILE]
   bouquet measure collect RUN COLUMN...
 
-pictures  of the base model and of RUN's adapter, N for each of the run's prompts from the same seeds: how unlike the
-          pictures of one prompt are (diversity); --judge, for the demo's base model: how often the judge sees what was
-          asked for; --photos: their kernel distance (KID) to the photos in DIR; --clip: CLIP score by the model in
-          DIR. KID and CLIP score are torchmetrics', and need it and their weights on this machine. Goes into
-          RUN/measures.json.
+pictures  of the base model and of RUN's adapter, N for each --prompt, else for each of the run's own, from the same
+          seeds: how unlike the pictures of one prompt are (diversity); --judge, for the demo's base model: how often
+          the judge sees what was asked for; --photos: their kernel distance (KID) to the photos in DIR, which need no
+          captions; --clip: CLIP score by the model in DIR. KID and CLIP score are torchmetrics', and need it and their
+          weights on this machine. Goes into RUN/measures.json.
 memory    at the site NAME: draws N pictures from its training captions and measures how near each is to one training
           photo. Only distances are in FILE (default: NAME.memory.json).
 membership  at the site NAME: how well photos that the run trained on are told from held-out ones (membership.py), into
           FILE (default: NAME.membership.json), which bouquet adapter publish asks for.
 collect   at the hub: memory.json in RUN's folder, for bouquet report.
 
-Errors: MEASURE-01 (a package or weights are not here), MEASURE-02 (columns that cannot be read or do not fit).
+Errors: MEASURE-01 (a package, weights or photos are not here), MEASURE-02 (columns that cannot be read or do not fit),
+EXPORT-11 (no prompts).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from app import files
 from app.errors import BouquetError
 from bouquet import progress
+from bouquet.adapter.sample import chosen
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,60 +46,84 @@ if TYPE_CHECKING:
     from app.model import Adapter
 
 
-def measure(
-    run: Path, models: Path, count: int, judge: bool, photos: Path | None, kid: str, clip: Path | None
-) -> list[str]:
-    """measures.json of a run."""
+@dataclass(frozen=True)
+class Asked:
+    """What is measured of a run: `count` pictures of each prompt, of the run's own where none is given; what beside
+    their diversity.
+    """
+
+    prompts: Sequence[str] = ()
+    count: int = 16
+    judge: bool = False
+    photos: Path | None = None
+    kid: str = "inception"
+    clip: Path | None = None
+
+
+def measure(run: Path, models: Path, asked: Asked) -> list[str]:
+    """measures.json of a run. Errors: EXPORT-11 or MEASURE-01 before anything is drawn."""
     from app import bases, model
     from app.adapter import formats, sample
     from bouquet.adapter import pictures
 
-    if photos:
-        pictures.need_kid(kid)
-    if clip:
-        pictures.need_clip(clip)
+    need(asked)
     adapter, config = formats.open_adapter(run, models=models)
-    base = bases.locate(config.base_model, models)
-    pipe = sample.pipeline(base, config)
-    drawn = pairs(pipe, adapter, config, count)
+    prompts, count = chosen(asked.prompts, config), asked.count
+    if asked.judge:
+        pictures.species(prompts)
+    real, skipped = pictures.photos(asked.photos, config.resolution) if asked.photos else ([], 0)
+    pipe = sample.pipeline(bases.locate(config.base_model, models), config)
+    drawn = pairs(pipe, adapter, config, prompts, count)
     told: dict[str, Any] = {
         "run": run.resolve().name,
         "adapter": model.adapter_hash(adapter),
-        "prompts": list(config.prompts),
+        "prompts": prompts,
         "count": count,
         "seeds": [config.seed, config.seed + count - 1],
         "diversity": {name: pictures.diversity(pipe, rows) for name, rows in drawn.items()},
     }
-    if judge:
-        told["judge"] = {name: pictures.judged(config.prompts, rows) for name, rows in drawn.items()}
-    if photos:
-        real = pictures.photos(photos, config.resolution)
-        told["kid"] = {name: pictures.kid(sum(rows, []), real, kid, config.seed) for name, rows in drawn.items()}
-        told["kid"] |= {"features": kid, "photos": len(real)}
-    if clip:
-        told["clip"] = {name: pictures.clip(config.prompts, rows, clip) for name, rows in drawn.items()} | {
-            "model": clip.name
-        }
+    if asked.judge:
+        told["judge"] = {name: pictures.judged(prompts, rows) for name, rows in drawn.items()}
+    if real:
+        told["kid"] = {name: pictures.kid(sum(rows, []), real, asked.kid, config.seed) for name, rows in drawn.items()}
+        told["kid"] |= {"features": asked.kid, "photos": len(real), "skipped": skipped}
+    if asked.clip:
+        told["clip"] = {name: pictures.clip(prompts, rows, asked.clip) for name, rows in drawn.items()}
+        told["clip"] |= {"model": asked.clip.name}
     folder = run if run.is_dir() else run.parent
     target = (folder.parent if folder.name == "final" else folder) / "measures.json"
     files.write_json(target, told)
     kinds = [kind for kind in ("diversity", "judge", "kid", "clip") if kind in told]
     lines = [f"{kind:<10} base {shown(told[kind]['base'])}  adapter {shown(told[kind]['adapter'])}" for kind in kinds]
+    if skipped:
+        lines.append(f"skipped    {skipped} photos of {asked.photos} that cannot be read")
     return [
         *lines,
         (
-            f"measured   {target}   {count} pictures for each of {len(config.prompts)} prompts, seeds"
+            f"measured   {target}   {count} pictures for each of {len(prompts)} prompts, seeds"
             f" {told['seeds'][0]} to {told['seeds'][1]}"
         ),
     ]
 
 
-def pairs(pipe: Pipeline, adapter: Adapter, config: RunConfig, count: int) -> dict[str, list[list[Image.Image]]]:
+def need(asked: Asked) -> None:
+    """Errors: MEASURE-01 unless what measures is on this machine."""
+    from bouquet.adapter import pictures
+
+    if asked.photos:
+        pictures.need_kid(asked.kid)
+    if asked.clip:
+        pictures.need_clip(asked.clip)
+
+
+def pairs(
+    pipe: Pipeline, adapter: Adapter, config: RunConfig, prompts: Sequence[str], count: int
+) -> dict[str, list[list[Image.Image]]]:
     """`count` pictures a prompt, of the base model and of the adapter, from the same seeds."""
     from app.adapter import sample
 
     drawn: dict[str, list[list[Image.Image]]] = {"base": [], "adapter": []}
-    for name, prompt in progress.steps("drawing", [(name, prompt) for name in drawn for prompt in config.prompts]):
+    for name, prompt in progress.steps("drawing", [(name, prompt) for name in drawn for prompt in prompts]):
         drawn[name].append(sample.render(pipe, None if name == "base" else adapter, [prompt] * count, config))
     return drawn
 

@@ -8,6 +8,7 @@ Sources: KID, Binkowski et al. 2018, arXiv:1801.01401; CLIP score, Hessel et al.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from PIL import Image
 
 from app.adapter.sample import Pipeline
 from app.errors import BouquetError
+from app.site.photos.images import BadImage, rgb, to_pixels
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name; it would fetch the file itself
 SUBSETS = 100
@@ -40,30 +42,55 @@ def diversity(pipe: Pipeline, rows: Sequence[Sequence[Image.Image]]) -> float:
 
 def judged(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> float:
     """The share of pictures in which the demo's judge sees the species that the prompt names. Errors: MEASURE-01."""
-    from models.mini import draw
     from models.mini.judge import judge
 
-    wanted = [
-        next((species for species in draw.SPECIES if species in prompt.split(",")[0].split()), None)
-        for prompt in prompts
-    ]
-    if None in wanted:
-        raise _missing(
-            "the judge knows the demo's species alone", f"prompts that name one of {', '.join(draw.SPECIES)}"
-        )
     return statistics.fmean(
-        seen == species for species, images in zip(wanted, rows, strict=True) for seen in judge(images)
+        seen == wanted for wanted, images in zip(species(prompts), rows, strict=True) for seen in judge(images)
     )
 
 
-def photos(folder: Path, resolution: int) -> list[Image.Image]:
-    """A site's photos as training sees them, cut to a square of that many pixels."""
-    from app.site.photos import data
+def species(prompts: Sequence[str]) -> list[str]:
+    """What the demo's judge is to see in each prompt's pictures. Errors: MEASURE-01."""
+    from models.mini import draw
 
-    arrays = [data.pixels(photo, resolution) for photo in data.scan(folder).photos]
-    return [
-        Image.fromarray(((array.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)) for array in arrays
-    ]
+    named = [[one for one in draw.SPECIES if one in prompt.split(",")[0].split()] for prompt in prompts]
+    if not all(named):
+        raise _missing(
+            "the judge knows the demo's species alone", f"prompts that name one of {', '.join(draw.SPECIES)}"
+        )
+    return [found[0] for found in named]
+
+
+def photos(folder: Path, resolution: int) -> tuple[list[Image.Image], int]:
+    """(each photo of a folder as training sees one, cut to a square of that many pixels; how many were skipped since
+    they cannot be read). Captions are not asked for. Errors: MEASURE-01, SITE-06, SITE-07.
+    """
+    from app.site.photos import data, folders
+
+    found: dict[str, Image.Image] = {}
+    skipped = 0
+    for entry in folders.entries(folder.resolve(), template=""):
+        if entry.reason in data.LATE:
+            continue
+        try:
+            if entry.reason:
+                raise BadImage(entry.reason)
+            bytes_of = entry.load()
+            found.setdefault(hashlib.sha256(bytes_of).hexdigest(), square(rgb(bytes_of), resolution))
+        except BadImage:
+            skipped += 1
+    if len(found) < 2:
+        raise _missing(
+            f"{folder} holds {len(found)} photos that can be read, and {skipped} that cannot",
+            "name a folder with PNG, JPEG or WebP photos: --photos DIR",
+        )
+    return list(found.values()), skipped
+
+
+def square(photo: Image.Image, resolution: int) -> Image.Image:
+    """The middle of it, as training sees it."""
+    array = to_pixels(photo, resolution).permute(1, 2, 0).numpy()
+    return Image.fromarray(((array + 1) * 127.5).round().astype(np.uint8))
 
 
 def kid(drawn: Sequence[Image.Image], real: Sequence[Image.Image], features: str, seed: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Rows are strengths of the adapter (0 is the base model alone), columns are prompts; picture i of every row starts from
 noise seeded by (seed + i). Runs on the GPU where there is one.
-Errors: EXPORT-02 to EXPORT-04, MODEL-01 to -03, MODEL-05, ADAPTER-01, ADAPTER-02.
+Errors: EXPORT-02 to EXPORT-04, EXPORT-08, EXPORT-11, MODEL-01 to -03, MODEL-05, ADAPTER-01, ADAPTER-02.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from app.errors import BouquetError
 from bouquet import ROOT, progress
 
 if TYPE_CHECKING:
-    from app.adapter.lora_files import LoraFile
     from app.config import RunConfig
     from app.families.base import Family
 
@@ -47,25 +46,25 @@ class Which:
         return self.named or next((folder for folder in LATEST if folder.exists()), LATEST[0])
 
 
-def opened(which: Which) -> tuple[LoraFile, RunConfig, Path]:
-    """(what the LoRA file holds, the configuration of its run, its base model's folder)."""
-    from app import bases
-    from app.adapter import formats
-
-    file, config = formats.open_file(which.place, which.base, which.models)
-    return file, config, bases.locate(config.base_model, which.models)
+def chosen(asked: Sequence[str], config: RunConfig) -> list[str]:
+    """The prompts that were asked for, else the run's own. Errors: EXPORT-11."""
+    if not (prompts := list(asked or config.prompts)):
+        fix = 'say what to draw: --prompt "a photo of a flower"; it may be given again'
+        raise BouquetError("EXPORT-11", found="this run has no sample prompts", fix=fix)
+    return prompts
 
 
 def draw(which: Which, prompts: Sequence[str], strengths: Sequence[float], asked: Mapping[str, Any], out: Path) -> None:
     """A sheet with a row for each strength; `asked` is run-config that takes the place of the run's own."""
-    from app.adapter import sample
+    from app import bases
+    from app.adapter import formats, sample
     from app.config import RunConfig
 
-    file, config, base = opened(which)
+    file, config = formats.open_file(which.place, which.base, which.models)
     RunConfig.read(asked)  # CONFIG-02 where one is out of range
     config = replace(config, **{key.replace("-", "_"): value for key, value in asked.items()})
-    prompts = prompts or list(config.prompts)
-    pipe, rows = sample.dressed(base, file), []
+    prompts = chosen(prompts, config)
+    pipe, rows = sample.dressed(bases.locate(config.base_model, which.models), file), []
     for strength in progress.steps("drawing", strengths):
         unet, text = (sample.scaled(adapter, strength) if strength else None for adapter in file)
         rows.append(sample.render(pipe, unet, prompts, config, text=text))
@@ -107,10 +106,11 @@ def writing(place: Path, *also: type[Exception]) -> Iterator[None]:
 
 def merge(which: Which, strength: float, into: Path) -> None:
     """Base model and adapter as one pipeline folder."""
-    from app import families
+    from app import bases, families
     from app.adapter import formats, sample
 
-    file, _, base = opened(which)
+    file, config = formats.open_file(which.place, which.base, which.models)
+    base = bases.locate(config.base_model, which.models)
     with writing(into):
         formats.merge(base, type(file)(*(sample.scaled(adapter, strength) for adapter in file)), into)
     print(f"merged   {into}   {loading(families.of(base), str(into))}")

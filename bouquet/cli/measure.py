@@ -22,6 +22,9 @@ worth = common.group("Was joining worth it? Measured at every site, collected at
 def measure_pictures(
     run: Run,
     models: Models = HERE,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw; may be given again; default: the run's own prompts")
+    ] = None,
     count: Annotated[int, typer.Option(min=2, help="pictures a prompt")] = 16,
     judge: Annotated[bool, typer.Option("--judge", help="how often the demo's judge sees what was asked for")] = False,
     photos: Annotated[Path | None, typer.Option(help="KID to the photos of this folder")] = None,
@@ -33,7 +36,8 @@ def measure_pictures(
 
     if kid not in ("inception", "judge"):
         raise wrong(f"--kid is inception or judge, not {kid}")
-    print(*measure.measure(run, models, count, judge, photos, kid, clip), sep="\n")
+    asked = measure.Asked(prompt or [], count, judge, photos, kid, clip)
+    print(*measure.measure(run, models, asked), sep="\n")
 
 
 @measure.command("memory")
