@@ -16,7 +16,7 @@ from app import model, wire
 from app.adapter import store
 from app.errors import ConfigError, HubError
 from app.families import sd
-from app.hub import attempt, exchange, guard, server_app, spool, volume
+from app.hub import attempt, exchange, guard, history, server_app, spool, volume
 from tests.kit import tiny
 from tests.kit.memory import FakeTime, Federation, spoil_from
 
@@ -416,6 +416,60 @@ def test_a_run_cannot_go_on_with_another_rank_or_another_base(federation, monkey
     federation.run_config["lora-rank"] = 2
     tiny.build(tmp_path / "models" / "tiny", seed=1)
     assert "fingerprint" in str(federation.fails(monkeypatch, "HUB-08", run_id=9, models=tmp_path / "models"))
+
+
+def test_a_run_cannot_go_on_to_fewer_rounds_than_it_has(federation, monkeypatch):
+    federation.run_config |= {"rounds": 3}
+    federation.go(monkeypatch)
+    federation.run_config |= {"resume": "7", "rounds": 2}
+    refused = str(federation.fails(monkeypatch, "HUB-08", run_id=8))
+    assert "it has trained 3 rounds, and this one is to have 2" in refused
+    federation.run_config |= {"rounds": 3}  # nothing is left but the last evaluation
+    assert tiny.equal(
+        store.read_adapter(federation.go(monkeypatch, run_id=9) / "final"),
+        store.read_adapter(federation.adapters / "7/final"),
+    )
+
+
+def test_who_goes_on_with_another_configuration_is_told_what_is_another(federation, monkeypatch, capsys):
+    federation.go(monkeypatch)
+    federation.run_config |= {"resume": "7", "rounds": 2, "learning-rate": 0.5}
+    federation.go(monkeypatch, run_id=8)
+    assert "bouquet: from here on with rounds=2 (was 1), learning-rate=0.5 (was 0.01)\n" in capsys.readouterr().out
+
+
+def test_a_round_that_is_whole_and_not_in_the_history_yet_is_taken_from_its_own_folder(tmp_path, monkeypatch):
+    """No room for history.json after round 2 of 3: HUB-09, and the run that goes on has every round and every loss of
+    one that was never cut off.
+    """
+    settings = {"rounds": 3, "sample_prompts": ""}
+    whole = Federation(tmp_path / "whole", **settings).go(monkeypatch)
+    cut, write = Federation(tmp_path / "cut", **settings), history.write
+
+    def full(path, record):
+        if isinstance(record, history.History) and len(record.rounds) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, record)
+
+    monkeypatch.setattr(history, "write", full)
+    assert "history.json could not be written (OSError)" in cut.fails(monkeypatch, "HUB-09").found
+    monkeypatch.setattr(history, "write", write)
+    assert [entry["round"] for entry in json.loads((cut.adapters / "7/history.json").read_text())["rounds"]] == [1]
+    cut.run_config["resume"] = "latest"
+    told, reference = (
+        json.loads((folder / "history.json").read_text()) for folder in (cut.go(monkeypatch, run_id=8), whole)
+    )
+    assert [entry["adapter"] for entry in told["rounds"]] == [entry["adapter"] for entry in reference["rounds"]]
+    assert told["validation"] == reference["validation"] and len(told["validation"]) == 4
+
+
+def test_an_adapters_sites_are_all_that_took_part_in_any_round(tmp_path, monkeypatch):
+    """Site 2 is refused in the second of two rounds; what it gave in the first is in the adapter."""
+    federation = Federation(tmp_path, rounds=2, min_sites=1)
+    federation.grid.tamper = spoil_from("2")
+    told = history.read_provenance(federation.go(monkeypatch) / "final/provenance.json")
+    assert sorted(told.sites) == ["site-1", "site-2"]
+    assert told.images == sum(given.images for given in told.sites.values()) > told.sites["site-1"].images
 
 
 def test_a_volume_without_room_ends_the_run_with_the_last_round_whole(tmp_path, monkeypatch):

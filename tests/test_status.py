@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 from conftest import sh
+from flwr.common.config import parse_config_args
 
 from app.errors import BouquetError
-from app.hub.history import Status
+from app.hub.history import History, Status
 from bouquet import ROOT
 from bouquet.hub import adapters, control, roster
 from bouquet.hub import status as status_
@@ -93,8 +95,21 @@ def test_a_run_that_failed_says_why_where_its_last_good_adapter_is_and_how_to_go
     assert "why       HUB-02  Too few valid replies in round 2." in said and "adapter   7/round-0001" in said
     assert (
         said.splitlines()[-1]
-        == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'"
+        == "next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"7\" rounds=3'"
     )
+
+
+def test_the_way_to_go_on_has_the_runs_own_keys_as_a_shell_and_toml_take_them(tmp_path):
+    """Of those that are as usual none; quotes of either kind come through."""
+    own = {"rounds": 64, "learning_rate": 0.003, "flip": True, "trigger_word": 'l\'œillet "rose"', "resume": "6"}
+    given = status_.again(History("7", "failed", own | {"of-another-version": 1}))
+    [words] = shlex.split(given)
+    assert parse_config_args([words]) == {
+        "resume": "7",
+        "rounds": 64,
+        "flip": True,
+        "trigger-word": own["trigger_word"],
+    }
 
 
 def test_a_run_whose_serverapp_was_killed_has_failed_although_its_history_says_running(tmp_path, hub):

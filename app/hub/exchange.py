@@ -169,5 +169,8 @@ class Exchange(Sites):
             needed=self.config.min_sites,
             reasons=reasons,
             found=f"{valid} valid, {len(refused)} refused or missing",
-            fix='mend the sites named above, or lower min-sites, and run again with resume="latest"',
+            fix=(
+                'mend the sites named above, or lower min-sites, and run again with resume="latest" and the rest of its'
+                " configuration"
+            ),
         )

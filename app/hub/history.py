@@ -7,7 +7,7 @@ record), REPORT-05 (a newer version wrote it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,7 +182,7 @@ class Given:
     """What a site gave to an adapter."""
 
     images: int | None = entry("images that it says that it has", "images", default=None)
-    counted: int | None = entry("images that it counted for in the last round's mean", "images", default=None)
+    counted: int | None = entry("images that it counted for in the mean of its last round", "images", default=None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Spent:
 
     sites: int = entry("how many of them had it in every round")
     of: int = entry("how many took part")
-    epsilon: float = entry("the most that one of them has spent, on all that it has sent")
+    epsilon: float = entry("the most that one of them has spent, on all that it has sent under its promise")
     delta: float = entry("the largest of theirs")
 
 
@@ -213,9 +213,7 @@ class Provenance:
     adapter_sha256: str = entry("of its numbers", default="")
     base: Base | None = entry("the base model", default=None)
     rounds: int | None = entry("rounds that it was trained", default=None)
-    sites: dict[str, Given] = entry(
-        "whoever took part in the last round, by name; as published, by a number", default={}
-    )
+    sites: dict[str, Given] = entry("whoever took part in any round, by name; as published, by a number", default={})
     images: int | None = entry("of all these sites, by their word", "images", default=None)
     config: dict[str, Any] = entry("the run's configuration, with _ for -", default={})
     versions: dict[str, str] = entry("of the hub's libraries, by name", default={})
@@ -235,6 +233,34 @@ def read(path: Path) -> History:
 def read_status(path: Path) -> Status:
     """A run's status.json. Errors: REPORT-02, REPORT-05."""
     return _read(Status, path)
+
+
+def up_to(done: int, earlier: History, written: Sequence[Round]) -> tuple[tuple[Round, ...], tuple[Validation, ...]]:
+    """The rounds, and the losses of what arrived in them, of a run that goes on after round `done`. One that was
+    killed, or found no room, between a round and its history has it in the round's own folder alone (`written`).
+    """
+    known = {entry.round for entry in earlier.rounds}
+    missing = [entry for entry in written if entry.round not in known]
+    rounds = sorted((*earlier.rounds, *missing), key=lambda entry: entry.round)
+    heard = {entry.after_round for entry in earlier.validation}
+    found = [one for entry in missing if entry.round - 1 not in heard and (one := arrived(entry))]
+    validation = sorted((*earlier.validation, *found), key=lambda entry: entry.after_round)
+    return (
+        tuple(entry for entry in rounds if entry.round <= done),
+        tuple(entry for entry in validation if entry.after_round < done),
+    )
+
+
+def arrived(entry: Round) -> Validation | None:
+    """What the sites said of the adapter that arrived in a round: its loss, by the images that each counted for; None
+    where nobody did.
+    """
+    told = {name: part for name, part in entry.sites.items() if "validation-loss" in part.numbers}
+    images = sum(part.counted for part in told.values())
+    if not images:
+        return None
+    losses = {name: part.numbers["validation-loss"] for name, part in told.items()}
+    return Validation(entry.round - 1, sum(losses[n] * part.counted for n, part in told.items()) / images, losses)
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ class Run:
             self.deed("run ended", state=self.history.state, code=self.history.error.split(" ")[0])
             try:
                 self.save()
-            except OSError as error:  # a full disk: the history of the last round stays, and so does the reason above
-                print(f"bouquet: history.json could not be written ({type(error).__name__})", flush=True)
+            except HubError as error:  # the history of the last round stays, and so does the reason above
+                print(f"bouquet: {error.found}", flush=True)
         volume.point_latest(self.folder)
         print(f"bouquet: finished  adapter {final}  seconds {time.time() - self.began:.0f}", flush=True)
 
@@ -162,15 +162,20 @@ class Run:
                 found=f"{source.name} had {then}, this run has {now}",
                 fix="give the values of that run, or leave resume out to start anew",
             )
+        if self.config.rounds < done:
+            raise HubError(
+                "HUB-08",
+                why=f"it has trained {done} rounds, and this one is to have {self.config.rounds}",
+                found=f"{source.name} has round {done} on the volume; rounds = {self.config.rounds}",
+                fix=f"give rounds={done} or more, and the rest of that run's configuration",
+            )
         volume.take_over(source, self.folder)
-        self.history = replace(
-            self.history,
-            resumed=Resumed(source.name, done),
-            rounds=earlier.rounds[:done],
-            validation=tuple(entry for entry in earlier.validation if entry.after_round < done),
-        )
+        rounds, validation = history.up_to(done, earlier, volume.told_rounds(source))
+        self.history = replace(self.history, resumed=Resumed(source.name, done), rounds=rounds, validation=validation)
         self.save()
         print(f"bouquet: going on after round {done} of run {source.name}", flush=True)
+        if other := _others(self.history.config, earlier.config):
+            print(f"bouquet: from here on with {', '.join(other)}", flush=True)
         for number in volume.written_rounds(self.folder):
             self.gallery.draw(number, store.read_adapter(self.folder / f"round-{number:04d}"))
         folder = self.folder / f"round-{done:04d}"
@@ -267,7 +272,7 @@ class Run:
         self.tracker.validation(told)
 
     def provenance(self, adapter: model.Adapter) -> Provenance:
-        last = self.history.rounds[-1].sites
+        last = {site: part for entry in self.history.rounds for site, part in entry.sites.items()}  # of each, its last
         images = {site: int(part.numbers["num-examples"]) for site, part in last.items()}
         return Provenance(
             self.history.run,
@@ -301,14 +306,27 @@ class Run:
             print(f"bouquet: not in {AUDIT}: {did} ({type(error).__name__})", flush=True)
 
     def save(self) -> None:
+        """Errors: HUB-09."""
         told = replace(self.history, seconds=round(time.time() - self.began, 1))
-        history.write(self.folder / history.FILE, told)
+        try:
+            history.write(self.folder / history.FILE, told)
+        except OSError as error:
+            raise volume.no_room(self.folder, f"history.json could not be written ({type(error).__name__})") from error
 
 
 def said_of(reply: guard.Reply) -> Part:
     """What history.json says of a site's reply in a round."""
     norm = None if reply.offer else reply.norm  # of a hidden update nobody knows it
     return Part(reply.metrics, reply.images, reply.bound, norm, reply.gpu, reply.left_out, reply.rank or None)
+
+
+def _others(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """The keys of a run's configuration that are not those of the run that it goes on from, with both values."""
+    return [
+        f"{key.replace('_', '-')}={text.line(str(value))} (was {text.line(str(then[key]))})"
+        for key, value in now.items()
+        if key != "resume" and key in then and then[key] != value
+    ]
 
 
 def hash_of(config: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from app import files
+from app import files, records
 from app.adapter.store import write_folder, write_peft
 from app.config import RunConfig
 from app.errors import HubError
 from app.families.base import Family
+from app.hub.history import Round
 from app.model import Adapter
 
-STATE = "server_state.safetensors"
+STATE, METRICS = "server_state.safetensors", "metrics.json"
 
 
 def write_round(
@@ -45,7 +47,7 @@ def write_round(
     def fill(folder: Path) -> None:
         write_peft(folder, adapter, config, family)
         save_file(state, folder / STATE)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        (folder / METRICS).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
 
     target = run / f"round-{number:04d}"
     try:
@@ -74,7 +76,7 @@ def no_room(run: Path, found: str) -> HubError:
         found=f"{run}: {found}",
         fix=(
             "make room (older runs and rounds may be deleted; keep-rounds does it by itself), then run again with"
-            ' resume="latest"'
+            ' resume="latest" and the rest of its configuration'
         ),
     )
 
@@ -82,6 +84,15 @@ def no_room(run: Path, found: str) -> HubError:
 def written_rounds(run: Path) -> list[int]:
     """Numbers of the rounds that are whole, in order: a folder has its name only once it is complete."""
     return sorted(int(folder.name.removeprefix("round-")) for folder in run.glob("round-[0-9]*"))
+
+
+def told_rounds(run: Path) -> list[Round]:
+    """What the folders of the whole rounds say of them, but for those of which it cannot be read."""
+    found = []
+    for number in written_rounds(run):
+        with suppress(records.Unfit, OSError):
+            found.append(records.read(Round, run / f"round-{number:04d}" / METRICS))
+    return found
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:

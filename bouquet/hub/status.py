@@ -12,15 +12,19 @@ Errors: REPORT-01, REPORT-02.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from app import text
+from app.config import RunConfig
 from app.errors import BouquetError
+from app.hub.history import History
 from bouquet.hub import adapters, control, roster
 from bouquet.report import progress
 from bouquet.report.reading import Run, read
@@ -120,6 +124,7 @@ def early(told: control.Told) -> dict[str, Any]:
         "declined": [],
         "adapter": None,
         "aggregation_error": None,
+        "again": "",
     }
 
 
@@ -156,7 +161,24 @@ def tell(run: Run, state: str, why: str, offline: dict[str, str]) -> dict[str, A
         "declined": list(status.declined),
         "adapter": f"{run.history.run}/round-{run.rounds[-1].round:04d}" if run.rounds else None,
         "aggregation_error": run.rounds[-1].aggregation_error if run.rounds else None,
+        "again": again(run.history),
     }
+
+
+def again(told: History) -> str:
+    """What a shell has to say for the run to go on: `--run-config` with the run's own keys, but for those that are as
+    usual.
+    """
+    usual = asdict(RunConfig())
+    mine = {key: value for key, value in told.config.items() if key in usual and usual[key] != value}
+    mine = {"resume": told.run} | {key: value for key, value in mine.items() if key != "resume"}
+    return shlex.quote(" ".join(f"{key.replace('_', '-')}={_toml(value)}" for key, value in mine.items()))
+
+
+def _toml(value: Any) -> str:
+    """As `flwr run` reads it, which takes the first quote within a text for its end."""
+    told = json.dumps(value, ensure_ascii=False)
+    return '"' + told[1:-1].replace(r"\"", r"\u0022") + '"' if isinstance(value, str) else told
 
 
 def words(facts: dict[str, Any], now: float | None = None) -> str:
@@ -193,7 +215,7 @@ def words(facts: dict[str, Any], now: float | None = None) -> str:
             f"averaging {'not known' if lost is None else f'lost {lost:.1%} of the mean update in this round'}"
         )
     if facts["state"] == "failed" and facts["adapter"]:
-        lines.append("next      mend it, then: flwr run . remote-deployment --run-config 'resume=\"latest\"'")
+        lines.append(f"next      mend it, then: flwr run . remote-deployment --run-config {facts['again']}")
     if facts["state"] == "finished":
         lines.append("next      scripts/bouquet report")
     return "\n".join(text.printable(line) for line in lines)
