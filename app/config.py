@@ -79,8 +79,8 @@ class RunConfig:
         "train on each photo's mirror image too, drawn every other time; for photos without writing, and subjects that"
         " may be turned round",
     )
-    rounds: int = _key(16, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
-    local_steps: int = _key(60, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
+    rounds: int = _key(32, "rounds", "rounds of local training and aggregation", low=1, high=10_000)
+    local_steps: int = _key(30, "steps", "optimiser steps a site takes in a round", low=1, high=1_000_000)
     batch_size: int = _key(8, "images", "images in one forward pass", low=1, high=4096)
     gradient_accumulation: int = _key(1, "passes", "forward passes in one optimiser step", low=1, high=1024)
     gradient_checkpointing: bool = _key(

@@ -22,7 +22,7 @@ def refused(code: str, **values) -> ConfigError:
 
 def test_an_empty_config_is_the_defaults():
     config = RunConfig.read({})
-    assert (config.base_model, config.resolution, config.rounds, config.lora_rank) == ("mini", 64, 16, 16)
+    assert (config.base_model, config.resolution, config.rounds, config.lora_rank) == ("mini", 64, 32, 16)
 
 
 def test_given_values_replace_defaults_under_flowers_names():

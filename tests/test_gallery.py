@@ -45,6 +45,19 @@ def test_the_report_knows_the_rounds_of_a_sheet_that_still_grows(tmp_path):
     assert shown["rounds"] == [0, 4] and [prompt["text"] for prompt in shown["prompts"]] == list(tiny.CONFIG.prompts)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [(3, [0, 1, 2, 3]), (16, list(range(17))), (32, list(range(0, 33, 2))), (34, [*range(0, 34, 3), 34])],
+)
+def test_a_long_run_has_a_row_for_every_so_many_rounds_and_for_the_last(tmp_path, monkeypatch, rounds, expected):
+    monkeypatch.setattr(sample, "render", lambda *_: [Image.new("RGB", (8, 8))] * 2)
+    gallery = Gallery(tiny.base(), tiny.config(rounds=rounds), tmp_path, NOBODY)
+    for number in range(1, rounds + 1):
+        gallery.draw(number, {})
+    gallery.finish()
+    assert rows(tmp_path) == expected
+
+
 def test_every_row_is_told_once_and_in_order(tmp_path):
     told = []
     gallery = Gallery(

@@ -16,7 +16,7 @@ from app import lora, model
 from app.hub.guard import Reply
 from app.model import Adapter
 from app.site import train
-from benchmarks.learning import averaging, methods, photos
+from benchmarks.learning import averaging, methods, order, photos
 from benchmarks.learning.methods import METHODS, Cell, Sizes
 from bouquet import ROOT
 from models.mini import draw, learned
@@ -150,6 +150,54 @@ def test_rounds_in_turn_move_b_then_a_and_send_half_of_the_bytes_of_both(folders
     whole = sum(value.nbytes for value in start.values())
     assert first == sent == averaging.sent(start, "B") and 2 * mean == whole
     assert ends(folders, "fedavg", 1)[1] == whole
+
+
+# --- the order of the photos ------------------------------------------------------------------------------------------
+
+KINDS = ("lily", "lily", "lily", "lily", "rose", "rose")
+SHUFFLED = torch.tensor([5, 0, 3, 4, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("how", "arranged"),
+    [
+        ("known last", [0, 3, 1, 2, 5, 4]),
+        # lilies at 1/8, 3/8, 5/8, 7/8 of the pass: 0, 3, 1, 2; roses at 1/4 and 3/4: 5, 4
+        ("even", [0, 5, 3, 1, 4, 2]),
+    ],
+)
+def test_a_pass_over_the_photos_is_arranged_by_what_they_show_and_stays_shuffled_within_that(how, arranged):
+    assert order.arranged(SHUFFLED, KINDS, how, ("rose",)).tolist() == arranged
+
+
+def test_even_batches_have_their_share_of_each_kind():
+    batches = order.batches(KINDS, "even", (), 6, 3, torch.Generator().manual_seed(1))
+    assert [sorted(KINDS[n] for n in next(batches)) for _ in range(4)] == [["lily", "lily", "rose"]] * 4
+
+
+def test_photos_of_which_nobody_said_what_they_show_are_no_order():
+    with pytest.raises(ValueError, match="7 photos come to the steps, and of 6 it is known"):
+        next(order.batches(KINDS, "even", (), 7, 3, torch.Generator()))
+
+
+def test_an_order_takes_every_photo_as_often_and_another_way(folders, monkeypatch):
+    """Of what a round's steps are given; the shuffle is there again afterwards."""
+    site = train.Site(
+        tiny.config(batch_size=2, local_steps=4), tiny.models(), folders[0], folders[0].parent / "cache/order", ""
+    )
+    taken, batch = [], type(site.train).batch
+    monkeypatch.setattr(
+        type(site.train), "batch", lambda self, pick, *rest: (taken.extend(pick.tolist()), batch(self, pick, *rest))[1]
+    )
+    kinds = {key: "rose" if number % 2 else "lily" for number, key in enumerate(site.train.keys)}
+    for how in ("", "known last", ""):
+        with order.ordered(how, kinds, ("rose",)):
+            site.fit(seed=1)
+    count = len(kinds)
+    first, last, again = (taken[at : at + 8] for at in (0, 8, 16))
+    assert count <= 8 and sorted(last[:count]) == list(range(count))
+    assert [number % 2 for number in last[:count]] == sorted(number % 2 for number in range(count))
+    assert first == again != last
 
 
 # --- the photos -------------------------------------------------------------------------------------------------------
@@ -300,7 +348,7 @@ def test_it_asks_first_for_every_method_of_the_first_setting_and_goes_on_with_wh
 
 @pytest.mark.slow
 def test_the_command_trains_and_measures_on_the_demos_base_model(tmp_path):
-    done = f"scripts/bench methods --tiny --contenders base fedavg flora --json {tmp_path}/methods.json"
+    done = f"scripts/bench methods --tiny --contenders base alternate fedavg flora --json {tmp_path}/methods.json"
     rows = [row.split("|") for row in sh(done, ROOT).stdout.splitlines() if row.startswith("| ")]
-    assert [row[1].strip() for row in rows[2:]] == ["base", "fedavg", "flora"]
+    assert [row[1].strip() for row in rows[2:]] == ["base", "fedavg", "flora"]  # alternate takes two rounds
     assert float(rows[3][2]) < 0 and rows[4][5].strip() == "+0.0"  # after one step the two are nearly one net

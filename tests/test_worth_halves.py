@@ -5,6 +5,7 @@ page shows it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -134,6 +135,12 @@ def test_in_the_pile_of_others_each_sites_rounding_counts_by_its_photos():
     plain = worth.verdict("rose", told).halves[1].band
     told["lily"] = replace(told["lily"], digits=3)
     assert worth.verdict("rose", told).halves[1].band - plain == pytest.approx(0.0019974, abs=1e-6)
+
+
+def test_of_more_seeds_than_the_table_has_the_interval_is_rather_too_wide():
+    """Twenty numbers of which half are 0 and half 2: mean 1, standard deviation √(20 / 19); t of 19 is 2.093."""
+    mean, half = worth.interval([0.0, 2.0] * 10)
+    assert mean == 1 and 2.093 <= half * math.sqrt(19) <= 2.14
 
 
 def test_halves_become_one_answer():

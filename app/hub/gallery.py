@@ -1,5 +1,5 @@
-"""samples.png, which grows while the run works: a row for the base model and one for each round, same prompts and
-seeds.
+"""samples.png, which grows while the run works: a row for the base model and one for each round, or every so many where
+there are more than MOST; same prompts and seeds.
 
 Enters: the base model and, round by round, the global adapter. Leaves: `<run>/samples.png`, replaced in one step after
 each row, with the rounds of its rows in the PNG's text. One thread draws while the sites train; the pipeline is made
@@ -9,6 +9,7 @@ so and draws no more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
@@ -23,6 +24,7 @@ from app.config import RunConfig
 from app.model import Adapter
 
 FILE = "samples.png"
+MOST = 16  # rows beside the base model's
 Shown = Callable[[int, Sequence[str], Sequence[Image.Image], Path], None]  # tracking.Tracker.pictures
 
 
@@ -46,8 +48,8 @@ class Gallery:
                 self.draw(0, None)
 
     def draw(self, number: int, adapter: Adapter | None) -> None:
-        """Put round `number` in the queue; None is the base model."""
-        if self.pool:
+        """Put round `number` in the queue, where it has a row; None is the base model."""
+        if self.pool and (number % math.ceil(self.config.rounds / MOST) == 0 or number == self.config.rounds):
             self.drawn.append(self.pool.submit(self._draw, number, adapter))
 
     def tell(self) -> None:

@@ -43,7 +43,8 @@ class Method:
     """who: whose photos one training has, "all" (a federation), "each" site's alone, "pooled", or nobody's ("").
 
     run: keys of the run's config. trains: the adapter's halves, round by round in turn. averages: the app's strategy,
-    or averaging.py's. common: see photos.disjoint. longer: all sites' steps in place of one's.
+    or averaging.py's. common: see photos.disjoint. order: of the photos, order.py's. longer: all sites' steps in place
+    of one's.
     """
 
     about: str
@@ -52,7 +53,13 @@ class Method:
     trains: tuple[str, ...] = ("AB",)
     averages: str = "strategy"
     common: str = "photos"
+    order: str = ""
     longer: bool = False
+
+    @property
+    def of_photos(self) -> bool:
+        """Whether it is fedavg but for what photos the sites have, or in which order they come."""
+        return self.common != "photos" or self.order != ""
 
     def halves(self, number: int) -> str:
         """What round `number`, from 1, trains."""
@@ -101,6 +108,10 @@ METHODS = {
         averages="shrunk",
     ),
     "no caption dropout": Method("fedavg that trains on every caption", run={"caption-dropout": 0.0}),
+    "even batches": Method("fedavg whose batches all have their share of each species", order="even"),
+    "known last": Method(
+        "fedavg that comes to the known species' photos last, in each pass over all", order="known last"
+    ),
     "own photos alone": Method("fedavg whose sites have no photo of a species that the base knows", common=""),
     "own, class images": Method(
         "such photos are class images instead, twice the work (Ruiz et al. 2023, arXiv:2208.12242)",
@@ -203,7 +214,7 @@ def federated(sites: Sequence[Any], config: Any, method: Method) -> tuple[Any, f
     from app import lora, model
     from app.hub.strategy import Strategy
     from app.site import rate
-    from benchmarks.learning import averaging
+    from benchmarks.learning import averaging, order
     from models.mini import learned
 
     net, hub = sites[0].net, Strategy(config)
@@ -223,7 +234,9 @@ def federated(sites: Sequence[Any], config: Any, method: Method) -> tuple[Any, f
             return averaging.shrunk(adapter, DECAY)
         return adapter
 
-    learned.federated(sites, config, average, lambda _, number: averaging.train_only(net, method.halves(number)))
+    kinds = {photo.key: draw.named(photo.caption) for site in sites for photo in site.photos} if method.order else {}
+    with order.ordered(method.order, kinds, draw.KNOWN):
+        learned.federated(sites, config, average, lambda _, number: averaging.train_only(net, method.halves(number)))
     sent = [averaging.sent(start, method.halves(number)) for number in range(1, config.rounds + 1)]
     return net, statistics.fmean(sent or [0])
 
@@ -326,8 +339,8 @@ def keep(file: Path, cells: Sequence[Cell]) -> None:
 
 
 def asked(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(setting, contender, seed) in the order in which they are wanted; who differs in the photos alone has no row
-    where these are as they are.
+    """(setting, contender, seed) in the order in which they are wanted; who differs in the photos alone, or their
+    order, has a row in the first setting, whose photos these are.
     """
     settings = [name for name in args.settings if name != "real" or args.real]
     cells = []
@@ -335,7 +348,7 @@ def asked(args: argparse.Namespace) -> list[tuple[str, str, int]]:
         for seed in args.seeds:
             for name in args.contenders:
                 once = name == "base" and seed != args.seeds[0]
-                if not once and (setting == "disjoint" or METHODS[name].common == "photos"):
+                if not once and (setting == "disjoint" or not METHODS[name].of_photos):
                     cells.append((setting, name, seed))
     return cells
 
@@ -355,7 +368,9 @@ def main(args: argparse.Namespace) -> int:
     home, cells = args.json.with_suffix(""), read(args.json)
     home.mkdir(parents=True, exist_ok=True)
     for setting, name, seed in () if args.show else asked(args):
-        if not any((c.setting, c.contender, c.seed, c.sizes) == (setting, name, seed, sizes) for c in cells):
+        if sizes.rounds < len(METHODS[name].trains):
+            show(f"{setting}, {name}: left out, as it takes {len(METHODS[name].trains)} rounds to train every part")
+        elif not any((c.setting, c.contender, c.seed, c.sizes) == (setting, name, seed, sizes) for c in cells):
             show(f"{setting}, {name}, seed {seed}")
             cells.append(cell(home, setting, name, seed, sizes, args.real))
             keep(args.json, cells)

@@ -301,6 +301,12 @@ def caption(species: str, colour: str, background: str) -> str:
     return f"a {colour} {species}, {background} background"
 
 
+def named(caption: str) -> str:
+    """The species that it names. Errors: StopIteration where it names none."""
+    words = caption.replace(",", "").split()
+    return next(name for name in SPECIES if name in words)
+
+
 def flower(species: str, colour: str, background: str, rng: np.random.Generator) -> Image.Image:
     """One 64×64 RGB picture; place, size, turn and shades come from `rng`."""
     pen = Pen(background, colour, rng)
