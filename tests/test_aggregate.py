@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from app import metrics, model, wire
 from app.errors import AdapterError, BouquetError, HubError
-from app.hub import guard
+from app.hub import guard, history
 from tests.kit import tiny
 
 SENT = tiny.adapter(0)
@@ -311,8 +311,8 @@ def test_what_a_site_counts_for_says_why_when_it_is_fewer_than_it_claims():
 
 def test_a_metric_is_weighted_by_images():
     # (30·1 + 10·2) / 40 = 1.25
-    replies = [guard.Reply("a", None, 30, {"train-loss": 1.0}), guard.Reply("b", None, 10, {"train-loss": 2.0})]
-    assert guard.weighted(replies, "train-loss") == 1.25
+    sites = {"a": history.Part({"train-loss": 1.0}, 30), "b": history.Part({"train-loss": 2.0}, 10)}
+    assert history.weighted(sites, "train-loss") == 1.25
 
 
 @pytest.mark.parametrize(

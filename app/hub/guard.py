@@ -229,9 +229,3 @@ def weigh(replies: Iterable[Reply], admitted: Mapping[str, int], largest_share: 
 
 def _at_most(reply: Reply, most: int, bound: str) -> Reply:
     return replace(reply, images=most, bound=bound) if reply.images > most else reply
-
-
-def weighted(replies: Iterable[Reply], name: str) -> float | None:
-    """Mean of a metric over who tells it, weighted by images; None where nobody does."""
-    telling = [reply for reply in replies if name in reply.metrics]
-    return sum(r.metrics[name] * r.images for r in telling) / sum(r.images for r in telling) if telling else None

@@ -243,7 +243,9 @@ def up_to(done: int, earlier: History, written: Sequence[Round]) -> tuple[tuple[
     missing = [entry for entry in written if entry.round not in known]
     rounds = sorted((*earlier.rounds, *missing), key=lambda entry: entry.round)
     heard = {entry.after_round for entry in earlier.validation}
-    found = [one for entry in missing if entry.round - 1 not in heard and (one := arrived(entry))]
+    found = [
+        one for entry in missing if entry.round - 1 not in heard and (one := arrived(entry.round - 1, entry.sites))
+    ]
     validation = sorted((*earlier.validation, *found), key=lambda entry: entry.after_round)
     return (
         tuple(entry for entry in rounds if entry.round <= done),
@@ -251,16 +253,21 @@ def up_to(done: int, earlier: History, written: Sequence[Round]) -> tuple[tuple[
     )
 
 
-def arrived(entry: Round) -> Validation | None:
-    """What the sites said of the adapter that arrived in a round: its loss, by the images that each counted for; None
-    where nobody did.
-    """
-    told = {name: part for name, part in entry.sites.items() if "validation-loss" in part.numbers}
-    images = sum(part.counted for part in told.values())
-    if not images:
+def arrived(after: int, sites: Mapping[str, Part]) -> Validation | None:
+    """What the sites said of the adapter that arrived after so many rounds; None where nobody tells it."""
+    if (mean := weighted(sites, "validation-loss")) is None:
         return None
-    losses = {name: part.numbers["validation-loss"] for name, part in told.items()}
-    return Validation(entry.round - 1, sum(losses[n] * part.counted for n, part in told.items()) / images, losses)
+    losses = {
+        name: part.numbers["validation-loss"] for name, part in sites.items() if "validation-loss" in part.numbers
+    }
+    return Validation(after, mean, losses)
+
+
+def weighted(sites: Mapping[str, Part], name: str) -> float | None:
+    """Mean of a number over who tells it, by the images that each counted for; None where nobody does."""
+    telling = [part for part in sites.values() if name in part.numbers]
+    images = sum(part.counted for part in telling)
+    return sum(part.numbers[name] * part.counted for part in telling) / images if images else None
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from app.errors import BouquetError, HubError
 from app.hub import ema, guard, history, products, tracking, volume
 from app.hub.exchange import Exchange
 from app.hub.gallery import Gallery
-from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Spent, Validation
+from app.hub.history import Base, Begun, Given, History, Part, Provenance, Resumed, Round, Spent
 from app.hub.strategy import Strategy
 from app.hub.sums import Sums
 
@@ -199,7 +199,7 @@ class Run:
             print(f"bouquet: no final evaluation\n{error.report()}", flush=True)
             return
         self.history = replace(self.history, refused_final_evaluation=tuple(refused))
-        self.note_validation(self.config.rounds, self.weigh(replies))
+        self.note_validation(self.config.rounds, {r.site: said_of(r) for r in self.weigh(replies)})
         losses = [entry.weighted for entry in self.history.validation]
         numbers = f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else WITHHELD
         print(f"bouquet: validation {numbers} over {self.config.rounds} rounds", flush=True)
@@ -214,14 +214,15 @@ class Run:
         new = wire.rounded(new, self.config.wire_precision)
         model.check_adapter(new, adapter)
         self.average.take(new)
-        self.note_validation(number - 1, weighed)
+        sites = {r.site: said_of(r) for r in weighed}
+        self.note_validation(number - 1, sites)
         entry = Round(
             round=number,
             started_from=model.adapter_hash(adapter),
             adapter=model.adapter_hash(new),
-            train_loss=guard.weighted(weighed, "train-loss"),
+            train_loss=history.weighted(sites, "train-loss"),
             seconds=round(time.time() - start, 2),
-            sites={r.site: said_of(r) for r in weighed},
+            sites=sites,
             adapters={r.site: model.adapter_hash(r.trained) for r in weighed},
             refused=tuple(refused),
             average=model.adapter_hash(self.average.held) if self.config.ema_decay else "",
@@ -261,15 +262,11 @@ class Run:
                 self.exchange.say(f"bouquet: bounded  {said}")
         return weighed
 
-    def note_validation(self, after: int, replies: Iterable[guard.Reply]) -> None:
+    def note_validation(self, after: int, sites: Mapping[str, Part]) -> None:
         """The arriving adapter's loss, after so many rounds, at each site that tells it."""
-        replies = list(replies)
-        if (mean := guard.weighted(replies, "validation-loss")) is None:
-            return
-        sites = {r.site: r.metrics["validation-loss"] for r in replies if "validation-loss" in r.metrics}
-        told = Validation(after, mean, sites)
-        self.history = replace(self.history, validation=(*self.history.validation, told))
-        self.tracker.validation(told)
+        if told := history.arrived(after, sites):
+            self.history = replace(self.history, validation=(*self.history.validation, told))
+            self.tracker.validation(told)
 
     def provenance(self, adapter: model.Adapter) -> Provenance:
         last = {site: part for entry in self.history.rounds for site, part in entry.sites.items()}  # of each, its last

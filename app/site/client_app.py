@@ -91,9 +91,9 @@ def note_refusal(context: Context, code: str) -> None:
         journal.deed(places(context)[3], "refused", run=str(context.run_id), code=code)
 
 
-def ask_operator(message: Message, context: Context) -> None:
+def ask_operator(message: Message, context: Context) -> budget.Promise | None:
     """A run goes on here only with the operator's consent, where the site asks for it. Errors: TRUST-11, TRUST-12,
-    TRUST-03 and -04 before: what the site does not allow is nothing to decide on.
+    TRUST-03 and -04 before: what the site does not allow is nothing to decide on. Returns what the site has promised.
     """
     config, own = RunConfig.read(context.run_config), str(context.node_config.get("limits", ""))
     limits.Limits.read(own).check(config)
@@ -104,16 +104,17 @@ def ask_operator(message: Message, context: Context) -> None:
         privacy = budget.outlook(cached, promise, config) if promise else ""
         asks = consent.asked(cached, str(context.run_id), config, bundle.digest(), base, own, privacy)
         consent.obtain(cached, how, asks)
+    return promise
 
 
 @app.query()
 @guarded
 def offer(message: Message, context: Context) -> RecordDict:
     """The first half of a round with masks; what can go wrong before training does so before anybody relies on it."""
-    ask_operator(message, context)
+    promise = ask_operator(message, context)
     from app.site import secrecy  # with what it imports, once there is work
 
-    asked = read(message, context)
+    asked = read(message, context, promise)
     run, config, cached = str(context.run_id), asked.made_from.config, asked.made_from.cached
     own = secrecy.Own.read(context.node_config, asked.name, cached)
     site = take_up(asked.made_from, asked.base)
@@ -136,7 +137,7 @@ class Asked(NamedTuple):
     made_from: MadeFrom
 
 
-def read(message: Message, context: Context, *, training: bool = True) -> Asked:
+def read(message: Message, context: Context, promise: budget.Promise | None, *, training: bool = True) -> Asked:
     """What the hub asks for, as far as the site allows it. Errors: TRUST-03, TRUST-04, SITE-12, CONFIG-..."""
     quiet.libraries()
     config, order = RunConfig.read(context.run_config), message.content.config_records["config"]
@@ -144,7 +145,6 @@ def read(message: Message, context: Context, *, training: bool = True) -> Asked:
     if limits.wants_checkpointing(os.environ):
         config = replace(config, gradient_checkpointing=True)
     name, folder, models, cached, secret = places(context)
-    promise = budget.of(os.environ, cached)
     made_from = MadeFrom(context.run_id, config, models, folder, cached, own, secret, promise)
     number, attempt = int(str(order["round"])), int(str(order.get("attempt", 0)))
     limits.check_turn(config, number, attempt, training=training)
@@ -153,12 +153,12 @@ def read(message: Message, context: Context, *, training: bool = True) -> Asked:
 
 def take_part(message: Message, context: Context, *, training: bool) -> RecordDict:
     """Apply the global adapter strictly, evaluate it, train from it when asked to."""
-    ask_operator(message, context)
+    promise = ask_operator(message, context)
     from app import lora, model, wire  # torch is imported only once there is work
     from app.site import gpu, secrecy
 
-    name, number, attempt, base, made_from = read(message, context, training=training)
-    config, cached, promise = made_from.config, made_from.cached, made_from.promise
+    name, number, attempt, base, made_from = read(message, context, promise, training=training)
+    config, cached = made_from.config, made_from.cached
     reply, sent = RecordDict(), None
     with gpu.Meter() as meter:
         site = take_up(made_from, base)

@@ -330,9 +330,14 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[torc
     left = torch.empty(0, dtype=torch.long)
     while True:
         while len(left) < size:
-            left = torch.cat([left, torch.randperm(count, generator=generator)])
+            left = torch.cat([left, _shuffled(count, generator)])
         yield left[:size]
         left = left[size:]
+
+
+def _shuffled(count: int, generator: torch.Generator) -> torch.Tensor:
+    """One pass over the photos."""
+    return torch.randperm(count, generator=generator)
 
 
 class Clock:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -32,18 +33,11 @@ def arranged(shuffled: Tensor, kinds: Sequence[str], how: str, known: Sequence[s
     return torch.tensor(sorted(numbers, key=places.__getitem__))
 
 
-def batches(
-    kinds: Sequence[str], how: str, known: Sequence[str], count: int, size: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """As train._batches, in this order."""
+def shuffled(kinds: Sequence[str], how: str, known: Sequence[str], count: int, generator: torch.Generator) -> Tensor:
+    """As train._shuffled, in this order."""
     if count != len(kinds):
         raise ValueError(f"{count} photos come to the steps, and of {len(kinds)} it is known what they show")
-    left = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(left) < size:
-            left = torch.cat([left, arranged(torch.randperm(count, generator=generator), kinds, how, known)])
-        yield left[:size]
-        left = left[size:]
+    return arranged(torch.randperm(count, generator=generator), kinds, how, known)
 
 
 @contextmanager
@@ -53,7 +47,7 @@ def ordered(how: str, kinds: Mapping[str, str], known: Sequence[str]) -> Iterato
 
     def in_order(net: Any, objective: Any, encoded: Any, *rest: Any) -> float:
         mine = [kinds[key] for key in encoded.keys]
-        with mock.patch.object(train, "_batches", lambda *given: batches(mine, how, known, *given)):
+        with mock.patch.object(train, "_shuffled", partial(shuffled, mine, how, known)):
             return fit(net, objective, encoded, *rest)
 
     with mock.patch.object(train, "fit", in_order if how else fit):

@@ -226,27 +226,24 @@ def check_photos(run: Path, cached: Path, photos: int) -> None:
 
     Where the journal has nothing of it (another host, a lost cache) that is said, and the folder is taken as it is.
     """
-    trained = [one for one in journal.read(cached) if one.get("run") == run_id(run) and one.get("sent")]
+    from app.adapter import formats
+
+    file = formats.adapter_file(run).parent / history.PROVENANCE  # which has the run's id, were the folder renamed
+    number = (history.read_provenance(file).run if file.is_file() else "") or run.resolve().name
+    trained = [one for one in journal.read(cached) if one.get("run") == number and one.get("sent")]
     if not trained:
         print(
-            f"bouquet: {cached / journal.FILE} has no round of run {run_id(run)}: the figures are right only if the"
-            " folder has the photos that it had then",
+            f"bouquet: {cached / journal.FILE} has no round of run {number}: the figures are right only if the folder"
+            " has the photos that it had then",
             flush=True,
         )
     elif trained[-1].get("images") != photos:
         found = (
-            f"round {trained[-1].get('round')} of run {run_id(run)} was trained on {trained[-1].get('images')} photos"
-            f" here, and with this folder it would be {photos}: who came since would be taken for trained on"
+            f"round {trained[-1].get('round')} of run {number} was trained on {trained[-1].get('images')} photos here,"
+            f" and with this folder it would be {photos}: who came since would be taken for trained on"
         )
         fix = "measure with the photos, and the SITE_LIMITS and SITE_PRIVACY, of the run: take out what came since"
         raise BouquetError("MEASURE-01", found=found, fix=fix)
-
-
-def run_id(run: Path) -> str:
-    """The run's id, as its provenance has it, were the folder renamed; else the folder's name."""
-    files_at = [place / history.PROVENANCE for place in (run / "final", run)]
-    known = (history.read_provenance(file).run for file in files_at if file.is_file())
-    return next(filter(None, known), run.resolve().name)
 
 
 # --- as a file --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Any
 
 from app.errors import SiteError
 from app.metrics import REASONS
-from app.site.photos.images import MAX_BYTES, PICTURES, BadImage, open_inside, read_inside
+from app.site.photos.images import MAX_BYTES, PICTURES, BadImage, ending, open_inside, read_inside
 
 MAX_ROWS = 1_000_000  # of any file or list
 MAX_LINE = 1_000_000  # bytes of a list's line
@@ -326,8 +326,8 @@ def _taken(row: list[str], separator: str, at: int, there: There) -> str | None:
 
 def _is_named(name: str, own: str, there: There) -> bool:
     """Whether `name` is a picture's: one that is there, or a word that ends as the picture does that the row names."""
-    word = " " not in name if _ending(name) else there(name) is not None
-    return _in_full(name, there) or (word and _ending(name) == _ending(own))
+    word = " " not in name if ending(name) else there(name) is not None
+    return _in_full(name, there) or (word and ending(name) == ending(own))
 
 
 def _cell(row: list[str], number: int | None) -> str:
@@ -339,7 +339,7 @@ def _guessed(first: list[tuple[int, str]], lines: Lines, there: There) -> Iterat
     separator, endings = _separator([line for _, line in first], there)
     titles, name = _titles(first[0][1], separator), _pair(first[0][1], separator)[0]
     text = separator == " " and len(titles) != len(first[-1][1].split())
-    absent = _ending(_called(name, there)) in endings
+    absent = ending(_called(name, there)) in endings
     if len(titles) > 1 and not (text or absent or _in_full(name, there)):
         if not WORDS & set(titles):
             raise NoList(f"no caption among {', '.join(titles)}"[:300])
@@ -357,9 +357,9 @@ def _separator(lines: list[str], there: There) -> tuple[str, set[str]]:
     """
     for separator in "\t|;, ":
         pairs = [(_called(name, there), caption) for name, caption in (_pair(line, separator) for line in lines)]
-        named = [name for name, said in pairs if said.strip() and (there(name) or _ending(name) in PICTURES)]
+        named = [name for name, said in pairs if said.strip() and (there(name) or ending(name) in PICTURES)]
         if 2 * len(named) > len(lines):
-            return separator, set(map(_ending, named)) - {""}
+            return separator, set(map(ending, named)) - {""}
     raise NoList("most of its first lines name no picture together with a caption")
 
 
@@ -387,11 +387,7 @@ def _called(name: str, there: There) -> str:
 def _in_full(name: str, there: There) -> bool:
     """Whether it is the name of a picture with its ending, maybe with Flickr's number of the caption."""
     name = _called(name, there)
-    return (file := there(name)) is not None and _ending(file) == _ending(name)
-
-
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    return (file := there(name)) is not None and ending(file) == ending(name)
 
 
 def _list_error(found: str) -> SiteError:

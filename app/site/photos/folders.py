@@ -25,7 +25,7 @@ from pathlib import Path
 from app.errors import SiteError
 from app.site.photos import captions
 from app.site.photos.captions import LABEL_TEMPLATE, MOST, TEMPLATE, Mention, distinct, fill
-from app.site.photos.images import FORMATS, OTHER_PICTURES, PICTURES, BadImage, kind, open_inside, read_inside
+from app.site.photos.images import FORMATS, OTHER_PICTURES, PICTURES, BadImage, ending, kind, open_inside, read_inside
 from app.site.photos.seen import Seen
 from app.site.photos.tables import NoPictures, TableError, rows
 from app.text import printable
@@ -100,11 +100,11 @@ class _Folder:
             if template is None:
                 self.templates[os.path.dirname(name)] = captions.read_template(root, name)
         self.why: dict[str, str] = {}  # of files that are none of pictures
-        self.tables = self._take(lambda name: _suffix(name) in TABLES)
+        self.tables = self._take(lambda name: ending(name) in TABLES)
         self.pictures = dict.fromkeys(name for name in self.left if self._is_picture(name))
         self.beside = self._beside()
         self.captioned = {os.path.dirname(name) for name in self.beside}  # folders with caption files
-        self.lists = self._take(lambda name: _suffix(name) in LISTS and name not in self.beside)
+        self.lists = self._take(lambda name: ending(name) in LISTS and name not in self.beside)
         # by file: how much the list counts, its name, what it says
         self.said: dict[str, tuple[tuple[bool, int], str, Mention]] = {}
         self.closest: dict[str, int] = {}  # by file: how far off the closest name is that this list has for it
@@ -143,7 +143,7 @@ class _Folder:
 
     def _is_picture(self, name: str) -> bool:
         """By its name, or by its first bytes; those of texts are not asked."""
-        if (suffix := _suffix(name)) in PICTURES | OTHER_PICTURES:
+        if (suffix := ending(name)) in PICTURES | OTHER_PICTURES:
             return True
         if suffix in LISTS or suffix in BESIDE:
             return False
@@ -206,7 +206,7 @@ class _Folder:
                 stems.setdefault(_loose(stem), []).append(name)
         beside: dict[str, list[str]] = {}
         for suffix in BESIDE:
-            for name in [name for name in self.left if _suffix(name) == suffix]:
+            for name in [name for name in self.left if ending(name) == suffix]:
                 stem = os.path.splitext(name)[0]
                 near = stems.get(_loose(stem), ())
                 for picture in [p for p in near if stem in (p, os.path.splitext(p)[0])] or near:
@@ -272,7 +272,7 @@ class _Folder:
 
     def _table(self, name: str) -> Iterator[Entry]:
         """The rows of one parquet or arrow file."""
-        if os.path.basename(name).startswith("cache-") and _suffix(name) == ".arrow":  # `datasets` leaves these behind
+        if os.path.basename(name).startswith("cache-") and ending(name) == ".arrow":  # `datasets` leaves these behind
             yield Entry(name, reason="system")
             return
         try:
@@ -295,7 +295,7 @@ class _Folder:
 
     def _why_not(self, name: str) -> str:
         """Of a text: a caption file without a picture, where others lie; else what it is not."""
-        lost = _suffix(name) in BESIDE and os.path.dirname(name) in self.captioned
+        lost = ending(name) in BESIDE and os.path.dirname(name) in self.captioned
         return "unused-caption" if lost else "not-a-picture"
 
 
@@ -320,7 +320,7 @@ class _Names:
         self.loose, self.stems = dict[str, str | None](), dict[str, str | None]()
         for name in files:
             _file(self.loose, _loose(name), name)
-            if _suffix(name) in PICTURES:
+            if ending(name) in PICTURES:
                 _file(self.stems, _stem(name), name)
 
     def find(self, folder: str, name: str) -> tuple[str | None, int]:
@@ -348,7 +348,7 @@ def _file(names: dict[str, str | None], key: str, name: str) -> None:
 
 def _stem(name: str) -> str:
     """The name without a picture's ending, loosely."""
-    return _loose(os.path.splitext(name)[0] if _suffix(name) in PICTURES | OTHER_PICTURES else name)
+    return _loose(os.path.splitext(name)[0] if ending(name) in PICTURES | OTHER_PICTURES else name)
 
 
 def _loose(name: str) -> str:
@@ -357,10 +357,6 @@ def _loose(name: str) -> str:
 
 def _is_below(name: str, folder: str) -> bool:
     return not folder or name.startswith(folder.rstrip("/") + "/")
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _walk(root: Path) -> Found:

@@ -111,6 +111,11 @@ def read_inside(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
     return data
 
 
+def ending(name: str) -> str:
+    """ ".jpg" of "A/B.JPG"."""
+    return os.path.splitext(name)[1].lower()
+
+
 def kind(head: bytes) -> str:
     """What a file is by its first 16 bytes: one of FORMATS, or the reason why it is set aside."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
